@@ -1,0 +1,185 @@
+# idunno/coordinator/messages.py: calls about the cluster itself, and between a node and the coordinator's leader.
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from idunno.base.ids import NodeId
+from idunno.wire.calls import Empty, Method, Role
+
+# -- node to leader ---------------------------------------------------------------------------------------------------
+
+
+class Propose(msgspec.Struct, frozen=True):
+    """A command (coordinator/commands.py, in MessagePack) on behalf of the call's actor, under a request id."""
+
+    command: bytes
+    request: str = ""
+
+
+class Proposed(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What apply returned, and on how many nodes the entry was synced when this left."""
+
+    index: int
+    copies: int
+    result: Any = None  # plain MessagePack; the caller's side converts it to the result type of its command
+
+
+class ReadIndex(msgspec.Struct, frozen=True):
+    """Ask the leader for an index that is safe to read at (Raft thesis, 6.4)."""
+
+
+class ReadIndexAnswer(msgspec.Struct, frozen=True):
+    index: int
+    term: int
+
+
+PROPOSE: Final = Method("coordinator.propose", Propose, Proposed, Role.READER)
+READ_INDEX: Final = Method("coordinator.read-index", ReadIndex, ReadIndexAnswer, Role.READER)
+
+# -- joining ----------------------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """First word of somebody without a certificate. The answer is trusted only if the CA has the token's fingerprint."""
+
+
+class HelloAnswer(msgspec.Struct, frozen=True):
+    cluster: str
+    ca_pem: bytes
+    version: str
+
+
+class Enroll(msgspec.Struct, frozen=True):
+    """Ask for a certificate. `csr_pem` carries the key; the leader alone decides what the certificate says."""
+
+    token: str  # the whole token, sent only after the server proved to belong to the token's CA
+    csr_pem: bytes
+    name: str
+    node: NodeId | None = None  # set when a node joins
+    address: str = ""
+    slots: int = 1
+    zone: str = ""
+    software: str = ""
+
+
+class EnrollAnswer(msgspec.Struct, frozen=True):
+    cluster: str
+    certificate_pem: bytes
+    role: str
+    name: str
+    members: list[MemberAddress]
+    cluster_key: bytes = b""  # for nodes
+
+
+class MemberAddress(msgspec.Struct, frozen=True):
+    node: NodeId
+    name: str
+    address: str
+    fingerprint: bytes
+    voter: bool = False
+
+
+HELLO: Final = Method("join.hello", Hello, HelloAnswer, Role.ANYONE)
+ENROLL: Final = Method("join.enroll", Enroll, EnrollAnswer, Role.ANYONE)
+
+# -- looking ----------------------------------------------------------------------------------------------------------
+
+
+class Members(msgspec.Struct, frozen=True):
+    pass
+
+
+class Member(msgspec.Struct, frozen=True):
+    name: str
+    id: NodeId
+    address: str
+    state: str  # active | suspicious | failed | stopped | left
+    role: str  # scheduler | worker
+    incarnation: int
+    version: str
+    slots: int
+    zone: str
+
+
+class MembersAnswer(msgspec.Struct, frozen=True):
+    members: list[Member]
+
+
+class Status(msgspec.Struct, frozen=True):
+    pass
+
+
+class StatusAnswer(msgspec.Struct, frozen=True):
+    healthy: bool
+    why: list[str]  # what is wrong, [] when healthy
+    cluster: str
+    node: str  # who answered
+    scheduler: str | None  # name of the leader
+    term: int
+    voters: list[str]
+    learners: list[str]
+    members: dict[str, int]  # state -> count
+    applied: int
+    commit: int
+    files: int
+    copies_missing: int
+    models: dict[str, int]  # state -> count
+    queue: dict[str, int]  # task state -> count, over unfinished jobs
+    rates: dict[str, float]  # model -> queries/s
+    lag: dict[str, int] = {}  # per voter and learner, entries behind; only the leader knows
+    recovering: bool = False
+
+
+MEMBERS: Final = Method("cluster.members", Members, MembersAnswer, Role.READER)
+STATUS: Final = Method("cluster.status", Status, StatusAnswer, Role.READER)
+
+# -- tokens and users -------------------------------------------------------------------------------------------------
+
+
+class NewToken(msgspec.Struct, frozen=True):
+    role: str
+    ttl_s: int
+    request: str
+
+
+class NewTokenAnswer(msgspec.Struct, frozen=True):
+    id: str
+    token: str  # shown once; only its hash is stored
+    role: str
+    expires: str
+
+
+class TokenRow(msgspec.Struct, frozen=True):
+    id: str
+    role: str
+    expires: str
+    created_by: str
+    state: str  # valid | expired | revoked
+
+
+class TokenRows(msgspec.Struct, frozen=True):
+    tokens: list[TokenRow]
+
+
+class ById(msgspec.Struct, frozen=True):
+    id: str
+    request: str
+
+
+class UserRow(msgspec.Struct, frozen=True):
+    name: str
+    role: str
+    since: str
+
+
+class UserRows(msgspec.Struct, frozen=True):
+    users: list[UserRow]
+
+
+TOKEN_NEW: Final = Method("token.new", NewToken, NewTokenAnswer, Role.ADMIN)
+TOKEN_LIST: Final = Method("token.ls", Empty, TokenRows, Role.ADMIN)
+TOKEN_REVOKE: Final = Method("token.revoke", ById, Empty, Role.ADMIN)
+USERS: Final = Method("users.ls", Empty, UserRows, Role.ADMIN)
+USER_REVOKE: Final = Method("users.revoke", ById, Empty, Role.ADMIN)
