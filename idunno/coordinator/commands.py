@@ -247,6 +247,20 @@ class Entry(Record, frozen=True):
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(Entry)
+_COMMAND_DECODER: Final = msgspec.msgpack.Decoder(Command)
+
+
+def encode_command(command: Command) -> bytes:
+    return _ENCODER.encode(command)
+
+
+def decode_command(payload: bytes | memoryview) -> Command:
+    """The command that a node forwards to the leader. Raises DecodeError for anything else."""
+    try:
+        command: Any = _COMMAND_DECODER.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DecodeError(f"command of {len(payload)} bytes is not one this version knows: {error}") from error
+    return command  # type: ignore[no-any-return]
 
 
 def encode_entry(entry: Entry) -> bytes:

@@ -108,12 +108,12 @@ class MembersAnswer(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    pass
+    own: bool = False  # only what the asked node knows itself: the leader is not asked to complete it
 
 
 class StatusAnswer(msgspec.Struct, frozen=True):
     healthy: bool
-    why: list[str]  # what is wrong, [] when healthy
+    why: str  # what is wrong, "" when healthy
     cluster: str
     node: str  # who answered
     scheduler: str | None  # name of the leader

@@ -19,8 +19,8 @@ COPIES_WANTED: Final = 4
 """Three simultaneous losses leave one copy (design.md, section 2)."""
 
 
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Base of everything that stands in the log or a snapshot."""
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """Base of everything that stands in the log or a snapshot. Records hold no cycles, so the collector skips them."""
 
 
 class NodeRecord(Record, frozen=True):
@@ -36,6 +36,8 @@ class NodeRecord(Record, frozen=True):
     software: str = ""  # the idunno version it runs
     since_ms: int = 0  # of the presence
     reason: str = ""
+    key: bytes = b""  # SHA-256 of its public key (SPKI, DER): the same key may enrol again and gets the same answer
+    certificate: bytes = b""  # PEM, that answer
 
 
 class UserRecord(Record, frozen=True):
@@ -43,6 +45,8 @@ class UserRecord(Record, frozen=True):
     role: str  # admin | user | reader
     fingerprint: bytes
     since_ms: int = 0
+    key: bytes = b""  # as in NodeRecord
+    certificate: bytes = b""
 
 
 class TokenRecord(Record, frozen=True):

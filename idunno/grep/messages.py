@@ -41,6 +41,7 @@ class NodeResult(msgspec.Struct, frozen=True):
     seconds: float
     truncated: bool
     lines_skipped: int = 0  # longer than the bound: searched up to it
+    problem: str = ""  # files that could not be read to their end, and why
 
 
 class QueryAnswer(msgspec.Struct, frozen=True):

@@ -126,12 +126,16 @@ class ListJobs(msgspec.Struct, frozen=True):
 
 
 class Jobs(msgspec.Struct, frozen=True):
+    """As submitted; of more than JOBS_SHOWN (scheduler/jobs.py) the newest, and `more`."""
+
     jobs: list[JobInfo]
+    more: bool = False
 
 
 class JobRequest(msgspec.Struct, frozen=True):
     job: str
     request: str = ""
+    first: int = 0  # OUTPUTS only: begin with the task that holds this query
 
 
 class OutputInfo(msgspec.Struct, frozen=True):
@@ -146,8 +150,11 @@ class OutputInfo(msgspec.Struct, frozen=True):
 
 
 class Outputs(msgspec.Struct, frozen=True):
+    """Tasks that have ended, in input order."""
+
     job: JobInfo
     outputs: list[OutputInfo]
+    more: bool = False  # there are later ones: ask again with `first` = the last one's `last`
 
 
 SUBMIT: Final = Method("job.submit", Submit, JobInfo, Role.USER)

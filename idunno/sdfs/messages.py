@@ -42,6 +42,7 @@ class BeginAnswer(msgspec.Struct, frozen=True):
     spares: list[Replica]  # who may stand in for one that fails, best first
     term: int
     committed: FileInfo | None = None  # set when this put was committed already
+    left_out: list[str] = []  # nodes that cannot take blocks, each with the reason
 
 
 class WriteBlock(msgspec.Struct, frozen=True):
@@ -58,6 +59,7 @@ class WriteBlock(msgspec.Struct, frozen=True):
 class CopyFailure(msgspec.Struct, frozen=True):
     node: NodeId
     error: str
+    reached: bool = True  # False: the block never got to it, because one before it in the chain failed
 
 
 class WriteBlockAnswer(msgspec.Struct, frozen=True):
@@ -121,7 +123,8 @@ class Abort(msgspec.Struct, frozen=True):
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """Ask for versions: the latest, `version`, the one current at `as_of_ms`, or the `last` k (newest first)."""
+    """Ask for versions: the latest, `version`, the one current at `as_of_ms`, or the `last` k (newest first, at most
+    1,000; these come without blocks and content: ask for each by itself)."""
 
     name: str
     version: int | None = None
@@ -146,12 +149,15 @@ class StatAnswer(msgspec.Struct, frozen=True):
 
 
 class ReadBlock(msgspec.Struct, frozen=True):
-    """Stream [offset, offset + length) of a block; from its own disk, or, with `relay`, from whoever holds it."""
+    """Stream [offset, offset + length) of a block: from the node's own disk, or from those in `relay`, in that order (the
+    node asks the leader when it is empty). The first item of each source has the source's node id as its note."""
 
     block: BlockId
     offset: int
     length: int
     relay: list[NodeId] = []
+    exclude: list[NodeId] = []  # not from these: what they sent was not the block
+    local_only: bool = False  # from its own disk or not at all: what a relaying node asks
 
 
 class List(msgspec.Struct, frozen=True):
@@ -186,6 +192,7 @@ class VersionRow(msgspec.Struct, frozen=True):
 
 class VersionsAnswer(msgspec.Struct, frozen=True):
     versions: list[VersionRow]  # newest first
+    more: bool = False  # there are older ones
 
 
 class WhereBlock(msgspec.Struct, frozen=True):
@@ -200,10 +207,14 @@ class WhereAnswer(msgspec.Struct, frozen=True):
     copies_wanted: int
     copies_found: int  # of the block that has fewest
     blocks: list[WhereBlock]
+    more: bool = False  # only the first 1,000 blocks are listed
+    recovering: bool = False  # a new leader has not heard from every node yet: there may be more copies than found
 
 
 class Store(msgspec.Struct, frozen=True):
     node: str = ""  # a node's name or id; "" the one asked
+    after: str = ""  # names greater than this: for paging
+    limit: int = 1000
 
 
 class StoreRow(msgspec.Struct, frozen=True):
@@ -215,6 +226,8 @@ class StoreRow(msgspec.Struct, frozen=True):
 class StoreAnswer(msgspec.Struct, frozen=True):
     node: str
     files: list[StoreRow]
+    more: bool = False
+    next: str = ""  # when there is more: `after` of the next page
 
 
 class Delete(msgspec.Struct, frozen=True):
@@ -228,6 +241,29 @@ class DeleteAnswer(msgspec.Struct, frozen=True):
 
 
 # -- between nodes ----------------------------------------------------------------------------------------------------
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Ask the leader where the blocks of a put are to go."""
+
+    put: str
+    entry: NodeId  # the client's own node, or the one it talks to
+    size: int | None = None  # of the whole file, as far as known
+
+
+class PlaceAnswer(msgspec.Struct, frozen=True):
+    quorum: int
+    replicas: list[Replica]
+    spares: list[Replica]
+    term: int
+    left_out: list[str] = []
+
+
+class Copied(msgspec.Struct, frozen=True):
+    """Tell the leader which nodes have synced the blocks of a committed version. A hint: lost ones come by inventory."""
+
+    blocks: list[BlockCopies]
+    term: int
 
 
 class Locate(msgspec.Struct, frozen=True):
@@ -265,5 +301,7 @@ VERSIONS: Final = Method("file.versions", ByName, VersionsAnswer, Role.READER)
 WHERE: Final = Method("file.where", ByName, WhereAnswer, Role.READER)
 STORE: Final = Method("file.store", Store, StoreAnswer, Role.READER)
 DELETE: Final = Method("file.delete", Delete, DeleteAnswer, Role.USER)
+PLACE: Final = Method("sdfs.place", Place, PlaceAnswer, Role.NODE)
+COPIED: Final = Method("sdfs.copied", Copied, Empty, Role.NODE)
 LOCATE: Final = Method("sdfs.locate", Locate, LocateAnswer, Role.NODE)
 INVENTORY: Final = Method("sdfs.inventory", Inventory, Empty, Role.NODE)

@@ -1,0 +1,249 @@
+# idunno/cli/files.py: put, get and the other commands about files.
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from idunno.cli import render
+from idunno.cli.options import FILE, LOCAL, NODE, PREFIX, Moment, command, settings
+from idunno.cli.running import note, result, usage, work
+
+if TYPE_CHECKING:
+    from idunno.client.api import Cluster
+    from idunno.sdfs.messages import PutAnswer
+
+STREAM = "-"
+
+
+def _seconds_since(began: float) -> float:
+    return round(time.monotonic() - began, 3)
+
+
+@command("put", example="idunno put photo.jpg photos/1.jpg")
+@click.argument("local", type=LOCAL)
+@click.argument("name", type=FILE)
+@click.option("--write-quorum", type=click.IntRange(min=1), metavar="N", help="Synced copies to wait for. [default: 4]")
+@click.option("--if-version", type=click.IntRange(min=0), metavar="V", help="Only if this is the version now; 0: none.")
+@click.option("--list", "listed", is_flag=True, help="Of a folder: name each file.")
+def put(local: str, name: str, write_quorum: int | None, if_version: int | None, listed: bool) -> None:
+    """Store the file LOCAL as the next version of NAME; a folder with everything below it; - is standard input."""
+    if local != STREAM and Path(local).is_dir():
+        if if_version is not None:
+            raise usage("--if-version is for one file, not for a folder")
+        _put_folder(local, name, write_quorum, listed)
+        return
+    if listed:
+        raise usage(f"--list is for a folder, and {local} is none")
+    began = time.monotonic()
+
+    async def body(cluster: Cluster) -> PutAnswer:
+        with render.bar(name, in_bytes=True) as progress:
+            if local != STREAM:
+                return await cluster.put(
+                    local, name, write_quorum=write_quorum, if_version=if_version, progress=progress
+                )
+            with _standard_input() as stdin:
+                return await cluster.put(
+                    stdin, name, write_quorum=write_quorum, if_version=if_version, progress=progress
+                )
+
+    answer = work(body)
+    _warn_degraded(answer)
+    result(
+        _put_json(answer) | {"seconds": _seconds_since(began)},
+        lambda: click.echo(
+            f"{answer.name} version {answer.version}: {render.size(answer.size)} on {', '.join(answer.replicas)}"
+        ),
+    )
+
+
+def _standard_input() -> IO[bytes]:
+    """Unbuffered: a reader in a thread then holds no lock that the end of the program would wait for."""
+    return open(0, "rb", buffering=0, closefd=False)
+
+
+def _put_json(answer: PutAnswer) -> dict[str, Any]:
+    import msgspec
+
+    fields: dict[str, Any] = msgspec.to_builtins(answer)
+    return fields
+
+
+def _warn_degraded(answer: PutAnswer) -> None:
+    if answer.degraded:
+        note(f"degraded: {answer.name} version {answer.version} has {answer.copies} copies: {answer.why}")
+
+
+def _put_folder(local: str, name: str, write_quorum: int | None, listed: bool) -> None:
+    began = time.monotonic()
+
+    async def body(cluster: Cluster) -> Any:
+        with render.bar(name, in_bytes=True) as progress:
+            return await cluster.put_folder(local, name, write_quorum=write_quorum, progress=progress)
+
+    answer = work(body)
+    for degraded in [file for file in answer.files if file.degraded][:5]:
+        _warn_degraded(degraded)
+    document: dict[str, Any] = {"files": len(answer.files), "size": answer.size, "seconds": _seconds_since(began)}
+    if listed:
+        document["list"] = [_put_json(file) for file in answer.files]
+
+    def show() -> None:
+        if listed:
+            for file in answer.files:
+                click.echo(f"{file.name} version {file.version}: {render.size(file.size)}")
+        click.echo(f"{len(answer.files)} files, {render.size(answer.size)}, below {name.rstrip('/')}/")
+
+    result(document, show)
+
+
+@command("get", example="idunno get photos/1.jpg photo.jpg")
+@click.argument("name", type=FILE)
+@click.argument("local", type=LOCAL)
+@click.option("--version", type=click.IntRange(min=1), metavar="V", help="This version instead of the latest.")
+@click.option("--as-of", type=Moment(), metavar="TIME", help="The version of that time: ISO, or how long ago (2h).")
+def get(name: str, local: str, version: int | None, as_of: int | None) -> None:
+    """Fetch NAME, verified, into the file LOCAL; - is standard output. NAME/ fetches everything below it into a folder."""
+    if version is not None and as_of is not None:
+        raise usage("--version and --as-of exclude each other")
+    if name.endswith("/"):
+        if version is not None or as_of is not None or local == STREAM:
+            raise usage(f"{name} is a folder: it has no --version or --as-of, and needs a local folder")
+        _get_folder(name, local)
+        return
+    _refuse_json_stream(local)
+    began = time.monotonic()
+
+    async def body(cluster: Cluster) -> Any:
+        target = sys.stdout.buffer if local == STREAM else local
+        with render.bar(name, in_bytes=True) as progress:
+            return await cluster.get(name, target, version=version, as_of_ms=as_of, progress=progress)
+
+    info = work(body)
+    if local == STREAM:
+        return
+    document = {"name": info.name, "version": info.version, "size": info.size, "seconds": _seconds_since(began)}
+    result(document, lambda: click.echo(f"{info.name} version {info.version}: {render.size(info.size)} in {local}"))
+
+
+def _refuse_json_stream(local: str) -> None:
+    if local == STREAM and settings().json:
+        raise usage("with --json standard output is for the document alone: write the file somewhere else than -")
+
+
+def _get_folder(name: str, local: str) -> None:
+    began = time.monotonic()
+
+    async def body(cluster: Cluster) -> Any:
+        with render.bar(name, in_bytes=True) as progress:
+            return await cluster.get_folder(name, local, progress=progress)
+
+    got = work(body)
+    document = {"files": len(got.files), "size": got.size, "seconds": _seconds_since(began)}
+    result(document, lambda: click.echo(f"{len(got.files)} files, {render.size(got.size)}, in {local}"))
+
+
+@command("get-versions", example="idunno get-versions notes.txt 3 history.txt")
+@click.argument("name", type=FILE)
+@click.argument("count", type=click.IntRange(min=1), metavar="K")
+@click.argument("local", type=LOCAL)
+def get_versions(name: str, count: int, local: str) -> None:
+    """The last K versions of NAME in one file LOCAL, newest first, each behind a line that names it."""
+    _refuse_json_stream(local)
+    began = time.monotonic()
+
+    async def body(cluster: Cluster) -> Any:
+        target = sys.stdout.buffer if local == STREAM else local
+        with render.bar(name, in_bytes=True) as progress:
+            return await cluster.get_versions(name, count, target, progress=progress)
+
+    infos = work(body)
+    if local == STREAM:
+        return
+    document = {
+        "name": name,
+        "versions": [info.version for info in infos],
+        "size": sum(info.size for info in infos),
+        "seconds": _seconds_since(began),
+    }
+    result(document, lambda: click.echo(f"{len(infos)} versions of {name} in {local}"))
+
+
+@command("versions", example="idunno versions notes.txt")
+@click.argument("name", type=FILE)
+def versions(name: str) -> None:
+    """The versions of NAME, newest first, and the nodes that hold each."""
+    rows = work(lambda cluster: cluster.versions(name))
+    result(
+        rows,
+        lambda: render.table(
+            ["version", "size", "created", "replicas"],
+            [(row.version, row.size, row.created, row.replicas) for row in rows],
+        ),
+    )
+
+
+@command("ls", example="idunno ls photos/")
+@click.argument("prefix", type=PREFIX, default="")
+@click.option("--system", is_flag=True, help="The system's own files below .idunno/ as well.")
+def ls(prefix: str, system: bool) -> None:
+    """The files whose name begins with PREFIX."""
+    rows = work(lambda cluster: cluster.ls(prefix, system=system))
+    result(
+        rows,
+        lambda: render.table(
+            ["name", "version", "size", "created"], [(row.name, row.version, row.size, row.created) for row in rows]
+        ),
+    )
+
+
+@command("where", example="idunno where photos/1.jpg")
+@click.argument("name", type=FILE)
+def where(name: str) -> None:
+    """The nodes that hold each block of NAME, and how many copies are wanted and found."""
+    import msgspec
+
+    answer = work(lambda cluster: cluster.where(name))
+    document = {
+        "name": answer.name,
+        "version": answer.version,
+        "copies": {"wanted": answer.copies_wanted, "found": answer.copies_found},
+        "blocks": msgspec.to_builtins(answer.blocks),
+    }
+
+    def show() -> None:
+        wanted, found = answer.copies_wanted, answer.copies_found
+        click.echo(f"{render.printable(answer.name)} version {answer.version}: {found} of {wanted} copies")
+        render.table(
+            ["block", "size", "nodes"], [(block.block[:16], block.size, block.nodes) for block in answer.blocks]
+        )
+
+    result(document, show)
+
+
+@command("store", example="idunno store n2")
+@click.argument("node", type=NODE, default="")
+def store(node: str) -> None:
+    """The files that have a block on NODE (the one asked if none is named)."""
+    answer = work(lambda cluster: cluster.store(node))
+    result(
+        answer.files,
+        lambda: render.table(
+            ["name", "version", "size"], [(file.name, file.version, file.size) for file in answer.files]
+        ),
+    )
+
+
+@command("delete", example="idunno delete photos/1.jpg")
+@click.argument("name", type=FILE)
+def delete(name: str) -> None:
+    """Delete all versions of NAME."""
+    answer = work(lambda cluster: cluster.delete(name))
+    result(answer, lambda: click.echo(f"{answer.name}: {answer.versions} versions deleted"))
+
+
+COMMANDS = [put, get, get_versions, versions, ls, where, store, delete]

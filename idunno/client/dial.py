@@ -1,0 +1,94 @@
+# idunno/client/dial.py: opening a door, and getting the key to one: `idunno login`.
+#
+# Rule 1: the first word to an unknown server is not trusted: it brings a CA, which must have the fingerprint that the
+#         token carries. The token itself is sent only over a second connection, verified under that CA.
+# Rule 2: a login is complete or not there: its files are written aside and renamed together, for this user alone (0700, 0600).
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import ssl
+from pathlib import Path
+
+import msgspec
+
+from idunno.base.errors import Unauthenticated
+from idunno.base.ids import check_label
+from idunno.client.locate import LOGIN_FILE, Door, Login, Place, SocketDoor, login_directory, parse_address
+from idunno.client.session import Dial, Link
+from idunno.coordinator.messages import ENROLL, HELLO, Enroll, Hello
+from idunno.wire.rpc import connect_tcp, connect_unix
+from idunno.wire.security import client_context, fingerprint, make_key_and_csr
+from idunno.wire.tokens import parse_token
+
+
+def dialer(place: Place) -> Dial:
+    """How the doors of `place` are opened."""
+    context: ssl.SSLContext | None = None
+
+    async def dial(door: Door, timeout_s: float) -> Link:
+        nonlocal context
+        if isinstance(door, SocketDoor):
+            return await connect_unix(str(door.path), timeout_s=timeout_s)
+        if context is None:
+            assert place.login is not None, "a TCP door without a login"
+            login = place.login
+            context = client_context(
+                str(login / "client.pem"), str(login / "client.key"), (login / "ca.pem").read_bytes()
+            )
+        return await connect_tcp(door.host, door.port, context, expect=None, timeout_s=timeout_s)
+
+    return dial
+
+
+async def login(address: str, token: str, name: str, at_home: Path, timeout_s: float) -> Login:
+    """Get a certificate for this user from the cluster behind `address` and keep it below `at_home`.
+
+    Raises InvalidArgument (a damaged token), Unauthenticated (another cluster's, expired, revoked), Unavailable.
+    """
+    host, port = parse_address(address)
+    parsed = parse_token(token)
+    check_label("user", name)
+    first = await connect_tcp(host, port, client_context(None, None, None), expect=None, timeout_s=timeout_s)
+    try:
+        hello = await first.call(HELLO, Hello(), timeout_s=timeout_s)
+    finally:
+        await first.close()
+    if fingerprint(hello.ca_pem) != parsed.ca_fingerprint:
+        raise Unauthenticated(f"{address} does not belong to the cluster that this token is for: check the address")
+    key_pem, csr_pem = make_key_and_csr(name)
+    second = await connect_tcp(host, port, client_context(None, None, hello.ca_pem), expect=None, timeout_s=timeout_s)
+    try:
+        answer = await second.call(ENROLL, Enroll(token=token, csr_pem=csr_pem, name=name), timeout_s=timeout_s)
+    finally:
+        await second.close()
+    about = Login(answer.cluster, answer.name, answer.role, address, answer.members)
+    files = {
+        "ca.pem": hello.ca_pem,
+        "client.pem": answer.certificate_pem,
+        "client.key": key_pem,
+        LOGIN_FILE: msgspec.json.format(msgspec.json.encode(about)),
+    }
+    _keep(login_directory(at_home, host, port), files)
+    return about
+
+
+def _keep(directory: Path, files: dict[str, bytes]) -> None:
+    directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tag = secrets.token_hex(6)
+    new, old = directory.with_name(f".{tag}.new"), directory.with_name(f".{tag}.old")
+    new.mkdir(mode=0o700)
+    try:
+        for name, content in files.items():
+            handle = os.open(new / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if directory.exists():
+            os.rename(directory, old)
+        os.rename(new, directory)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,80 @@
+# idunno/client/local.py: files on the user's own machine.
+#
+# Rule 1: a fetched file appears whole or not at all: temporary file in the target's directory, sync, rename, sync.
+# Rule 2: what is no regular file (a device, a pipe) is written to directly, never replaced.
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from idunno.base.errors import InvalidArgument
+
+
+def target_path(name: str, local: Path) -> Path:
+    """Where to write the file `name`: `local`, or below it when it is a directory, like cp."""
+    return local / PurePosixPath(name).name if local.is_dir() else local
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write; on success it takes the place of `path`, on any error nothing is left. Raises OSError."""
+    path = Path(os.path.realpath(path))  # a link stays a link
+    try:
+        mode: int | None = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode):
+        with open(path, "wb") as direct:
+            yield direct
+        return
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
+    # Not mkstemp: this way the new file has the mode that the user's umask asks for.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """For reading. Raises InvalidArgument for a folder, OSError."""
+    if path.is_dir():
+        raise InvalidArgument(f"{path} is a folder: name a file, or give the folder where one may stand")
+    return open(path, "rb")
+
+
+def files_below(folder: Path) -> list[tuple[str, Path]]:
+    """Every file below `folder` as (path relative to it with '/', path), sorted. Links to directories are not followed.
+
+    Raises InvalidArgument for what is no file (a pipe, a broken link), OSError.
+    """
+    found = []
+    for root, _, names in os.walk(folder, onerror=_raise):
+        for name in names:
+            path = Path(root, name)
+            if not path.is_file():
+                raise InvalidArgument(f"{path} is no regular file: put the folder without it")
+            found.append((path.relative_to(folder).as_posix(), path))
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error

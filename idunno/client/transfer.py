@@ -1,0 +1,157 @@
+# idunno/client/transfer.py: helpers for moving content: local files as sources and sinks, several at once, their progress.
+#
+# Rule 1: regular files and memory are read in place; what may keep us waiting (a terminal, a pipe) is read in a thread that
+#         nobody has to wait for, so that Ctrl-C works while nothing comes.
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import threading
+from collections.abc import Callable, Coroutine, Iterable
+from typing import IO, Any, Final, Protocol, TypeVar
+
+from idunno.base.disk import Buffer
+from idunno.sdfs.download import Sink
+from idunno.sdfs.upload import Source
+
+T = TypeVar("T")
+
+Progress = Callable[[int, int], None]
+"""Hears (bytes done, bytes in all; 0 when unknown)."""
+
+TOGETHER: Final = 8
+"""Small files under way at once: hides round trips and disk syncs."""
+SMALL_FILE_BYTES: Final = 1024 * 1024
+"""Larger files go alone, so that memory stays that of one transfer."""
+
+
+async def several(todo: Iterable[tuple[int, Callable[[], Coroutine[Any, Any, T]]]]) -> list[T]:
+    """Run transfers given as (size in bytes, start), small ones TOGETHER; their results in order.
+
+    The first error cancels the others and is raised as it is.
+    """
+    slots = asyncio.Semaphore(TOGETHER)
+
+    async def run(start: Callable[[], Coroutine[Any, Any, T]], taken: int) -> T:
+        try:
+            return await start()
+        finally:
+            for _ in range(taken):
+                slots.release()
+
+    tasks: list[asyncio.Task[T]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            for size, start in todo:
+                taken = 1 if size <= SMALL_FILE_BYTES else TOGETHER
+                for _ in range(taken):  # only this loop acquires, so two large files cannot block each other
+                    await slots.acquire()
+                tasks.append(group.create_task(run(start, taken)))
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+class Writable(Protocol):
+    def write(self, data: Any, /) -> object: ...
+
+
+def source_of(file: IO[bytes]) -> tuple[Source, int | None]:
+    """A file's content from where it stands, and how much that is, if that can be told."""
+    try:
+        about = os.fstat(file.fileno())
+    except OSError:  # in memory: there is no descriptor
+        return _at_once(file), None
+    if stat.S_ISREG(about.st_mode):
+        return _at_once(file), max(0, about.st_size - file.tell())
+
+    async def read(length: int) -> Buffer:
+        return await _in_daemon(lambda: file.read(length))
+
+    return read, None
+
+
+def _at_once(file: IO[bytes]) -> Source:
+    async def read(length: int) -> Buffer:
+        return file.read(length)
+
+    return read
+
+
+async def _in_daemon(work: Callable[[], bytes]) -> bytes:
+    """Run `work` in a daemon thread: unlike an executor's, it does not hold up the end of the program."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[bytes] = loop.create_future()
+
+    def deliver(content: bytes, error: OSError | ValueError | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(content)
+
+    def run() -> None:
+        content, failure = b"", None
+        try:
+            content = work()
+        except (OSError, ValueError) as error:  # ValueError: the file was closed meanwhile
+            failure = error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(deliver, content, failure)
+
+    threading.Thread(target=run, name="idunno-read", daemon=True).start()
+    return await done
+
+
+def sink_of(file: Writable) -> Sink:
+    """Writes to `file` what comes, in order."""
+
+    async def write(_: int, content: Buffer) -> None:
+        view = memoryview(content)
+        while view:  # an unbuffered file may take less than it is given
+            taken = file.write(view)
+            view = view[taken if isinstance(taken, int) else len(view) :]
+
+    return write
+
+
+class Tally:
+    """Adds up the progress of many transfers into one."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def part(self) -> Progress | None:
+        """The progress of one more transfer."""
+        report = self._progress
+        if report is None:
+            return None
+        before = 0
+
+        def heard(done: int, _: int) -> None:
+            nonlocal before
+            self._done += done - before  # a retried block makes it go back, and that is right
+            before = done
+            report(self._done, self._total)
+
+        return heard
+
+
+class LineEnds:
+    """A binary file that is written to, and remembers whether the last byte ended a line."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._last = b"\n"
+
+    def write(self, data: Buffer, /) -> object:
+        self._last = bytes(data[-1:]) or self._last
+        return self._file.write(data)
+
+    def end_line(self) -> None:
+        if self._last != b"\n":
+            self.write(b"\n")

@@ -1,0 +1,47 @@
+# idunno/consensus/config.py: the numbers of consensus, each with its unit and its reason.
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from idunno.base.errors import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaftConfig:
+    heartbeat_ms: int = 150
+    """Six to thirteen fit an election timeout, so several may be lost; seven a second cost an idle leader nothing."""
+    election_timeout_ms: int = 1_000
+    """The least silence of a leader that starts an election, and the longest a leader goes on without a majority. Python's
+    pauses and a slow disk sync stay well below it; a dead process is noticed sooner, by its closed connection."""
+    election_spread_ms: int = 1_000
+    """Added by chance to each timeout. As wide as the timeout itself: split votes stay rare (Raft thesis, 9.4)."""
+    lost_leader_spread_ms: int = 100
+    """The chance delay when the leader's connection closed: twenty times a LAN round trip with a disk sync."""
+    commit_notice_ms: int = 2
+    """How long followers may lag in hearing of a commit when no append carries it: reads on them wait that long."""
+    inflight_bytes_max: int = 1024 * 1024
+    """Appended but not acknowledged, a follower: 8 ms of a gigabit link, above its round trip with a disk sync."""
+    inflight_messages_max: int = 64
+    """Likewise in messages: bounds what a lost connection makes us send again."""
+    proposals_max: int = 10_000
+    """Proposals and reads that wait at the leader, each. Ten times what a busy cluster has in flight."""
+    persists_max: int = 1_024
+    """Promises that wait for a disk that does not answer; further messages that need one are dropped, as if lost."""
+    apply_slice_ms: int = 5
+    """Apply this long, then let the loop breathe: a fraction of a heartbeat."""
+
+    @property
+    def election_ms_max(self) -> int:
+        """The longest silence after which a follower stands for election."""
+        return self.election_timeout_ms + self.election_spread_ms
+
+    def __post_init__(self) -> None:
+        if self.heartbeat_ms < 1 or self.election_timeout_ms < 3 * self.heartbeat_ms:
+            raise InvalidArgument(
+                f"election_timeout_ms={self.election_timeout_ms} is too short for heartbeat_ms={self.heartbeat_ms}: "
+                f"at least {3 * self.heartbeat_ms}, so that two heartbeats may be lost"
+            )
+        if self.election_spread_ms < 1 or self.lost_leader_spread_ms < 1:
+            raise InvalidArgument(
+                "election_spread_ms and lost_leader_spread_ms must be at least 1: equal timeouts split votes"
+            )

@@ -1,0 +1,513 @@
+# idunno/consensus/driver.py: the asyncio shell around the Raft core: its log, its timer, its messages, its callers.
+#
+# Rule 1: outputs are carried out in order; what a Persist promises is sent only after its flush. All Persists that wait share
+#         one flush (group commit).
+# Rule 2: committed entries are applied one after another, in slices of a few ms. An entry that cannot be applied stops this
+#         node's part in the consensus, and it says so: applying on would make it differ from the others.
+# Rule 3: a proposal is answered when it is committed, applied and synced on `copies_needed` nodes. NotLeader, NoQuorum and
+#         Exhausted mean: certainly not appended. Anything later is Unconfirmed or DeadlineExceeded.
+# Rule 4: a disk that refuses does not end the node: it steps aside (Halt), tries again every second, and comes back.
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Final
+
+from idunno.base.disk import Disk
+from idunno.base.errors import (
+    DeadlineExceeded,
+    Exhausted,
+    IdunnoError,
+    InternalError,
+    InvalidArgument,
+    NoQuorum,
+    NotLeader,
+    Unconfirmed,
+)
+from idunno.base.ids import Index, NodeId, Term
+from idunno.consensus.config import RaftConfig
+from idunno.consensus.events import (
+    Committed,
+    Halt,
+    Input,
+    Output,
+    PeerLost,
+    Persist,
+    Persisted,
+    Propose,
+    Read,
+    ReadFailed,
+    ReadReady,
+    Received,
+    RoleChanged,
+    Send,
+    SendEntries,
+    SetLearners,
+    Tick,
+    Transfer,
+)
+from idunno.consensus.feeder import Feeder
+from idunno.consensus.log import Log
+from idunno.consensus.messages import PAYLOAD_BYTES_MAX, RaftMessage
+from idunno.consensus.quorum import majority
+from idunno.consensus.raft import Raft
+from idunno.consensus.waiting import IndexWaiters, Proposal
+
+log = logging.getLogger("idunno.consensus")
+
+DISK_RETRY_S: Final = 1.0
+"""Between attempts to write to a disk that refused: soon enough for a person who just freed space."""
+STOP_FLUSH_S: Final = 5.0
+"""How long `stop` waits for the last flush: the node has 10 s to exit."""
+APPLY_BYTES_MAX: Final = 1024 * 1024
+APPLY_ENTRIES_MAX: Final = 1024
+
+
+class RaftDriver:
+    """One node's replicated log. `send` must not block; it may lose messages. `apply` gets every committed entry once, in
+    order, from index 1 at each start; the empty payloads of new terms are not shown to it."""
+
+    def __init__(
+        self,
+        me: NodeId,
+        disk: Disk,
+        *,
+        send: Callable[[NodeId, RaftMessage], None],
+        apply: Callable[[Index, bytes], Any],
+        config: RaftConfig,
+        rng: random.Random,
+        voters: Iterable[NodeId],
+        learners: Iterable[NodeId] = (),
+        copies_needed: int = 1,
+    ) -> None:
+        self.me, self.config, self.copies_needed = me, config, copies_needed
+        self.on_role: list[Callable[[bool, Term], None]] = []
+        self.on_leader: list[Callable[[NodeId | None, Term], None]] = []
+        """Told whenever this node's role, its term or the leader it knows are others than before."""
+        self.problem: str | None = None
+        """Why this node takes no part at the moment (its disk refuses, an entry could not be applied); None if it does."""
+        self._disk, self._send, self._apply, self._rng = disk, send, apply, rng
+        self._voters, self._learners = frozenset(voters), frozenset(learners)
+        self._running = self._busy = self._announced = False
+        self._disk_refuses = self._stuck = False  # why it is halted; `_stuck` is for good
+        self._inbox: deque[Input] = deque()
+        self._persists: list[Persist] = []
+        self._persist_due, self._apply_due, self._role_changed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._applied = Index(0)
+        self._new: list[Proposal] = []  # to be appended at the end of this turn of the loop
+        self._proposals: OrderedDict[Index, Proposal] = OrderedDict()  # appended here, in this term, not answered
+        self._reads: dict[int, asyncio.Future[Index]] = {}
+        self._read_number = 0
+        self._awaited = IndexWaiters()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ms = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._persister: asyncio.Task[None] | None = None
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open the log and begin. Raises NotFound, Corrupt, Incompatible, DiskFailed (see Log.open)."""
+        self._loop = asyncio.get_running_loop()
+        self._log = await Log.open(self._disk)
+        self._core = Raft(
+            self.me,
+            self._voters,
+            self._learners,
+            self._log.terms,
+            self._log.hard,
+            self.config,
+            self._rng,
+            self._now_ms(),
+        )
+        self._feeder = Feeder(self._core, self._log, self._send, self._spawn)
+        self._running = True
+        self._persister = self._spawn(self._persist_forever(), "raft persist")
+        self._spawn(self._apply_forever(), "raft apply")
+        self._arm()
+
+    async def stop(self, transfer: bool) -> None:
+        """End; with `transfer` hand leadership over first, for at most an election timeout."""
+        if not self._running:
+            return
+        if transfer and self.is_leader:
+            self._step(Transfer())
+            try:
+                async with asyncio.timeout(self.config.election_timeout_ms / 1000):
+                    while self.is_leader and len(self._voters) > 1:
+                        self._role_changed.clear()
+                        await self._role_changed.wait()
+            except TimeoutError:
+                log.warning("leadership not handed over", extra={"term": self.term})
+        self._running = False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._fail_waiting("this node is stopping")
+        self._persist_due.set()
+        assert self._persister is not None
+        await asyncio.wait({self._persister}, timeout=STOP_FLUSH_S)  # a flush is not cut off while a thread writes
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._log.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = self._loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._stuck = True
+            self._halt(f"{task.get_name()} failed: {error!r}", error)
+            self._awaited.fail(InternalError(f"{self.me} applies nothing: {self.problem}"))
+
+    # -- what it knows ----------------------------------------------------------------------------------------------
+
+    @property
+    def leader(self) -> NodeId | None:
+        return self._core.leader if self._running else None
+
+    @property
+    def term(self) -> Term:
+        return self._core.term
+
+    @property
+    def is_leader(self) -> bool:
+        return self._running and self._core.is_leader
+
+    @property
+    def commit(self) -> Index:
+        return self._core.commit
+
+    @property
+    def applied_index(self) -> Index:
+        return self._applied
+
+    @property
+    def last_index(self) -> Index:
+        return self._core.terms.last
+
+    def lag(self) -> dict[NodeId, int]:
+        """Of a leader: how many entries each other node has yet to sync. Empty on others."""
+        return {node: self.last_index - p.match for node, p in self._core.peers.items()}
+
+    def answering(self) -> int:
+        """Of a leader: how many voters, itself included, answered within three heartbeats."""
+        return self._core.answering(self._now_ms(), 3 * self.config.heartbeat_ms)
+
+    # -- what the node tells it -------------------------------------------------------------------------------------
+
+    def receive(self, sender: NodeId, message: RaftMessage) -> None:
+        if self._running:
+            self._step(Received(sender, message))
+
+    def peer_lost(self, node: NodeId) -> None:
+        """The connection to `node` closed: if it led, stand for election without waiting for its silence."""
+        if self._running:
+            self._step(PeerLost(node))
+
+    def set_members(self, voters: Iterable[NodeId], learners: Iterable[NodeId], copies_needed: int) -> None:
+        """Who is replicated to, and on how many nodes an entry must be synced before it is answered."""
+        wanted = frozenset(voters)
+        if wanted != self._voters:
+            log.warning("change of voters ignored", extra={"voters": sorted(self._voters), "wanted": sorted(wanted)})
+        self.copies_needed = copies_needed
+        self._learners = frozenset(learners) - self._voters
+        if self._running:
+            self._step(SetLearners(self._learners))
+
+    # -- what callers ask -------------------------------------------------------------------------------------------
+
+    async def propose(self, payload: bytes, timeout_s: float) -> tuple[Index, int, Any]:
+        """Append, and wait until it is committed, applied here and synced on `copies_needed` nodes.
+
+        Returns its index, the number of nodes that have it synced, and what `apply` returned. Raises NotLeader, NoQuorum,
+        Exhausted, InvalidArgument (certainly not appended); Unconfirmed, DeadlineExceeded (it may happen, or have happened).
+        """
+        if not 1 <= len(payload) <= PAYLOAD_BYTES_MAX:
+            raise InvalidArgument(f"a command has 1 to {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}")
+        self._check_leads()
+        waiting = len(self._new) + max(len(self._proposals), self._core.terms.last - self._core.commit)
+        if waiting >= self.config.proposals_max:
+            raise Exhausted(
+                f"{waiting} proposals wait at the leader, at most {self.config.proposals_max}; try again later"
+            )
+        proposal = Proposal(payload, self._loop.create_future())
+        if not self._new:
+            self._loop.call_soon(self._append_new)
+        self._new.append(proposal)
+        expiry = self._loop.call_later(timeout_s, self._expire, proposal, timeout_s)
+        try:
+            return await proposal.answer
+        finally:
+            expiry.cancel()
+            if proposal.index is not None and self._proposals.get(proposal.index) is proposal:
+                del self._proposals[proposal.index]
+
+    async def read_index(self, timeout_s: float) -> Index:
+        """An index such that a machine that has applied it has seen all that was committed before this call.
+
+        Raises NotLeader, NoQuorum, Exhausted, DeadlineExceeded; a read changes nothing, so it may always be asked again.
+        """
+        self._check_leads()
+        if len(self._reads) >= self.config.proposals_max:
+            raise Exhausted(
+                f"{len(self._reads)} reads wait at the leader, at most {self.config.proposals_max}; try again later"
+            )
+        self._read_number += 1
+        read = self._read_number
+        answer = self._reads[read] = self._loop.create_future()
+        self._step(Read(read))
+        try:
+            async with asyncio.timeout(timeout_s):
+                index: Index = await answer
+                return index
+        except TimeoutError:
+            self._check_leads()
+            raise DeadlineExceeded(
+                f"no read index after {timeout_s:g} s: {self.answering()} of {len(self._voters)} voters answer, "
+                f"committed {self.commit}, this term began at {self._core.term_start}"
+            ) from None
+        finally:
+            self._reads.pop(read, None)
+
+    async def applied(self, index: Index, timeout_s: float) -> None:
+        """Wait until this node has applied `index`. Raises DeadlineExceeded, InternalError (it stopped applying)."""
+        if self._applied >= index:
+            return
+        self._check_applies()
+        if len(self._awaited) >= self.config.proposals_max:
+            raise Exhausted(f"{len(self._awaited)} callers wait for entries to be applied; try again later")
+        try:
+            await self._awaited.wait(index, timeout_s)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"entry {index} not applied here after {timeout_s:g} s: applied {self._applied}, known committed "
+                f"{self.commit}, log ends at {self.last_index}, leader {self.leader or 'unknown'}"
+            ) from None
+
+    def _check_leads(self) -> None:
+        """Raises NotLeader; NoQuorum from a leader, or a node that hears no leader, if too few voters answer."""
+        if not self._running or not self._core.accepts_proposals:
+            why = self.problem or (
+                f"the leader is {self.leader}" if self.leader else "no leader is known; one is being elected"
+            )
+            raise NotLeader(f"{self.me} does not lead: {why}")
+        answering, needed = self.answering(), majority(len(self._voters))
+        if answering < needed:
+            raise NoQuorum(
+                f"{answering} of {len(self._voters)} voters answer, {needed} are needed; start the others, or see "
+                "`idunno recover` if they are lost for good"
+            )
+
+    def _check_applies(self) -> None:
+        if self._stuck:
+            raise InternalError(f"{self.me} applies nothing: {self.problem}")
+
+    # -- the core and its outputs -----------------------------------------------------------------------------------
+
+    def _now_ms(self) -> int:
+        return int(self._loop.time() * 1000)
+
+    def _step(self, event: Input) -> None:
+        """Hand an event to the core and carry out what it says. An event that this causes waits for its turn."""
+        self._inbox.append(event)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._inbox:
+                for output in self._core.handle(self._inbox.popleft(), self._now_ms()):
+                    self._carry_out(output)
+        finally:
+            self._busy = False
+        self._settle()
+        self._arm()
+
+    def _carry_out(self, output: Output) -> None:
+        match output:
+            case Send(to, message):
+                self._send(to, message)
+            case SendEntries():
+                self._feeder.send(output)
+            case Persist(_, hard, first, entries, _):
+                if hard is not None:
+                    self._log.stage_hard(hard)
+                if entries:
+                    self._log.stage(first, entries)
+                self._persists.append(output)
+                self._persist_due.set()
+            case Committed():
+                self._apply_due.set()
+            case ReadReady(reads, index):
+                for read in reads:
+                    if (answer := self._reads.get(read)) is not None and not answer.done():
+                        answer.set_result(index)
+            case ReadFailed(reads):
+                for read in reads:
+                    if (answer := self._reads.get(read)) is not None and not answer.done():
+                        answer.set_exception(NotLeader(f"{self.me} lost the leadership; ask the new leader"))
+            case RoleChanged(role, term, leader):
+                log.info("consensus role", extra={"role": role.value, "term": term, "leader": leader})
+                self._role_changed.set()
+                for callback in self.on_leader:
+                    self._loop.call_soon(callback, leader, term)
+                if not self._core.is_leader:
+                    self._lost_leadership()
+
+    def _arm(self) -> None:
+        """One timer, moved only when it must fire earlier: a heartbeat that puts off an election costs nothing here."""
+        deadline = self._core.deadline_ms()
+        if self._timer is not None:
+            if self._timer_ms <= deadline:
+                return
+            self._timer.cancel()
+        self._timer_ms = deadline
+        self._timer = self._loop.call_at(deadline / 1000, self._tick) if self._running else None
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self._running:
+            self._step(Tick())
+
+    # -- durability -------------------------------------------------------------------------------------------------
+
+    async def _persist_forever(self) -> None:
+        while True:
+            await self._persist_due.wait()
+            self._persist_due.clear()
+            while self._persists:
+                batch, self._persists = self._persists, []
+                try:
+                    await self._log.flush()
+                except IdunnoError as error:
+                    self._persists = batch + self._persists
+                    self._disk_refuses = True
+                    self._halt(f"its log cannot be written: {error}", error)
+                    if not self._running:
+                        return
+                    await asyncio.sleep(DISK_RETRY_S)
+                    continue
+                for persist in batch:
+                    for send in persist.then:
+                        self._send(send.to, send.message)
+                self._step(Persisted(batch[-1].seq))
+                if self._disk_refuses:
+                    self._resume()
+            if not self._running:
+                return
+
+    def _halt(self, problem: str, error: BaseException) -> None:
+        if self.problem is None:
+            self.problem = problem
+            log.error("node takes no part in consensus", extra={"problem": problem}, exc_info=error)
+            if self._running:
+                self._step(Halt(True))
+
+    def _resume(self) -> None:
+        """The disk takes writes again. A node that could not apply an entry does not come back."""
+        self._disk_refuses = False
+        if not self._stuck:
+            self.problem = None
+            log.warning("node takes part in consensus again")
+            self._step(Halt(False))
+
+    # -- applying and answering -------------------------------------------------------------------------------------
+
+    async def _apply_forever(self) -> None:
+        while True:
+            await self._apply_due.wait()
+            self._apply_due.clear()
+            while self._applied < self._core.commit:
+                first = self._applied + 1
+                last, _ = self._core.terms.batch_end(first, APPLY_BYTES_MAX, APPLY_ENTRIES_MAX)
+                last = min(last, self._core.commit)
+                payloads = self._log.cached(first, last) or await self._log.read(first, last)
+                self._apply_slice(payloads)
+                self._settle()
+                await asyncio.sleep(0)  # lets the loop breathe between slices
+
+    def _apply_slice(self, payloads: list[bytes]) -> None:
+        end = self._loop.time() + self.config.apply_slice_ms / 1000
+        for index, payload in enumerate(payloads, self._applied + 1):
+            value = self._apply(Index(index), payload) if payload else None
+            self._applied = Index(index)
+            proposal = self._proposals.get(self._applied)
+            if proposal is not None:
+                proposal.applied, proposal.value = True, value
+            if self._loop.time() >= end:
+                return
+
+    def _settle(self) -> None:
+        """Answer whoever waited for what is now there."""
+        self._awaited.reached(self._applied)
+        if not self._core.is_leader:
+            return
+        if not self._announced and self._applied >= self._core.term_start:
+            self._announced = True
+            self._tell_role(True)
+        if not self._proposals:
+            return
+        ready = min(self._applied, self._core.copies(self.copies_needed))
+        while self._proposals and next(iter(self._proposals)) <= ready:
+            index, proposal = self._proposals.popitem(last=False)
+            if not proposal.answer.done():
+                proposal.answer.set_result((index, self._core.copies_of(index), proposal.value))
+
+    def _append_new(self) -> None:
+        new, self._new = [p for p in self._new if not p.answer.done()], []
+        if not self._running or not self._core.accepts_proposals:
+            for proposal in new:
+                proposal.fail(
+                    NotLeader(f"{self.me} does not lead any more; the leader is {self.leader or 'not known'}")
+                )
+        elif new:
+            for index, proposal in enumerate(new, self._core.terms.last + 1):
+                proposal.index = Index(index)
+                self._proposals[proposal.index] = proposal
+            self._step(Propose(tuple(proposal.payload for proposal in new)))
+
+    def _expire(self, proposal: Proposal, timeout_s: float) -> None:
+        if not proposal.answer.done():
+            proposal.fail(DeadlineExceeded(f"no answer after {timeout_s:g} s: {self._story(proposal)}"))
+
+    def _story(self, proposal: Proposal) -> str:
+        """How far a proposal has come, with the numbers that decide."""
+        index = proposal.index
+        if index is None:
+            return "not appended yet"
+        copies = self._core.copies_of(index)
+        if index > self._core.commit:
+            needed = majority(len(self._voters))
+            return f"entry {index} is synced on {copies} nodes, not committed: {needed} of {len(self._voters)} voters are needed"
+        if not proposal.applied:
+            return f"entry {index} is committed, not applied yet (applied {self._applied})"
+        missing = sorted(node for node, p in self._core.peers.items() if p.match < index)
+        return (
+            f"entry {index} is committed, {copies} of {self.copies_needed} copies synced; "
+            f"no acknowledgement from {', '.join(missing) or 'anybody else'}"
+        )
+
+    def _lost_leadership(self) -> None:
+        self._fail_waiting("the leadership was lost")
+        if self._announced:
+            self._announced = False
+            self._tell_role(False)
+
+    def _fail_waiting(self, why: str) -> None:
+        proposals, self._proposals = self._proposals, OrderedDict()
+        for index, proposal in proposals.items():
+            state = "is committed" if index <= self._core.commit else "was appended"
+            proposal.fail(Unconfirmed(f"{why}: entry {index} {state}, it may have happened; look before trying again"))
+
+    def _tell_role(self, is_leader: bool) -> None:
+        for callback in self.on_role:
+            self._loop.call_soon(callback, is_leader, self._core.term)  # in order; an error of theirs is theirs

@@ -1,0 +1,156 @@
+# idunno/consensus/events.py: everything the Raft core hears and says, as small frozen values.
+#
+# Rule 1: a promise (a granted vote, the acknowledgement of an append) leaves the core only inside `Persist.then`, or when
+#         what it promises is synced already. The driver syncs first, then sends.
+# Rule 2: outputs are carried out in list order; Persists are made durable in the order they came.
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from idunno.base.ids import Index, NodeId, Term
+from idunno.consensus.messages import Entry, RaftMessage
+
+
+class RaftRole(enum.Enum):
+    FOLLOWER, PRE_CANDIDATE, CANDIDATE, LEADER = "follower", "pre-candidate", "candidate", "leader"
+
+
+@dataclass(frozen=True, slots=True)
+class HardState:
+    """What a voter may never forget (Raft thesis, figure 3.1)."""
+
+    term: Term
+    voted_for: NodeId | None = None
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """`Raft.deadline_ms()` has come. Early or late does no harm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    sender: NodeId
+    message: RaftMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Persisted:
+    """Every Persist up to `seq` is synced."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """Append these payloads; only while `accepts_proposals`. The first gets index `terms.last + 1`."""
+
+    payloads: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Ask for an index that is safe to read at; answered by ReadReady or ReadFailed with the same `read`."""
+
+    read: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """The connection to `node` closed."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Hand leadership to the voter that is furthest along, if leading (thesis, 3.10)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetLearners:
+    learners: frozenset[NodeId]
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """`on`: this node cannot keep a promise (its disk refuses, or it cannot apply): it leads, votes and acknowledges nothing
+    until Halt(False)."""
+
+    on: bool
+
+
+Input: TypeAlias = Tick | Received | Persisted | Propose | Read | PeerLost | Transfer | SetLearners | Halt
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    to: NodeId
+    message: RaftMessage
+
+
+@dataclass(frozen=True, slots=True)
+class SendEntries:
+    """Send an Append with the entries `first`..`last` of this node's log, if it still leads `term` when they are read."""
+
+    to: NodeId
+    term: Term
+    prev_term: Term
+    first: Index
+    last: Index
+    commit: Index
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Sync the hard state, if given, and the entries; then send `then`, and tell the core Persisted(seq).
+
+    Entries replace whatever the log holds from `first` on.
+    """
+
+    seq: int
+    hard: HardState | None
+    first: Index
+    entries: tuple[Entry, ...]
+    then: tuple[Send, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Entries up to `index` are committed: apply them in order."""
+
+    index: Index
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChanged:
+    """Role, term or known leader are others than before."""
+
+    role: RaftRole
+    term: Term
+    leader: NodeId | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadReady:
+    reads: tuple[int, ...]
+    index: Index
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFailed:
+    """Leadership was lost, or never there: ask the leader."""
+
+    reads: tuple[int, ...]
+
+
+Output: TypeAlias = Send | SendEntries | Persist | Committed | RoleChanged | ReadReady | ReadFailed

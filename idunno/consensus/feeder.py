@@ -1,0 +1,69 @@
+# idunno/consensus/feeder.py: finds the entries that the core wants sent: from memory at once, older ones from the disk.
+#
+# Rule: entries are sent only while this node still leads the term they were ordered in; a leader never changes its log.
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from idunno.base.errors import NotFound
+from idunno.base.ids import Index, NodeId, Term
+from idunno.consensus.events import SendEntries
+from idunno.consensus.log import Log
+from idunno.consensus.messages import Append, Entry, RaftMessage
+from idunno.consensus.raft import Raft
+
+
+class Feeder:
+    """`spawn` keeps a task and watches over its errors."""
+
+    def __init__(
+        self,
+        core: Raft,
+        log: Log,
+        send: Callable[[NodeId, RaftMessage], None],
+        spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
+    ) -> None:
+        self._core, self._log, self._send, self._spawn = core, log, send, spawn
+        self._behind: dict[NodeId, deque[SendEntries]] = {}  # followers that a task is reading for
+
+    def send(self, order: SendEntries) -> None:
+        payloads = self._log.cached(order.first, order.last)
+        if payloads is not None:
+            self._send_append(order, payloads)
+            return
+        queue = self._behind.get(order.to)
+        if queue is not None:
+            queue.append(order)  # few: the core waits for answers (inflight_messages_max)
+            return
+        self._behind[order.to] = deque([order])
+        self._spawn(self._read_and_send(order.to), f"raft entries for {order.to}")
+
+    def _send_append(self, order: SendEntries, payloads: list[bytes]) -> None:
+        terms = self._core.terms
+        entries = tuple(
+            Entry(terms.term(index) or Term(0), payload) for index, payload in enumerate(payloads, order.first)
+        )
+        previous = Index(order.first - 1)
+        self._send(order.to, Append(order.term, previous, order.prev_term, order.commit, order.round, entries))
+
+    async def _read_and_send(self, to: NodeId) -> None:
+        queue = self._behind[to]
+        try:
+            while queue:
+                order = queue.popleft()
+                if not self._leads(order.term):
+                    continue
+                try:
+                    payloads = await self._log.read(order.first, order.last)
+                except NotFound:
+                    continue  # cut meanwhile, so this node does not lead that term any more
+                if self._leads(order.term):
+                    self._send_append(order, payloads)
+        finally:
+            del self._behind[to]
+
+    def _leads(self, term: Term) -> bool:
+        return self._core.is_leader and self._core.term == term

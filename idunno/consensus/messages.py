@@ -1,0 +1,96 @@
+# idunno/consensus/messages.py: what voters and learners say to each other.
+#
+# Rule 1: messages may be lost, repeated and reordered; each says enough (term, index, round) to be judged on its own.
+# Rule 2: a message is one frame's header: the entries of one append are bounded in bytes and in number.
+# Rule 3: the sender is who the connection's certificate says it is, so no message names it.
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+import msgspec
+
+from idunno.base.ids import Index, Term
+from idunno.wire.calls import HEADER_BYTES_MAX, Empty, Method, Role
+
+PAYLOAD_BYTES_MAX: Final = 512 * 1024
+"""One entry's payload: half a frame's header, so that any entry fits an append."""
+APPEND_BYTES_MAX: Final = 512 * 1024
+"""Payload bytes in one append; a larger batch would hold up a heartbeat behind it for over 4 ms at 1 Gbit/s."""
+APPEND_ENTRIES_MAX: Final = 4096
+"""Entries in one append. With 24 bytes around each they still fit a header: 512 KiB + 96 KiB < 1 MiB."""
+
+assert APPEND_BYTES_MAX + 24 * APPEND_ENTRIES_MAX + 4096 < HEADER_BYTES_MAX
+assert PAYLOAD_BYTES_MAX <= APPEND_BYTES_MAX
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One entry of the log; its index is its place. An empty payload is the no-op of a new term."""
+
+    term: Term
+    payload: bytes
+
+
+class VoteRequest(msgspec.Struct, frozen=True, tag="vote"):
+    """RequestVote (Raft thesis, 3.4); with `pre`, the question whether it would be granted (9.6).
+
+    `term` is the term the asker wants to lead: one above its own if `pre`. `transfer`: the old leader asked for it (3.10),
+    so that hearing from that leader is no reason to refuse.
+    """
+
+    term: Term
+    last_index: Index
+    last_term: Term
+    pre: bool = False
+    transfer: bool = False
+
+
+class VoteAnswer(msgspec.Struct, frozen=True, tag="voted"):
+    """`term` is the asker's if granted, else the answerer's own."""
+
+    term: Term
+    granted: bool
+    pre: bool = False
+
+
+class Append(msgspec.Struct, frozen=True, tag="append"):
+    """AppendEntries (3.5); without entries a heartbeat. `round` counts the leader's rounds for ReadIndex (6.4)."""
+
+    term: Term
+    prev_index: Index
+    prev_term: Term
+    commit: Index
+    round: int
+    entries: tuple[Entry, ...] = ()
+
+
+class AppendAnswer(msgspec.Struct, frozen=True, tag="appended"):
+    """`ok`: all up to `index` equals the leader's log and is synced here.
+
+    Not ok: the log differs at `index` (the append's prev_index); `hint_index` is the last place where it may agree, and
+    `hint_term` this node's term there (thesis, end of 3.5, as etcd does it).
+    """
+
+    term: Term
+    ok: bool
+    index: Index
+    round: int
+    hint_index: Index = Index(0)
+    hint_term: Term = Term(0)
+
+
+class TimeoutNow(msgspec.Struct, frozen=True, tag="timeout-now"):
+    """The leader hands over: stand for election at once (3.10)."""
+
+    term: Term
+
+
+RaftMessage: TypeAlias = VoteRequest | VoteAnswer | Append | AppendAnswer | TimeoutNow
+
+
+class RaftEnvelope(msgspec.Struct, frozen=True):
+    """One message between two nodes of the coordinator, sent with Caller.notify on Lane.CONSENSUS."""
+
+    message: RaftMessage
+
+
+RAFT: Final = Method("raft", RaftEnvelope, Empty, Role.NODE)

@@ -1,0 +1,502 @@
+# idunno/consensus/raft.py: the Raft core: who leads, what the log holds, what is committed.
+#
+# Source: Diego Ongaro, Consensus: Bridging Theory and Practice (the Raft thesis); numbers in comments are its sections.
+# Rule 1: every rule that changes term, vote, role, log or commit is in this file. It does no I/O, reads no clock and draws
+#         no chance of its own; one call handles one input to the end.
+# Rule 2: what is promised is synced first: see events.Persist. The leader counts its own log only when it is synced.
+# Rule 3: messages may be lost, repeated, reordered; none of that may do more than cost time.
+# Rule 4: voters are fixed; learners are replicated to and never counted for a vote or a commit.
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable
+from typing import Final
+
+from idunno.base.ids import Index, NodeId, Term
+from idunno.consensus.config import RaftConfig
+from idunno.consensus.events import (
+    Committed,
+    Halt,
+    HardState,
+    Input,
+    Output,
+    PeerLost,
+    Persist,
+    Persisted,
+    Propose,
+    RaftRole,
+    Read,
+    ReadFailed,
+    ReadReady,
+    Received,
+    RoleChanged,
+    Send,
+    SendEntries,
+    SetLearners,
+    Tick,
+    Transfer,
+)
+from idunno.consensus.messages import (
+    APPEND_BYTES_MAX,
+    APPEND_ENTRIES_MAX,
+    Append,
+    AppendAnswer,
+    Entry,
+    RaftMessage,
+    TimeoutNow,
+    VoteAnswer,
+    VoteRequest,
+)
+from idunno.consensus.progress import Progress
+from idunno.consensus.quorum import grants_vote, majority, reached
+from idunno.consensus.terms import Terms
+
+_NONE: Final = Index(0)
+
+
+class Raft:
+    """One node's part in the consensus. Same inputs, times and `rng`: same outputs.
+
+    `terms` and `hard` are what the log held at start, all of it synced. Times are milliseconds of one monotonic clock.
+    Call `handle(Tick(), now_ms)` whenever `deadline_ms()` has come.
+    """
+
+    def __init__(
+        self,
+        me: NodeId,
+        voters: Iterable[NodeId],
+        learners: Iterable[NodeId],
+        terms: Terms,
+        hard: HardState,
+        config: RaftConfig,
+        rng: random.Random,
+        now_ms: int,
+    ) -> None:
+        self.me, self.config, self.terms = me, config, terms
+        self.voters, self.learners = frozenset(voters), frozenset(learners)
+        self.term, self.voted_for = hard.term, hard.voted_for
+        self.role, self.commit = RaftRole.FOLLOWER, Index(terms.base)
+        self.leader: NodeId | None = None
+        self.peers: dict[NodeId, Progress] = {}  # of a leader: every other voter and learner
+        self.synced = terms.last  # how far this node's own log is durable
+        self.halted = False
+        self._rng, self._now, self._out = rng, now_ms, list[Output]()
+        self._heard_ms = now_ms  # when the leader was last heard
+        self._votes: set[NodeId] = set()
+        self._vote_seq = 0  # the Persist that holds this candidate's own vote
+        self._seq = self._saved_seq = self._hard_seq = 0
+        self._hard_dirty = False
+        self._unsynced: deque[tuple[int, int]] = deque()  # (seq, last index) of Persists with entries under way
+        self._term_start = 0  # of a leader: the index of its no-op
+        self._heartbeat_ms = self._election_ms = now_ms
+        self._notice_ms: int | None = None
+        self._transfer: tuple[NodeId, int] | None = None  # to whom, until when
+        self._round = 0
+        self._reading: tuple[int, Index, tuple[int, ...]] | None = None  # round, index, reads
+        self._reads: list[int] = []  # wait for the next round
+        self._restart_election_timer()
+        if self.voters == {me}:
+            self._election_ms = now_ms  # nobody to wait for
+
+    # -- what the driver asks ---------------------------------------------------------------------------------------
+
+    @property
+    def is_leader(self) -> bool:
+        return self.role is RaftRole.LEADER
+
+    @property
+    def accepts_proposals(self) -> bool:
+        return self.is_leader and self._transfer is None
+
+    @property
+    def term_start(self) -> Index:
+        """Of a leader: the index of the no-op that began its term."""
+        return Index(self._term_start)
+
+    def leaderless_ms(self, now_ms: int) -> int:
+        """For how long no leader was known here."""
+        return 0 if self.leader is not None else now_ms - self._heard_ms
+
+    def deadline_ms(self) -> int:
+        if not self.is_leader:
+            return self._election_ms
+        return self._heartbeat_ms if self._notice_ms is None else min(self._heartbeat_ms, self._notice_ms)
+
+    def copies(self, count: int) -> Index:
+        """Of a leader: the index up to which at least `count` nodes, voters or learners, have synced its log."""
+        return Index(reached([self.synced, *(p.match for p in self.peers.values())], count))
+
+    def copies_of(self, index: int) -> int:
+        """Of a leader: how many nodes have synced its log up to `index`."""
+        return (self.synced >= index) + sum(p.match >= index for p in self.peers.values())
+
+    def answering(self, now_ms: int, within_ms: int) -> int:
+        """Of a leader: how many voters, itself included, answered within the last `within_ms`."""
+        heard = self._of_voters(now_ms, {n: p.heard_ms for n, p in self.peers.items()})
+        return sum(now_ms - at <= within_ms for at in heard)
+
+    # -- the one entrance -------------------------------------------------------------------------------------------
+
+    def handle(self, event: Input, now_ms: int) -> list[Output]:
+        self._now, self._out = now_ms, []
+        before = (self.role, self.term, self.leader)
+        match event:
+            case Received(sender, message):
+                self._received(sender, message)
+            case Persisted(seq):
+                self._persisted(seq)
+            case Propose(payloads):
+                assert self.accepts_proposals, f"proposed to a {self.role.value}"
+                self._append_own(payloads)
+            case Read(read):
+                self._read(read)
+            case Tick():
+                self._tick()
+            case PeerLost(node):
+                self._peer_lost(node)
+            case Transfer():
+                self._begin_transfer()
+            case SetLearners(learners):
+                self._set_learners(learners)
+            case Halt(on):
+                self.halted = on
+                if on and self.role is not RaftRole.FOLLOWER:
+                    self._follow(self.term, None)
+        if self._hard_dirty:
+            self._persist()
+        if before != (self.role, self.term, self.leader):
+            self._out.append(RoleChanged(self.role, self.term, self.leader))
+        return self._out
+
+    def _received(self, sender: NodeId, message: RaftMessage) -> None:
+        match message:
+            case VoteRequest():
+                self._asked_for_vote(sender, message)
+                return
+            case VoteAnswer(granted=True, pre=True):
+                self._pre_vote_granted(sender, message)
+                return
+        if message.term > self.term:
+            self._follow(message.term, None)
+        elif message.term < self.term:
+            if isinstance(message, Append):  # tells a deposed leader, or one that lags behind our term
+                self._answer(sender, AppendAnswer(self.term, False, message.prev_index, message.round))
+            return
+        match message:
+            case Append():
+                self._appended(sender, message)
+            case AppendAnswer():
+                self._append_answered(sender, message)
+            case VoteAnswer(granted=True):
+                if self.role is RaftRole.CANDIDATE and sender in self.voters:
+                    self._count_vote(sender)
+            case TimeoutNow():
+                if self._may_stand() and self.role is not RaftRole.LEADER:
+                    self._stand(transfer=True)
+
+    def _tick(self) -> None:
+        if not self.is_leader:
+            if self._now >= self._election_ms:
+                self._ask_pre_votes()
+            return
+        if self._transfer is not None and self._now >= self._transfer[1]:
+            self._transfer = None  # 3.10: given up after one election timeout, and leads on
+        if self._notice_ms is not None and self._now >= self._notice_ms:
+            self._notice_ms = None
+            for node, p in self.peers.items():
+                if min(self.commit, p.match) > p.commit_sent:
+                    self._heartbeat(node, p)
+        if self._now >= self._heartbeat_ms:
+            self._heartbeat_ms = self._now + self.config.heartbeat_ms
+            if self.answering(self._now, self.config.election_timeout_ms) < majority(len(self.voters)):
+                self._follow(self.term, None)  # 6.2: a leader without a majority steps down after one election timeout
+                return
+            self._heartbeat_all()
+
+    # -- elections (3.4, 4.2.3, 9.6, 3.10) --------------------------------------------------------------------------
+
+    def _restart_election_timer(self) -> None:
+        spread = self._rng.randrange(self.config.election_spread_ms)
+        self._election_ms = self._now + self.config.election_timeout_ms + spread
+
+    def _may_stand(self) -> bool:
+        return self.me in self.voters and not self.halted
+
+    def _hears_leader(self) -> bool:
+        if self.is_leader:
+            return True  # check-quorum: a leader that stays one hears a majority
+        return self.leader is not None and self._now - self._heard_ms < self.config.election_timeout_ms
+
+    def _peer_lost(self, node: NodeId) -> None:
+        if node == self.leader:
+            self.leader = None
+            self._election_ms = self._now + self._rng.randrange(self.config.lost_leader_spread_ms)
+
+    def _ask_pre_votes(self) -> None:
+        self._restart_election_timer()
+        self.leader = None
+        if not self._may_stand():
+            return
+        self.role, self._votes = RaftRole.PRE_CANDIDATE, {self.me}
+        if majority(len(self.voters)) == 1:
+            self._stand()
+            return
+        last, last_term = self.terms.last, self.terms.last_term
+        self._broadcast(VoteRequest(Term(self.term + 1), last, last_term, pre=True))
+
+    def _pre_vote_granted(self, sender: NodeId, answer: VoteAnswer) -> None:
+        if self.role is RaftRole.PRE_CANDIDATE and answer.term == self.term + 1 and sender in self.voters:
+            self._votes.add(sender)
+            if len(self._votes) >= majority(len(self.voters)):
+                self._stand()
+
+    def _stand(self, *, transfer: bool = False) -> None:
+        """Raise the term, vote for oneself, ask the others; one's own vote counts when it is synced."""
+        self.term, self.voted_for, self._hard_dirty = Term(self.term + 1), self.me, True
+        self.role, self.leader, self._votes = RaftRole.CANDIDATE, None, set()
+        self._restart_election_timer()
+        request = VoteRequest(self.term, self.terms.last, self.terms.last_term, transfer=transfer)
+        self._persist(*(Send(node, request) for node in sorted(self.voters - {self.me})))
+        self._vote_seq = self._seq
+
+    def _count_vote(self, voter: NodeId) -> None:
+        self._votes.add(voter)
+        if self.me in self._votes and len(self._votes) >= majority(len(self.voters)):
+            self._lead()
+
+    def _asked_for_vote(self, sender: NodeId, request: VoteRequest) -> None:
+        if sender not in self.voters or not self._may_stand():
+            return
+        if self._hears_leader() and not request.transfer:
+            return  # 4.2.3: a node that hears a leader takes no part in another's election, nor its term
+        mine, theirs = (self.terms.last_term, self.terms.last), (request.last_term, request.last_index)
+        if request.pre:  # 9.6: would it be granted? Changes nothing here
+            granted = request.term > self.term and theirs >= mine
+            self._answer(sender, VoteAnswer(request.term if granted else self.term, granted, pre=True))
+            return
+        if request.term > self.term:
+            self._follow(request.term, None)
+        granted = request.term == self.term and grants_vote(mine, theirs, self.voted_for, sender)
+        if granted and self.voted_for is None:
+            self.voted_for, self._hard_dirty = sender, True
+            self._restart_election_timer()
+        self._answer(sender, VoteAnswer(self.term, granted))
+
+    def _follow(self, term: Term, leader: NodeId | None) -> None:
+        if term > self.term:
+            self.term, self.voted_for, self._hard_dirty = term, None, True
+        if self.is_leader:
+            self._heard_ms = self._now
+        if self.role is not RaftRole.FOLLOWER:
+            self._restart_election_timer()
+        reads = (*(self._reading[2] if self._reading else ()), *self._reads)
+        if reads:
+            self._out.append(ReadFailed(reads))
+        self.role, self.leader = RaftRole.FOLLOWER, leader
+        self.peers, self._reading, self._reads = {}, None, []
+        self._transfer = self._notice_ms = None
+
+    def _lead(self) -> None:
+        self.role, self.leader = RaftRole.LEADER, self.me
+        last = self.terms.last
+        others = sorted((self.voters | self.learners) - {self.me})
+        self.peers = {node: Progress(next=last + 1, heard_ms=self._now) for node in others}
+        self._round, self._heartbeat_ms = 0, self._now + self.config.heartbeat_ms
+        self._term_start = last + 1
+        self._append_own((b"",))  # 6.4 and the erratum: nothing is known committed before an entry of the own term is
+
+    def _begin_transfer(self) -> None:
+        targets = [node for node in self.peers if node in self.voters]
+        if not self.is_leader or not targets:
+            return
+        target = max(targets, key=lambda node: self.peers[node].match)
+        self._transfer = (target, self._now + self.config.election_timeout_ms)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._transfer is not None and self.peers[self._transfer[0]].match == self.terms.last:
+            self._out.append(Send(self._transfer[0], TimeoutNow(self.term)))
+
+    # -- replication, the leader's side (3.5, 10.2.1) ---------------------------------------------------------------
+
+    def _append_own(self, payloads: tuple[bytes, ...]) -> None:
+        first = Index(self.terms.last + 1)
+        for payload in payloads:
+            self.terms.append(self.term, len(payload))
+        self._persist(first=first, entries=tuple(Entry(self.term, payload) for payload in payloads))
+        for node, p in self.peers.items():
+            self._replicate(node, p)
+
+    def _replicate(self, node: NodeId, p: Progress) -> None:
+        while p.next <= self.terms.last and p.may_send(self.config):
+            prev_term = self.terms.term(p.next - 1)
+            assert prev_term is not None
+            first = Index(p.next)
+            last, size = self.terms.batch_end(first, APPEND_BYTES_MAX, APPEND_ENTRIES_MAX)
+            p.sent(last, size)
+            p.commit_sent = max(p.commit_sent, min(self.commit, last))
+            self._out.append(SendEntries(node, self.term, prev_term, first, last, self.commit, self._round))
+
+    def _heartbeat(self, node: NodeId, p: Progress) -> None:
+        """An Append without entries just before `next`: where the follower lacks something, its answer says so."""
+        prev_term = self.terms.term(p.next - 1)
+        assert prev_term is not None
+        p.commit_sent = max(p.commit_sent, min(self.commit, p.next - 1))
+        append = Append(self.term, Index(p.next - 1), prev_term, self.commit, self._round)
+        self._out.append(Send(node, append))
+
+    def _heartbeat_all(self) -> None:
+        for node, p in self.peers.items():
+            self._heartbeat(node, p)
+
+    def _append_answered(self, sender: NodeId, answer: AppendAnswer) -> None:
+        p = self.peers.get(sender)
+        if p is None:
+            return  # not a leader any more, or a learner that was removed
+        p.heard_ms = self._now
+        p.round = max(p.round, answer.round)
+        if answer.ok:
+            p.acknowledged(answer.index)
+        else:
+            p.rejected(answer, self.terms)
+        self._advance_commit()
+        self._replicate(sender, p)
+        if min(self.commit, p.match) > p.commit_sent and self._notice_ms is None:
+            self._notice_ms = self._now + self.config.commit_notice_ms
+        self._finish_reads()
+        if self._transfer is not None and sender == self._transfer[0]:
+            self._hand_over()
+
+    def _of_voters(self, mine: int, theirs: dict[NodeId, int]) -> list[int]:
+        return [mine if node == self.me else theirs.get(node, 0) for node in self.voters]
+
+    def _advance_commit(self) -> None:
+        matches = self._of_voters(self.synced, {node: p.match for node, p in self.peers.items()})
+        index = reached(matches, majority(len(self.voters)))
+        # 3.6.2: only an entry of the own term is committed by counting; it takes those before it along.
+        if index > self.commit and self.terms.term(index) == self.term:
+            self._commit_to(index)
+            if any(min(index, p.match) > p.commit_sent for p in self.peers.values()) and self._notice_ms is None:
+                self._notice_ms = self._now + self.config.commit_notice_ms
+            self._begin_reads()
+
+    def _commit_to(self, index: int) -> None:
+        if index > self.commit:
+            self.commit = Index(index)
+            self._out.append(Committed(self.commit))
+
+    def _set_learners(self, learners: frozenset[NodeId]) -> None:
+        self.learners = learners
+        if self.is_leader:
+            wanted = (self.voters | learners) - {self.me}
+            for node in sorted(wanted - self.peers.keys()):
+                self.peers[node] = Progress(next=self.terms.last + 1, heard_ms=self._now)
+                self._heartbeat(node, self.peers[node])
+            self.peers = {node: p for node, p in self.peers.items() if node in wanted}
+
+    # -- replication, the follower's side (3.5) ---------------------------------------------------------------------
+
+    def _appended(self, sender: NodeId, append: Append) -> None:
+        assert not self.is_leader, f"{sender} and {self.me} both lead term {self.term}"
+        if self.role is not RaftRole.FOLLOWER:
+            self._follow(self.term, sender)
+        self.leader, self._heard_ms = sender, self._now
+        self._restart_election_timer()
+        agrees = self.terms.term(append.prev_index) == append.prev_term
+        if self.halted:  # goes on learning and applying what it has, and acknowledges nothing
+            if agrees:
+                self._commit_to(min(append.commit, append.prev_index))
+            return
+        if not agrees:
+            hint, hint_term = self.terms.last_agreeing(append.prev_index, append.prev_term)
+            self._answer(sender, AppendAnswer(self.term, False, append.prev_index, append.round, hint, hint_term))
+            return
+        new = self._take_over(append)
+        if new is None:
+            return
+        last = append.prev_index + len(append.entries)
+        if new:
+            first = Index(last - len(new) + 1)
+            answer = AppendAnswer(self.term, True, Index(last), append.round)
+            self._persist(Send(sender, answer), first=first, entries=new)
+        else:
+            self._answer(sender, AppendAnswer(self.term, True, Index(min(last, self.synced)), append.round))
+        self._commit_to(min(append.commit, last))
+
+    def _take_over(self, append: Append) -> tuple[Entry, ...] | None:
+        """Bring the log's terms in line with `append`; returns the entries to store, None if the disk is too far behind."""
+        for at, entry in enumerate(append.entries):
+            index = append.prev_index + 1 + at
+            mine = self.terms.term(index)
+            if mine == entry.term:
+                continue
+            if self._seq - self._saved_seq >= self.config.persists_max:
+                return None
+            if mine is not None:
+                assert index > self.commit, f"{index} is committed ({self.commit}) and would be replaced"
+                self.terms.truncate(index)
+                self.synced = Index(min(self.synced, index - 1))
+                self._unsynced = deque((seq, min(last, index - 1)) for seq, last in self._unsynced)
+            for new in append.entries[at:]:
+                self.terms.append(new.term, len(new.payload))
+            return append.entries[at:]
+        return ()
+
+    # -- reads (6.4) ------------------------------------------------------------------------------------------------
+
+    def _read(self, read: int) -> None:
+        if not self.is_leader:
+            self._out.append(ReadFailed((read,)))
+            return
+        self._reads.append(read)
+        self._begin_reads()
+
+    def _begin_reads(self) -> None:
+        """One round for all reads that wait. A round under way began before they came and proves nothing for them."""
+        if self._reading is not None or not self._reads or self.commit < self._term_start:
+            return
+        self._round += 1
+        self._reading, self._reads = (self._round, self.commit, tuple(self._reads)), []
+        self._heartbeat_all()
+        self._finish_reads()
+
+    def _finish_reads(self) -> None:
+        if self._reading is None:
+            return
+        round_, index, reads = self._reading
+        rounds = self._of_voters(self._round, {node: p.round for node, p in self.peers.items()})
+        if reached(rounds, majority(len(self.voters))) >= round_:
+            self._reading = None
+            self._out.append(ReadReady(reads, index))
+            self._begin_reads()
+
+    # -- durability (3.8) -------------------------------------------------------------------------------------------
+
+    def _persist(self, *then: Send, first: Index = _NONE, entries: tuple[Entry, ...] = ()) -> None:
+        self._seq += 1
+        hard = HardState(self.term, self.voted_for) if self._hard_dirty else None
+        if hard is not None:
+            self._hard_dirty, self._hard_seq = False, self._seq
+        if entries:
+            self._unsynced.append((self._seq, first + len(entries) - 1))
+        self._out.append(Persist(self._seq, hard, first, entries, then))
+
+    def _answer(self, to: NodeId, message: RaftMessage) -> None:
+        """Send now if the term and vote that the answer speaks of are synced, else behind their sync."""
+        if not self._hard_dirty and self._hard_seq <= self._saved_seq:
+            self._out.append(Send(to, message))
+        elif self._hard_dirty or self._seq - self._saved_seq < self.config.persists_max:
+            self._persist(Send(to, message))
+
+    def _persisted(self, seq: int) -> None:
+        self._saved_seq = seq
+        while self._unsynced and self._unsynced[0][0] <= seq:
+            self.synced = Index(max(self.synced, self._unsynced.popleft()[1]))
+        if self.role is RaftRole.CANDIDATE and seq >= self._vote_seq:
+            self._count_vote(self.me)
+        elif self.is_leader:
+            self._advance_commit()
+
+    def _broadcast(self, message: RaftMessage) -> None:
+        self._out.extend(Send(node, message) for node in sorted(self.voters - {self.me}))

@@ -1,0 +1,112 @@
+# idunno/consensus/recovery.py: reading the log back at start, and telling a torn write from damage.
+#
+# Rule 1: every segment but the last was synced whole before the next was begun: any fault in it is damage.
+# Rule 2: in the last one, the first place without a valid record is the end if nothing behind it proves that the place was
+#         once synced (records.py, Rule 3). Left-overs of a torn write are wiped before the log is used.
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from idunno.base.disk import Disk
+from idunno.base.errors import Corrupt
+from idunno.consensus.records import (
+    RECORD_MAGIC,
+    REJOIN,
+    SEGMENT_HEADER_BYTES,
+    Record,
+    decode_record,
+    decode_segment_header,
+)
+from idunno.consensus.terms import Terms
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What the segments hold, and where the next record goes."""
+
+    terms: Terms = field(default_factory=Terms)
+    where: array[int] = field(default_factory=lambda: array("Q"))  # segment << 32 | offset, from index 1
+    segment: int = 0
+    tail: int = 0
+    previous: int = 0  # checksum of the last record
+
+
+async def recover(disk: Disk, directory: str, names: list[str]) -> Recovered:
+    """Read the segments `names`, sorted, which must be 00000001.seg and so on. Raises Corrupt, Incompatible."""
+    found = Recovered()
+    for number, name in enumerate(names, 1):
+        path, last = f"{directory}/{name}", number == len(names)
+        if name != f"{number:08d}.seg":
+            raise Corrupt(f"{directory}/{number:08d}.seg is missing, {path} is there; {REJOIN}")
+        file = await disk.open(path)
+        try:
+            data = await file.read(0, await file.size())
+            if last and number > 1 and not _begun(data, path, number):
+                await disk.remove(path)
+                await disk.sync_directory(directory)
+                return await recover(disk, directory, names[:-1])
+            _read_segment(data, path, number, found)
+            unused = len(data) - found.tail
+            if last and data[found.tail :] != bytes(unused):
+                await file.write(found.tail, [bytes(unused)], sync=True)
+        finally:
+            await file.close()
+    if not names:
+        raise Corrupt(f"{directory} holds no segment; {REJOIN}")
+    return found
+
+
+def _begun(data: bytes, path: str, number: int) -> bool:
+    """Whether the last segment was ever in use: a crash while it was being made leaves neither header nor record."""
+    return decode_segment_header(data, path) is not None or _next_valid(data, 0, number) is not None
+
+
+def _read_segment(data: bytes, path: str, number: int, found: Recovered) -> None:
+    header = decode_segment_header(data, path)
+    if header is None:
+        raise Corrupt(f"{path}: the header, at offset 0, is damaged; {REJOIN}")
+    if header.segment != number:
+        raise Corrupt(f"{path} is segment {header.segment}; {REJOIN}")
+    if header.previous != found.previous:
+        raise Corrupt(
+            f"log segment {number - 1} is damaged at offset {found.tail}, entry {found.terms.last + 1} or so: "
+            f"{path} was begun after it; {REJOIN}"
+        )
+    found.segment, found.tail = number, SEGMENT_HEADER_BYTES
+    while (record := decode_record(data, found.tail, number, found.tail)) is not None:
+        if record.previous != found.previous:
+            break  # valid on its own, but not what followed here: left over
+        _take(record, path, number, found)
+    behind = _next_valid(data, found.tail, number)
+    while behind is not None:
+        if behind.batch > found.tail:
+            raise Corrupt(
+                f"{path}: damaged at offset {found.tail}, entry {found.terms.last + 1} or so; it was synced, for the "
+                f"record at offset {behind.offset} (entry {behind.index}) was written later; {REJOIN}"
+            )
+        behind = _next_valid(data, behind.offset + 1, number)
+
+
+def _take(record: Record, path: str, number: int, found: Recovered) -> None:
+    if not 1 <= record.index <= found.terms.last + 1:
+        raise Corrupt(f"{path}: entry {record.index} at offset {record.offset} follows {found.terms.last}; {REJOIN}")
+    if record.index <= found.terms.last:
+        found.terms.truncate(record.index)
+        del found.where[record.index - 1 :]
+    if record.term < found.terms.last_term:
+        raise Corrupt(f"{path}: term {record.term} at offset {record.offset} follows a later one; {REJOIN}")
+    found.terms.append(record.term, len(record.payload))
+    found.where.append(number << 32 | record.offset)
+    found.tail, found.previous = record.end, record.checksum
+
+
+def _next_valid(data: bytes, start: int, number: int) -> Record | None:
+    """The first record at or behind `start` that is valid by itself, wherever it stands."""
+    at = data.find(RECORD_MAGIC, start)
+    while at >= 0:
+        record = decode_record(data, at, number, at)
+        if record is not None:
+            return record
+        at = data.find(RECORD_MAGIC, at + 1)
+    return None

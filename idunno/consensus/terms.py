@@ -1,0 +1,72 @@
+# idunno/consensus/terms.py: what the core must know of its log: the term and the size of every entry.
+#
+# Rule 1: compact, because it covers the whole log: four bytes an entry, and one pair for each term.
+# Rule 2: payloads are not here: they are the log's (log.py).
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+
+from idunno.base.ids import Index, Term
+
+
+class Terms:
+    """Terms and payload sizes of the entries after `base` (an index; 0 until there are snapshots) up to `last`."""
+
+    def __init__(self, base: int = 0, base_term: int = 0) -> None:
+        self.base = Index(base)
+        self._starts: list[int] = [base]  # first index of each run of equal terms; terms never fall
+        self._terms: list[int] = [base_term]
+        self._sizes = array("I")
+
+    @property
+    def last(self) -> Index:
+        return Index(self.base + len(self._sizes))
+
+    @property
+    def last_term(self) -> Term:
+        return Term(self._terms[-1])
+
+    def term(self, index: int) -> Term | None:
+        """The term of the entry at `index`; of base itself its own (0 at the very start); None outside."""
+        if not self.base <= index <= self.last:
+            return None
+        return Term(self._terms[bisect_right(self._starts, index) - 1])
+
+    def size(self, index: int) -> int:
+        """Payload bytes of the entry at `index`, which must exist."""
+        return self._sizes[index - self.base - 1]
+
+    def append(self, term: Term, size: int) -> None:
+        assert term >= self.last_term, f"term {term} after {self.last_term}"
+        self._sizes.append(size)
+        if term != self._terms[-1]:
+            self._starts.append(self.last)
+            self._terms.append(term)
+
+    def truncate(self, first: int) -> None:
+        """Forget the entries from `first` on."""
+        assert self.base < first <= self.last, f"cut at {first} of {self.base}..{self.last}"
+        del self._sizes[first - self.base - 1 :]
+        while self._starts[-1] >= first:
+            self._starts.pop()
+            self._terms.pop()
+
+    def last_agreeing(self, index: int, term: int) -> tuple[Index, Term]:
+        """The last entry at or before `index` whose term is at most `term`, with its term: where a log may still agree with
+        one that has `term` at `index` (terms never fall along a log)."""
+        at = min(index, self.last)
+        run = bisect_right(self._starts, at) - 1
+        while run > 0 and self._terms[run] > term:
+            at = self._starts[run] - 1
+            run -= 1
+        return Index(max(at, self.base)), Term(self._terms[run])
+
+    def batch_end(self, first: int, bytes_max: int, entries_max: int) -> tuple[Index, int]:
+        """The last entry, and the payload bytes, of a batch from `first` within the bounds; one entry at least."""
+        last, size = first, self.size(first)
+        end = min(self.last, first + entries_max - 1)
+        while last < end and size + self.size(last + 1) <= bytes_max:
+            last += 1
+            size += self.size(last)
+        return Index(last), size

@@ -1,0 +1,240 @@
+# idunno/coordinator/client.py: how every other part of a node asks the coordinator, wherever its leader is.
+#
+# Rule 1: a command goes to the leader; while there is none, or it changes, the asker waits for the event, not for luck, and
+#         tries again until its deadline.
+# Rule 2: what may have happened is sent again only if doing it twice is doing it once (`is_idempotent`): the command is found
+#         again by a put's, job's or token's id, by the request id, or sets what is set already.
+# Rule 3: who gives up says what it waited for: NoQuorum when certainly nothing happened, DeadlineExceeded when it may have.
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from idunno.base.disk import Buffer
+from idunno.base.errors import (
+    Conflict,
+    ConnectionLost,
+    DeadlineExceeded,
+    IdunnoError,
+    InternalError,
+    NoQuorum,
+    NotLeader,
+    PermissionDenied,
+    Unavailable,
+    Unconfirmed,
+)
+from idunno.base.ids import Index, NodeId, Term
+from idunno.coordinator import commands as c
+from idunno.coordinator import permissions
+from idunno.coordinator.machine import Applied, Machine
+from idunno.coordinator.messages import PROPOSE, READ_INDEX, Propose, Proposed, ReadIndex, ReadIndexAnswer
+from idunno.coordinator.reads import ReadRounds
+from idunno.coordinator.results import convert
+from idunno.wire.calls import A, Actor, Method, Peers, Q
+
+PAUSE_MIN_S: Final = 0.05
+PAUSE_MAX_S: Final = 0.5
+"""Between attempts at a leader that does not answer, doubling; cut short as soon as another leader is known."""
+
+NEEDS_REQUEST: Final = (c.DeleteFile, c.Deploy, c.Undeploy, c.ForgetJob, c.RevokeUser)
+"""Commands that find their first try by the request id alone. All others name what they make, or set what may be set twice."""
+
+
+class Driver(Protocol):
+    """What this file needs of consensus.driver.RaftDriver."""
+
+    on_leader: list[Callable[[NodeId | None, Term], None]]
+
+    @property
+    def leader(self) -> NodeId | None: ...
+    @property
+    def is_leader(self) -> bool: ...
+    @property
+    def term(self) -> Term: ...
+
+    async def propose(self, payload: bytes, timeout_s: float) -> tuple[Index, int, Any]: ...
+    async def read_index(self, timeout_s: float) -> Index: ...
+    async def applied(self, index: Index, timeout_s: float) -> None: ...
+
+
+def is_idempotent(command: c.Command, request: str) -> bool:
+    """Whether this command, under this request id, may be proposed a second time when the first try's fate is unknown."""
+    return bool(request) or not isinstance(command, NEEDS_REQUEST)
+
+
+class Coordinator:
+    def __init__(self, driver: Driver, machine: Machine, peers: Peers, me: NodeId, now_ms: Callable[[], int]) -> None:
+        self.driver, self.machine, self.me, self.now_ms = driver, machine, me, now_ms
+        self._peers = peers
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._rounds = ReadRounds(self._read_index)
+        driver.on_leader.append(self._leader_changed)
+
+    async def close(self) -> None:
+        """End what runs in the background; reads that wait are answered Unavailable."""
+        await self._rounds.close()
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    async def propose(
+        self, command: c.Command, *, actor: Actor, request: str = "", timeout_s: float
+    ) -> tuple[Any, int]:
+        """Have a command applied on behalf of `actor`; its result (results.py), and on how many nodes it is synced.
+
+        Raises what the machine refused it with; NoQuorum (nothing happened), DeadlineExceeded or Unconfirmed (it may have).
+        """
+
+        async def here(left_s: float) -> Proposed:
+            return await self.propose_here(command, actor=actor, request=request, timeout_s=left_s)
+
+        answer = await self.ask_leader(
+            PROPOSE,
+            Propose(c.encode_command(command), request),
+            here,
+            timeout_s=timeout_s,
+            actor=actor,
+            again=is_idempotent(command, request),
+        )
+        result = answer.result
+        return result if isinstance(result, msgspec.Struct) else convert(type(command), result), answer.copies
+
+    async def propose_here(self, command: c.Command, *, actor: Actor, request: str, timeout_s: float) -> Proposed:
+        """The leader's part. `result` is the result's struct. Raises NotLeader too."""
+        if self.driver.leader != self.me:
+            raise NotLeader(f"{self.me} does not lead; the leader is {self.driver.leader or 'not known'}")
+        end_s = _now_s() + timeout_s
+        permissions.check_new_names(command)
+        try:
+            permissions.check(command, actor, self.machine)
+        except (PermissionDenied, Conflict):
+            # This leader may be new and its machine a little behind: refuse only by what is certainly true.
+            index = await self.driver.read_index(timeout_s)
+            await self.driver.applied(index, _left_s(end_s))
+            permissions.check(command, actor, self.machine)
+        entry = c.Entry(c.FORMAT, max(0, self.now_ms()), actor.name, actor.role.value, request, command)
+        index, copies, applied = await self.driver.propose(c.encode_entry(entry), _left_s(end_s))
+        if not isinstance(applied, Applied):
+            raise InternalError(f"entry {index} was applied by something that is not a machine: {applied!r:.80}")
+        if applied.error is not None:
+            raise applied.error
+        return Proposed(index, copies, applied.result)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    async def read(self, timeout_s: float) -> Machine:
+        """This node's machine, in a state that holds everything acknowledged anywhere before this call.
+
+        Raises NoQuorum, DeadlineExceeded. The machine moves on with the next await.
+        """
+        end_s = _now_s() + timeout_s
+        index = await self._rounds.join(timeout_s)
+        await self.driver.applied(index, _left_s(end_s))
+        return self.machine
+
+    async def read_index_here(self, timeout_s: float) -> ReadIndexAnswer:
+        """The leader's part: one round of heartbeats. Raises NotLeader, NoQuorum, DeadlineExceeded."""
+        return ReadIndexAnswer(await self.driver.read_index(timeout_s), self.driver.term)
+
+    async def _read_index(self, timeout_s: float) -> Index:
+        answer = await self.ask_leader(READ_INDEX, ReadIndex(), self.read_index_here, timeout_s=timeout_s, again=True)
+        return Index(answer.index)
+
+    # -- finding the leader -------------------------------------------------------------------------------------------
+
+    async def ask_leader(
+        self,
+        method: Method[Q, A],
+        request: Q,
+        here: Callable[[float], Awaitable[A]],
+        *,
+        timeout_s: float,
+        actor: Actor | None = None,
+        body: Buffer = b"",
+        again: bool,
+    ) -> A:
+        """Have the leader answer: `here(timeout_s)` when it is this node, a call of `method` otherwise.
+
+        Waits for a leader, follows it when it changes. `again`: the request may be sent again although it may have happened.
+        A handler must answer a node's call with NotLeader rather than forward it a second time.
+        Raises what the leader raised; NoQuorum (nothing happened), DeadlineExceeded or Unconfirmed (something may have).
+        """
+        end_s, pause_s, unsure = _now_s() + timeout_s, PAUSE_MIN_S, False
+        last: IdunnoError | None = None
+        while (left_s := end_s - _now_s()) > 0:
+            leader = self.driver.leader
+            if leader is None:
+                await self._change(left_s)
+                continue
+            try:
+                if leader == self.me:
+                    return await here(left_s)
+                call = self._peers.to(leader).call(method, request, timeout_s=left_s, actor=actor, body=body)
+                return await (self._while_led_by(leader, call) if again else call)
+            except (NotLeader, NoQuorum, Unavailable) as error:
+                last = error
+            except Unconfirmed as error:
+                if not again:
+                    raise
+                last, unsure = error, True
+            if self.driver.leader == leader:
+                await self._change(min(pause_s, end_s - _now_s()))
+                pause_s = min(2 * pause_s, PAUSE_MAX_S)
+        why = str(last) if last is not None else "no leader is known: too few voters are up, or one is being elected"
+        text = f"{method.name} not done within {timeout_s:g} s: {why}; see `idunno status`"
+        raise DeadlineExceeded(text) if unsure else NoQuorum(text)
+
+    async def _while_led_by(self, leader: NodeId, call: Awaitable[A]) -> A:
+        """The call's answer; raises ConnectionLost as soon as another node is known to lead: a frozen leader never answers."""
+        task = asyncio.ensure_future(call)
+        try:
+            while True:
+                change = self._next_change()
+                try:
+                    both: set[asyncio.Future[Any]] = {task, change}
+                    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    self._waiters.discard(change)
+                if task.done():
+                    return task.result()
+                if self.driver.leader not in (leader, None):
+                    raise ConnectionLost(f"{leader} lost the leadership before it answered")
+        finally:
+            if not task.done():
+                task.cancel()
+                task.add_done_callback(_observe)
+
+    def _leader_changed(self, leader: NodeId | None, term: Term) -> None:
+        waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _next_change(self) -> asyncio.Future[None]:
+        change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(change)
+        return change
+
+    async def _change(self, timeout_s: float) -> None:
+        """Wait until leader or term are others, at most `timeout_s`."""
+        change = self._next_change()
+        try:
+            await asyncio.wait({change}, timeout=max(0.0, timeout_s))
+        finally:
+            self._waiters.discard(change)
+
+
+def _observe(task: asyncio.Future[Any]) -> None:
+    """A call that was given up may end in any way; nobody waits for it any more."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _left_s(end_s: float) -> float:
+    return max(0.001, end_s - _now_s())

@@ -1,0 +1,69 @@
+# idunno/coordinator/effects.py: what an applied command means to the soft parts of a node.
+#
+# Rule 1: effects are told, never asked: the small-block store, the scheduler, the locator and the node's own settings follow
+#         the machine by them and need not scan it.
+# Rule 2: they come from every node's machine alike; who acts on them (only the leader, only this node) is the follower's choice.
+# Rule 3: a restart replays the log, so an effect may be seen again: followers must take it twice without harm.
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from idunno.base.ids import BlockId
+from idunno.coordinator.records import Block, VersionRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RosterChanged:
+    """A node, its presence or address, a user or the cluster's key changed: identities, peers and reply rule follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSmall:
+    """Keep this content in the node's small-block store: the machine holds only its name."""
+
+    block: BlockId
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class VersionMade:
+    name: str
+    version: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileDeleted:
+    """A file is gone with all of its versions. Their blocks may still be in use by other files, models and jobs."""
+
+    name: str
+    versions: tuple[VersionRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChanged:
+    """A model's record changed, or the model was undeployed and is gone."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobChanged:
+    """A job's state, counts or tasks changed, or it was forgotten and is gone."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCompleted:
+    """For rates: so many queries of a model were answered at this machine time."""
+
+    job: str
+    task: int
+    model: str
+    queries: int
+    at_ms: int
+
+
+Effect: TypeAlias = RosterChanged | KeepSmall | VersionMade | FileDeleted | ModelChanged | JobChanged | TaskCompleted

@@ -1,0 +1,367 @@
+# idunno/coordinator/machine.py: the replicated state machine: what a log entry does to roster, namespace, registry and ledger.
+#
+# Rule 1: same entries, same machine, byte for byte, on every node: no clock, no chance, no float, no set walked, no hash().
+#         Machine time is the largest stamp seen: it never goes back.
+# Rule 2: a command that cannot be done is answered with a typed error and changes nothing but machine time. An entry that this
+#         version does not know raises: its caller stops applying, for what follows would rest on half a machine.
+# Rule 3: a command that touches two parts is put together here, checks of both before the first change; parts know nothing
+#         of each other's insides.
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
+from blake3 import blake3
+
+from idunno.base.errors import Conflict, DecodeError, IdunnoError, Incompatible, InvalidArgument
+from idunno.base.ids import Index
+from idunno.coordinator import commands as c
+from idunno.coordinator import effects as e
+from idunno.coordinator import permissions
+from idunno.coordinator import snapshot as snapshots
+from idunno.coordinator.ledger import Ledger, LedgerState
+from idunno.coordinator.names import job_directory, model_directory, output_name
+from idunno.coordinator.namespace import Namespace, NamespaceState, check_blocks, small_block
+from idunno.coordinator.recent import Recent, RecentState
+from idunno.coordinator.records import ModelRecord, Output
+from idunno.coordinator.registry import Registry, RegistryState
+from idunno.coordinator.results import Done, FileGone, PutDone
+from idunno.coordinator.roster import Roster, RosterState
+from idunno.coordinator.timing import check_timing
+from idunno.wire.calls import Actor, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What an entry did: its command's result, or the error that its caller sees, and the effects to follow."""
+
+    result: msgspec.Struct | None = None
+    error: IdunnoError | None = None
+    effects: tuple[e.Effect, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Who asked, under which request id."""
+
+    actor: Actor
+    request: str
+
+
+class _Answer(Protocol):
+    @property
+    def changed(self) -> bool: ...
+
+
+D = TypeVar("D", bound=_Answer)
+
+
+class Machine:
+    def __init__(self) -> None:
+        self.index = Index(0)
+        self.now_ms = 0
+        self.roster = Roster()
+        self.namespace = Namespace()
+        self.registry = Registry()
+        self.ledger = Ledger()
+        self._recent = Recent()
+        self._effects: list[e.Effect] = []
+
+    def apply(self, index: Index, payload: bytes | memoryview) -> Applied:
+        """Apply the log's entry `index`. A refused command is an Applied with its error.
+
+        Raises DecodeError or Incompatible for an entry that this version does not know: the caller must apply nothing more.
+        """
+        assert index > self.index, f"entry {index} after {self.index}: the log is applied once and in order"
+        if len(payload) == 0:  # a leader's no-op
+            self.index = index
+            return Applied()
+        entry = c.decode_entry(payload)
+        try:
+            asked = _Asked(Actor(entry.actor, Role(entry.role)), entry.request)
+        except ValueError:
+            raise DecodeError(
+                f"log entry {index} was asked for by role {entry.role[:40]!r}, which this version lacks"
+            ) from None
+        self.now_ms = max(self.now_ms, entry.stamp_ms)
+        self._effects = []
+        try:
+            permissions.check(entry.command, asked.actor, self)
+            applied = Applied(_APPLY[type(entry.command)](self, entry.command, asked), None, tuple(self._effects))
+        except Incompatible:
+            raise
+        except IdunnoError as error:
+            assert not self._effects, f"{type(entry.command).__name__} was refused half done"
+            applied = Applied(error=error)
+        self.index = index
+        return applied
+
+    # -- snapshots ----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> bytes:
+        return snapshots.encode(self._snapshot())
+
+    def _snapshot(self) -> snapshots.Snapshot:
+        states = (
+            self.roster.state(),
+            self.namespace.state(),
+            self.registry.state(),
+            self.ledger.state(),
+            self._recent.state(),
+        )
+        parts = tuple(snapshots.part(name, state) for name, state in zip(snapshots.PARTS, states, strict=True))
+        return snapshots.Snapshot(snapshots.FORMAT, self.roster.machine_version, self.index, self.now_ms, parts)
+
+    @classmethod
+    def restore(cls, data: bytes | memoryview) -> Machine:
+        """The machine of a snapshot. Raises Corrupt, Incompatible, DecodeError."""
+        taken = snapshots.decode(data)
+        machine = cls()
+        machine.index, machine.now_ms = Index(taken.index), taken.now_ms
+        machine.roster = Roster(snapshots.state_of(taken, "roster", RosterState))
+        machine.namespace = Namespace(snapshots.state_of(taken, "namespace", NamespaceState))
+        machine.registry = Registry(snapshots.state_of(taken, "registry", RegistryState))
+        machine.ledger = Ledger(snapshots.state_of(taken, "ledger", LedgerState))
+        machine._recent = Recent(snapshots.state_of(taken, "recent", RecentState))
+        return machine
+
+    def digest(self) -> bytes:
+        """32 bytes that are equal on all nodes at an equal index. Costs as much as a snapshot."""
+        return blake3(msgspec.msgpack.encode(self._snapshot())).digest()
+
+    # -- roster -------------------------------------------------------------------------------------------------------
+
+    def _genesis(self, command: c.Genesis, asked: _Asked) -> Done:
+        return self._told(self.roster.begin(command, self.now_ms), e.RosterChanged())
+
+    def _add_node(self, command: c.AddNode, asked: _Asked) -> msgspec.Struct:
+        return self._told(self.roster.add_node(command.node, command.token, self.now_ms), e.RosterChanged())
+
+    def _update_node(self, command: c.UpdateNode, asked: _Asked) -> Done:
+        return self._told(self.roster.update_node(command, self.now_ms), e.RosterChanged())
+
+    def _set_presence(self, command: c.SetPresence, asked: _Asked) -> Done:
+        done = self.roster.set_presence(command.node, command.presence, command.boot, command.reason, self.now_ms)
+        return self._told(done, e.RosterChanged())
+
+    def _add_user(self, command: c.AddUser, asked: _Asked) -> msgspec.Struct:
+        return self._told(self.roster.add_user(command.user, command.token, self.now_ms), e.RosterChanged())
+
+    def _revoke_user(self, command: c.RevokeUser, asked: _Asked) -> Done:
+        return self._once(
+            command, command.name, asked, lambda: self._told(self.roster.revoke_user(command.name), e.RosterChanged())
+        )
+
+    def _add_token(self, command: c.AddToken, asked: _Asked) -> Done:
+        return self.roster.add_token(command.token, asked.actor.name, self.now_ms)
+
+    def _revoke_token(self, command: c.RevokeToken, asked: _Asked) -> Done:
+        return self.roster.revoke_token(command.token)
+
+    # -- namespace ----------------------------------------------------------------------------------------------------
+
+    def _begin_put(self, command: c.BeginPut, asked: _Asked) -> msgspec.Struct:
+        return self.namespace.begin(command, asked.actor.name, self.now_ms)
+
+    def _commit_put(self, command: c.CommitPut, asked: _Asked) -> PutDone:
+        was_open = self.namespace.open_put(command.put) is not None
+        done = self.namespace.commit(command, asked.actor.name, self.now_ms)
+        if was_open:
+            self._tell(e.VersionMade(command.name, done.version, command.blocks))
+        return done
+
+    def _abort_put(self, command: c.AbortPut, asked: _Asked) -> Done:
+        return self.namespace.abort(command.put)
+
+    def _put_small(self, command: c.PutSmall, asked: _Asked) -> PutDone:
+        retry = self.namespace.made(command.put) is not None
+        done = self.namespace.put_small(command, asked.actor.name, self.now_ms)
+        if not retry:
+            block = small_block(command.content)
+            self._tell(e.KeepSmall(block.block, command.content))
+            self._tell(e.VersionMade(command.name, done.version, (block,)))
+        return done
+
+    def _delete_file(self, command: c.DeleteFile, asked: _Asked) -> FileGone:
+        before = self.namespace.deleted_by(command.name, asked.request)
+        if before is not None:
+            return before
+        done, versions = self.namespace.delete(command.name, asked.request, self.now_ms)
+        self._tell(e.FileDeleted(command.name, versions))
+        return done
+
+    # -- registry -----------------------------------------------------------------------------------------------------
+
+    def _deploy(self, command: c.Deploy, asked: _Asked) -> msgspec.Struct:
+        for node in command.assign:
+            self.roster.node(node)
+        old = self.registry.find(command.model)
+        done = self.registry.deploy(
+            command, asked.actor.name, asked.request, self.roster.name, self.namespace, self.now_ms
+        )
+        if done.changed:
+            self._tell(e.ModelChanged(command.model))
+            kept = [file.name for file in command.files]
+            self._remove_model_files(old, kept)
+        return done
+
+    def _undeploy(self, command: c.Undeploy, asked: _Asked) -> Done:
+        def undeploy() -> Done:
+            old = self.registry.get(command.model)
+            waiting = [job.job for job in self.ledger.unfinished() if job.model == command.model]
+            if waiting:
+                raise Conflict(
+                    f"model {command.model} has {len(waiting)} unfinished jobs, first {waiting[0]}; wait for them or "
+                    f"`idunno cancel {waiting[0]}`"
+                )
+            done = self._told(self.registry.undeploy(command.model), e.ModelChanged(command.model))
+            self._remove_model_files(old, [])
+            return done
+
+        return self._once(command, command.model, asked, undeploy)
+
+    def _remove_model_files(self, old: ModelRecord | None, kept: list[str]) -> None:
+        """Files that a client put only for the deploy that is no more go with it."""
+        below = model_directory(old.model) if old is not None else ""
+        for file in old.files if old is not None else ():
+            if file.name.startswith(below) and file.name not in kept:
+                self._remove([file.name])
+
+    def _assign(self, command: c.Assign, asked: _Asked) -> Done:
+        self.roster.node(command.node)
+        done = self.registry.assign(command.model, command.version, command.node, self.roster.name, self.now_ms)
+        return self._told(done, e.ModelChanged(command.model))
+
+    def _unassign(self, command: c.Unassign, asked: _Asked) -> Done:
+        done = self.registry.unassign(command.model, command.version, command.node, command.reason, self.roster.name)
+        return self._told(done, e.ModelChanged(command.model))
+
+    def _report_worker(self, command: c.ReportWorker, asked: _Asked) -> msgspec.Struct:
+        done = self.registry.report(
+            command.model, command.version, command.node, command.error, self.roster.name, self.now_ms
+        )
+        return self._told(done, e.ModelChanged(command.model))
+
+    def _set_batch_size(self, command: c.SetBatchSize, asked: _Asked) -> Done:
+        return self._told(
+            self.registry.set_batch_size(command.model, command.batch_size), e.ModelChanged(command.model)
+        )
+
+    # -- ledger -------------------------------------------------------------------------------------------------------
+
+    def _submit_job(self, command: c.SubmitJob, asked: _Asked) -> msgspec.Struct:
+        before = self.ledger.submitted(command, asked.actor.name)
+        if before is not None:
+            return before
+        model = self.registry.serving(command.model)
+        given = self.namespace.version(command.input_name, command.input_version)
+        done = self.ledger.submit(command, asked.actor.name, model, given, self.now_ms)
+        return self._told(done, e.JobChanged(command.job))
+
+    def _plan_job(self, command: c.PlanJob, asked: _Asked) -> msgspec.Struct:
+        return self._told(self.ledger.plan(command, self.now_ms), e.JobChanged(command.job))
+
+    def _complete_task(self, command: c.CompleteTask, asked: _Asked) -> msgspec.Struct:
+        late = self.ledger.refused(command.job, command.task)
+        if late is not None:
+            self.namespace.abort(command.put)  # the blocks of a result that nobody wants need not stay pinned
+            return late
+        self.ledger.check_completion(command)
+        check_timing(command.timing)
+        name = output_name(command.job, command.task)
+        if command.put:
+            put = self.namespace.open_put(command.put)
+            if put is None or put.name != name:
+                raise Conflict(f"put {command.put[:128]} of {name} is not open: it was aborted, or never begun")
+            check_blocks(command.blocks, command.size)
+            blocks, small = command.blocks, False
+        else:
+            block = small_block(command.content)
+            if block.size != command.size:
+                raise InvalidArgument(f"output of {command.size} bytes comes with {block.size} bytes of content")
+            blocks, small = (block,), True
+            self._tell(e.KeepSmall(block.block, command.content))
+        job = self.ledger.job(command.job)
+        self.namespace.abort(command.put)
+        made = self.namespace.add(name, command.size, blocks, job.client, command.put, self.now_ms, small=small)
+        done = self.ledger.complete(command, Output(name, command.size, blocks, small), self.now_ms)
+        queries = command.done + command.errors
+        self.registry.count_queries(job.model, queries, command.timing)
+        self._tell(e.VersionMade(name, made.version, blocks))
+        self._tell(e.TaskCompleted(command.job, command.task, job.model, queries, self.now_ms))
+        self._tell(e.JobChanged(command.job))
+        return done
+
+    def _fail_attempt(self, command: c.FailAttempt, asked: _Asked) -> msgspec.Struct:
+        done = self.ledger.fail_attempt(command, self.now_ms)
+        if done.counted:
+            self._tell(e.JobChanged(command.job))
+        return done
+
+    def _cancel_job(self, command: c.CancelJob, asked: _Asked) -> msgspec.Struct:
+        return self._told(self.ledger.cancel(command.job, asked.actor.name, self.now_ms), e.JobChanged(command.job))
+
+    def _forget_job(self, command: c.ForgetJob, asked: _Asked) -> Done:
+        def forget() -> Done:
+            self.ledger.forget(command.job)
+            self._tell(e.JobChanged(command.job))
+            self._remove(self.namespace.below(job_directory(command.job)))
+            self.namespace.abort_below(job_directory(command.job))
+            return Done()
+
+        return self._once(command, command.job, asked, forget)
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _tell(self, effect: e.Effect) -> None:
+        self._effects.append(effect)
+
+    def _told(self, done: D, effect: e.Effect) -> D:
+        """`done`, and the effect if it changed something."""
+        if done.changed:
+            self._tell(effect)
+        return done
+
+    def _once(self, command: c.Command, what: str, asked: _Asked, remove: Callable[[], Done]) -> Done:
+        """`remove()`, or, when this very request did it before, the same answer."""
+        kind = type(command).__name__
+        if self._recent.answered(kind, what, asked.actor.name, asked.request):
+            return Done(changed=False)
+        done = remove()
+        self._recent.keep(kind, what, asked.actor.name, asked.request)
+        return done
+
+    def _remove(self, names: list[str]) -> None:
+        for name, versions in self.namespace.remove(names):
+            self._tell(e.FileDeleted(name, versions))
+
+
+_APPLY: Final[dict[type[Any], Callable[[Machine, Any, _Asked], msgspec.Struct]]] = {
+    c.Genesis: Machine._genesis,
+    c.AddNode: Machine._add_node,
+    c.UpdateNode: Machine._update_node,
+    c.SetPresence: Machine._set_presence,
+    c.AddUser: Machine._add_user,
+    c.RevokeUser: Machine._revoke_user,
+    c.AddToken: Machine._add_token,
+    c.RevokeToken: Machine._revoke_token,
+    c.BeginPut: Machine._begin_put,
+    c.CommitPut: Machine._commit_put,
+    c.AbortPut: Machine._abort_put,
+    c.PutSmall: Machine._put_small,
+    c.DeleteFile: Machine._delete_file,
+    c.Deploy: Machine._deploy,
+    c.Undeploy: Machine._undeploy,
+    c.Assign: Machine._assign,
+    c.Unassign: Machine._unassign,
+    c.ReportWorker: Machine._report_worker,
+    c.SetBatchSize: Machine._set_batch_size,
+    c.SubmitJob: Machine._submit_job,
+    c.PlanJob: Machine._plan_job,
+    c.CompleteTask: Machine._complete_task,
+    c.FailAttempt: Machine._fail_attempt,
+    c.CancelJob: Machine._cancel_job,
+    c.ForgetJob: Machine._forget_job,
+}

@@ -1,0 +1,357 @@
+# idunno/coordinator/namespace.py: the files: names, versions, open puts. Never content, never where a block is.
+#
+# Rule 1: a version number rises per name and goes on after a delete, so "version 3" means one content for ever.
+# Rule 2: a put's id is found in what it made: retried, it gets the same version. A deleted file leaves a tombstone that knows
+#         the delete's request and the last puts before it.
+# Rule 3: an open put ends by commit or by an ordered abort, nothing else; after that a commit is refused.
+# Rule 4: every method either raises and has changed nothing, or has done all of it.
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
+from typing import Final
+
+from blake3 import blake3
+
+from idunno.base.errors import Conflict, Exhausted, InvalidArgument, NotFound
+from idunno.base.ids import BlockId
+from idunno.coordinator.commands import BeginPut, CommitPut, PutSmall
+from idunno.coordinator.names import SYSTEM, check_request, check_stored_name, is_block_id
+from idunno.coordinator.records import BLOCK_BYTES_MAX, SMALL_BYTES_MAX, Block, OpenPut, Record, VersionRecord
+from idunno.coordinator.results import Done, FileGone, PutDone, PutOpen
+
+BLOCKS_MAX: Final = 6_000
+"""Blocks of one version: 46 GiB, and a commit of at most 500 kB: a log entry has 512 KiB at most."""
+OPEN_PUTS_MAX: Final = 10_000
+TOMBSTONES_MAX: Final = 1_000_000
+"""Deleted names whose version numbers go on. Beyond it the longest deleted is forgotten and would begin at 1 again."""
+PUTS_REMEMBERED: Final = 8
+"""Puts that a tombstone knows: a retry comes within its caller's deadline."""
+
+
+class MadeBefore(Record, frozen=True):
+    """What a put made that was deleted since."""
+
+    put: str
+    version: int
+    size: int
+    created_ms: int
+
+
+class Deletion(Record, frozen=True):
+    """The last delete of a name."""
+
+    request: str
+    deleted_ms: int
+    versions: int
+    puts: tuple[MadeBefore, ...] = ()
+
+
+class FileState(Record, frozen=True):
+    name: str
+    last: int  # the highest version number given so far
+    versions: tuple[VersionRecord, ...] = ()  # rising; () when the file is deleted
+    deletion: Deletion | None = None
+
+
+class NamespaceState(Record, frozen=True):
+    files: tuple[FileState, ...] = ()  # by name
+    tombstones: tuple[FileState, ...] = ()  # longest deleted first
+    puts: tuple[OpenPut, ...] = ()  # oldest first
+
+
+class _File:
+    __slots__ = ("deletion", "last", "versions")
+
+    def __init__(self, last: int, versions: list[VersionRecord], deletion: Deletion | None) -> None:
+        self.last, self.versions, self.deletion = last, versions, deletion
+
+
+class Namespace:
+    def __init__(self, state: NamespaceState | None = None) -> None:
+        state = state if state is not None else NamespaceState()
+        self._files: dict[str, _File] = {}
+        self._tombstones: dict[str, _File] = {}
+        self._names: list[str] = [file.name for file in state.files]  # sorted
+        self._puts: dict[str, OpenPut] = {put.put: put for put in state.puts}
+        self._made: dict[str, tuple[str, int]] = {}  # put -> name, version; for files and tombstones
+        for kept, into in ((state.files, self._files), (state.tombstones, self._tombstones)):
+            for file in kept:
+                into[file.name] = _File(file.last, list(file.versions), file.deletion)
+                for record in file.versions:
+                    self._made[record.request] = (file.name, record.version)
+                for before in file.deletion.puts if file.deletion is not None else ():
+                    self._made[before.put] = (file.name, before.version)
+        self._made.pop("", None)
+        # Files outside .idunno/
+        self.files = sum(not name.startswith(SYSTEM) for name in self._names)
+
+    def state(self) -> NamespaceState:
+        def record(name: str, file: _File) -> FileState:
+            return FileState(name, file.last, tuple(file.versions), file.deletion)
+
+        return NamespaceState(
+            tuple(record(name, self._files[name]) for name in self._names),
+            tuple(record(name, file) for name, file in self._tombstones.items()),
+            tuple(self._puts.values()),
+        )
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def find(self, name: str) -> VersionRecord | None:
+        """The current version."""
+        file = self._files.get(name)
+        return file.versions[-1] if file is not None else None
+
+    def latest(self, name: str) -> VersionRecord:
+        """Raises NotFound."""
+        return self._file(name).versions[-1]
+
+    def version(self, name: str, version: int) -> VersionRecord:
+        """Raises NotFound."""
+        file = self._file(name)
+        at = bisect_left(file.versions, version, key=lambda record: record.version)
+        if at == len(file.versions) or file.versions[at].version != version:
+            there = f"{file.versions[0].version} to {file.versions[-1].version}"
+            raise NotFound(f"{name} has no version {version}, it has {there}; see `idunno versions {name}`")
+        return file.versions[at]
+
+    def as_of(self, name: str, at_ms: int) -> VersionRecord:
+        """The version that was current at that machine time. Raises NotFound."""
+        file = self._file(name)
+        at = bisect_right(file.versions, at_ms, key=lambda record: record.created_ms)
+        if at == 0:
+            raise NotFound(f"{name} has no version that old; see `idunno versions {name}`")
+        return file.versions[at - 1]
+
+    def last(self, name: str, count: int) -> list[VersionRecord]:
+        """The last `count` versions, newest first. Raises NotFound."""
+        return self._file(name).versions[: -count - 1 : -1] if count > 0 else []
+
+    def names(self, prefix: str, after: str, limit: int, *, system: bool = False) -> tuple[list[str], bool]:
+        """Up to `limit` names with that prefix, greater than `after`, sorted; and whether there are more.
+
+        The system's own are left out unless `system` or the prefix lies within them.
+        """
+        begin = bisect_right(self._names, after) if after >= prefix else bisect_left(self._names, prefix)
+        found: list[str] = []
+        hide = not system and not prefix.startswith(SYSTEM)
+        at = begin
+        while at < len(self._names):
+            name = self._names[at]
+            if not name.startswith(prefix):
+                break
+            if hide and name.startswith(SYSTEM):
+                at = self._behind(SYSTEM)
+                continue
+            if len(found) == limit:
+                return found, True
+            found.append(name)
+            at += 1
+        return found, False
+
+    def each(self) -> Iterator[tuple[str, VersionRecord]]:
+        """Every version of every file, by name and version, the system's own included. Not to be held across awaits."""
+        for name in self._names:
+            for record in self._files[name].versions:
+                yield name, record
+
+    def open_put(self, put: str) -> OpenPut | None:
+        return self._puts.get(put)
+
+    def open_puts(self) -> list[OpenPut]:
+        """Oldest first."""
+        return list(self._puts.values())
+
+    def made(self, put: str) -> tuple[str, int] | None:
+        """Name and version that a put made, also when it was deleted since."""
+        return self._made.get(put)
+
+    def _file(self, name: str) -> _File:
+        file = self._files.get(name)
+        if file is None:
+            raise NotFound(f"no file {name[:200]!r}; see `idunno ls`")
+        return file
+
+    def _behind(self, prefix: str) -> int:
+        """The place in the sorted names behind all that begin with `prefix` (which ends in '/')."""
+        return bisect_left(self._names, prefix[:-1] + chr(ord("/") + 1))
+
+    # -- puts ---------------------------------------------------------------------------------------------------------
+
+    def begin(self, command: BeginPut, owner: str, now_ms: int) -> PutOpen:
+        made = self._made_by(command.put, command.name, owner)
+        if made is not None:
+            return PutOpen(command.put, command.name, made)
+        open_put = self._puts.get(command.put)
+        if open_put is not None:
+            if (open_put.name, open_put.owner) != (command.name, owner):
+                raise Conflict(f"put {command.put} is open already for {open_put.name}; a new put needs a new id")
+            return PutOpen(command.put, command.name)
+        check_request("put", command.put)
+        check_stored_name(command.name)
+        self._check_expected(command.name, command.if_version)
+        if len(self._puts) >= OPEN_PUTS_MAX:
+            raise Exhausted(f"{OPEN_PUTS_MAX} puts are open, the bound; try again when some have ended")
+        self._puts[command.put] = OpenPut(command.put, command.name, owner, now_ms, command.if_version, command.node)
+        return PutOpen(command.put, command.name)
+
+    def commit(self, command: CommitPut, owner: str, now_ms: int) -> PutDone:
+        """`owner`: who commits; the version belongs to who began the put."""
+        open_put = self._puts.get(command.put)
+        if open_put is None:
+            made = self._made_by(command.put, command.name, owner)
+            if made is not None:
+                return PutDone(command.name, made.version, made.size, made.created_ms)
+            raise Conflict(f"put {command.put} of {command.name[:200]} is not open: it was aborted, or never begun")
+        if open_put.name != command.name:
+            raise Conflict(f"put {command.put} is open for {open_put.name}, not for {command.name[:200]}")
+        check_blocks(command.blocks, command.size)
+        self._check_expected(command.name, open_put.if_version)
+        del self._puts[command.put]
+        return self.add(command.name, command.size, command.blocks, open_put.owner, command.put, now_ms, small=False)
+
+    def put_small(self, command: PutSmall, owner: str, now_ms: int) -> PutDone:
+        made = self._made_by(command.put, command.name, owner)
+        if made is not None:
+            return PutDone(command.name, made.version, made.size, made.created_ms)
+        check_request("put", command.put)
+        check_stored_name(command.name)
+        block = small_block(command.content)
+        if block.block != command.block:
+            raise InvalidArgument(
+                f"content of {command.name} is block {block.block[:16]}, not {command.block[:16]} as it says"
+            )
+        open_put = self._puts.get(command.put)
+        if open_put is not None and (open_put.name, open_put.owner) != (command.name, owner):
+            raise Conflict(f"put {command.put} is open already for {open_put.name}; a new put needs a new id")
+        self._check_expected(command.name, command.if_version)
+        self._puts.pop(command.put, None)
+        return self.add(command.name, block.size, (block,), owner, command.put, now_ms, small=True)
+
+    def abort(self, put: str) -> Done:
+        """Idempotent: an open put ends; what is committed stays."""
+        return Done(changed=self._puts.pop(put, None) is not None)
+
+    def add(
+        self, name: str, size: int, blocks: tuple[Block, ...], owner: str, request: str, now_ms: int, *, small: bool
+    ) -> PutDone:
+        """A new version, all checks done. `request`: the put that made it, "" for one that no retry asks for."""
+        file = self._files.get(name)
+        if file is None:
+            file = self._tombstones.pop(name, None) or _File(0, [], None)
+            self._files[name] = file
+            insort(self._names, name)
+            self.files += not name.startswith(SYSTEM)
+        file.last += 1
+        file.versions.append(VersionRecord(file.last, size, blocks, now_ms, owner, request, small))
+        if request:
+            self._made[request] = (name, file.last)
+        return PutDone(name, file.last, size, now_ms)
+
+    def _made_by(self, put: str, name: str, owner: str) -> VersionRecord | None:
+        """The version that this put made; without its blocks when it was deleted since."""
+        made = self._made.get(put)
+        if made is None:
+            return None
+        if made[0] != name:
+            raise Conflict(f"put {put} made version {made[1]} of {made[0]}; a put of {name[:200]} needs a new id")
+        file = self._files.get(name) or self._tombstones[name]
+        at = bisect_left(file.versions, made[1], key=lambda record: record.version)
+        if at < len(file.versions) and file.versions[at].version == made[1]:
+            return file.versions[at]
+        assert file.deletion is not None, f"put {put} points to version {made[1]} of {name}, which is nowhere"
+        before = next(before for before in file.deletion.puts if before.put == put)
+        return VersionRecord(before.version, before.size, (), before.created_ms, owner, put)
+
+    def _check_expected(self, name: str, if_version: int | None) -> None:
+        if if_version is None:
+            return
+        current = self.find(name)
+        if if_version == 0 and current is not None:
+            raise Conflict(f"{name} exists, in version {current.version}; the put wanted no file there (version 0)")
+        if if_version != 0 and (current is None or current.version != if_version):
+            there = f"is at version {current.version}" if current is not None else "does not exist (version 0)"
+            raise Conflict(f"{name} {there}, the put wanted version {if_version}; read it again with `idunno get`")
+
+    # -- removing -----------------------------------------------------------------------------------------------------
+
+    def deleted_by(self, name: str, request: str) -> FileGone | None:
+        """What this very request deleted before, if it did."""
+        file = self._files.get(name) or self._tombstones.get(name)
+        if request == "" or file is None or file.deletion is None or file.deletion.request != request:
+            return None
+        return FileGone(name, file.deletion.versions)
+
+    def delete(self, name: str, request: str, now_ms: int) -> tuple[FileGone, tuple[VersionRecord, ...]]:
+        """Delete all versions; also says which. Raises NotFound. Ask `deleted_by` first."""
+        file = self._file(name)
+        versions = tuple(file.versions)
+        self._forget_puts(file, keep=PUTS_REMEMBERED)
+        recent = [version for version in versions[-PUTS_REMEMBERED:] if version.request]
+        puts = tuple(MadeBefore(v.request, v.version, v.size, v.created_ms) for v in recent)
+        file.versions, file.deletion = [], Deletion(request, now_ms, len(versions), puts)
+        del self._files[name]
+        del self._names[bisect_left(self._names, name)]
+        self.files -= not name.startswith(SYSTEM)
+        self._tombstones[name] = file
+        if len(self._tombstones) > TOMBSTONES_MAX:
+            oldest = next(iter(self._tombstones))
+            self._forget_puts(self._tombstones.pop(oldest), keep=0)
+        return FileGone(name, len(versions)), versions
+
+    def below(self, prefix: str) -> list[str]:
+        """The names of all files below `prefix` (which ends in '/'), sorted."""
+        return self._names[bisect_left(self._names, prefix) : self._behind(prefix)]
+
+    def remove(self, names: list[str]) -> list[tuple[str, tuple[VersionRecord, ...]]]:
+        """Remove these files (those that are there) without tombstones; says what was removed.
+
+        For names that hold an id and never come again: a job's files, a deploy's. One pass over the names, however many go.
+        """
+        gone: list[tuple[str, tuple[VersionRecord, ...]]] = []
+        for name in names:
+            file = self._files.pop(name, None)
+            if file is not None:
+                gone.append((name, tuple(file.versions)))
+                self._forget_puts(file, keep=0)
+                self.files -= not name.startswith(SYSTEM)
+        if gone:
+            first, last = (bisect_left(self._names, pick(names)) for pick in (min, max))
+            self._names[first : last + 1] = [n for n in self._names[first : last + 1] if n in self._files]
+        return gone
+
+    def abort_below(self, prefix: str) -> None:
+        """End the open puts of names below `prefix`."""
+        for put in [put.put for put in self._puts.values() if put.name.startswith(prefix)]:
+            del self._puts[put]
+
+    def _forget_puts(self, file: _File, *, keep: int) -> None:
+        """Forget which versions puts made, but for the last `keep` of those there; older tombstones' are forgotten too."""
+        for before in file.deletion.puts if file.deletion is not None else ():
+            self._made.pop(before.put, None)
+        for record in file.versions[: len(file.versions) - keep] if keep else file.versions:
+            self._made.pop(record.request, None)
+
+
+def small_block(content: bytes) -> Block:
+    """The block that a small content is. Raises InvalidArgument when it is too large for a command."""
+    if len(content) > SMALL_BYTES_MAX:
+        raise InvalidArgument(f"{len(content)} bytes do not ride in a command: at most {SMALL_BYTES_MAX}")
+    return Block(BlockId(blake3(content).hexdigest()), len(content))
+
+
+def check_blocks(blocks: tuple[Block, ...], size: int) -> None:
+    """Raises InvalidArgument unless these can be the blocks of a version of `size` bytes."""
+    if len(blocks) > BLOCKS_MAX:
+        raise InvalidArgument(
+            f"a version has at most {BLOCKS_MAX} blocks of {BLOCK_BYTES_MAX} bytes, not {len(blocks)}"
+        )
+    for block in blocks:
+        if not is_block_id(block.block) or not 1 <= block.size <= BLOCK_BYTES_MAX:
+            raise InvalidArgument(
+                f"block {block.block[:70]!r} of {block.size} bytes: a block is named by 64 hex digits and has 1 to "
+                f"{BLOCK_BYTES_MAX} bytes"
+            )
+    if sum(block.size for block in blocks) != size:
+        raise InvalidArgument(f"the blocks hold {sum(b.size for b in blocks)} bytes, the version {size}")

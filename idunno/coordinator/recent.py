@@ -1,0 +1,39 @@
+# idunno/coordinator/recent.py: the answers of requests that removed something.
+#
+# Rule 1: what a request made stores the request's id with the thing made. What a request removed leaves no such place: its
+#         answer is kept here, so that a retry gets it again instead of "not found".
+# Rule 2: bounded; the oldest goes first. A retry comes within its caller's deadline, not ten thousand removals later.
+from __future__ import annotations
+
+from typing import Final
+
+from idunno.coordinator.records import Record
+
+ANSWERS_KEPT: Final = 10_000
+
+
+class RecentState(Record, frozen=True):
+    answered: tuple[str, ...] = ()  # oldest first
+
+
+class Recent:
+    def __init__(self, state: RecentState | None = None) -> None:
+        self._answered: dict[str, None] = dict.fromkeys(state.answered if state is not None else ())
+
+    def answered(self, kind: str, what: str, actor: str, request: str) -> bool:
+        """Whether this very request of this actor removed `what` already. A request without an id is never found."""
+        return request != "" and _key(kind, what, actor, request) in self._answered
+
+    def keep(self, kind: str, what: str, actor: str, request: str) -> None:
+        if request == "":
+            return
+        self._answered[_key(kind, what, actor, request)] = None
+        if len(self._answered) > ANSWERS_KEPT:
+            del self._answered[next(iter(self._answered))]
+
+    def state(self) -> RecentState:
+        return RecentState(tuple(self._answered))
+
+
+def _key(kind: str, what: str, actor: str, request: str) -> str:
+    return "\n".join((kind, what, actor, request))

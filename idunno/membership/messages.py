@@ -1,0 +1,132 @@
+# idunno/membership/messages.py: what travels in one datagram.
+#
+# Rule 1: a datagram is one MessagePack map of at most PAYLOAD_BYTES_MAX bytes; who sent it, and which boot of it, is known
+#         from the seal, never from the map.
+# Rule 2: every message introduces its sender: name, address, incarnation. What a member says of itself is first-hand;
+#         rumors are hearsay.
+# Rule 3: `decode` is total: DecodeError or a message whose every field is within its bound. Unknown fields are ignored, so
+#         that a newer version may add some.
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, TypeAlias
+
+import msgspec
+
+from idunno.base.errors import DecodeError
+from idunno.base.ids import NodeId
+from idunno.wire.sealed import PAYLOAD_BYTES_MAX
+
+RUMORS_MAX: Final = 32
+"""In one datagram. Never reached before the byte bound with honest names; a bound for hostile ones."""
+NUMBER_MAX: Final = 2**48
+"""Largest boot or incarnation that is read. Counting one a second it lasts nine million years."""
+_HEADER_BYTES_MAX: Final = 300
+"""A message without rumors: keys and numbers 60, name 63, address 128, with their MessagePack headers."""
+RUMOR_BYTES_BUDGET: Final = PAYLOAD_BYTES_MAX - _HEADER_BYTES_MAX
+
+
+class State(enum.Enum):
+    """What a member is believed to be. `UNKNOWN` and `DELETED` are never spoken of: see swim.py."""
+
+    UNKNOWN = "unknown"  # named by the roster, not heard from or about yet
+    ACTIVE = "active"
+    SUSPICIOUS = "suspicious"
+    FAILED = "failed"
+    DELETED = "deleted"  # failed, and out of the ring; the record stays as a tombstone against late rumours
+    STOPPED = "stopped"  # on purpose, its data stays
+    LEFT = "left"  # for good
+
+
+@dataclass(frozen=True, slots=True)
+class MemberView:
+    """What is known of one member, as others of this process may see it."""
+
+    node: NodeId
+    name: str
+    address: str
+    state: str  # active | suspicious | failed | stopped | left
+    incarnation: int
+    boot: int  # -1: never heard of
+    since_ms: int  # when it came into this state; the detector's clock in the core, wall clock from the shell
+    reason: str
+
+
+Id = Annotated[NodeId, msgspec.Meta(min_length=1, max_length=32)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Address = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:%\[\]-]{1,128}$")]
+Number = Annotated[int, msgspec.Meta(ge=0, lt=NUMBER_MAX)]
+
+
+class Rumor(msgspec.Struct, frozen=True, array_like=True):
+    """What the sender believes of `node`; `accusers` (at most two are told apart) only while it is Suspicious."""
+
+    node: Id
+    boot: Number
+    incarnation: Number
+    state: State
+    name: Name
+    address: Address
+    accusers: Annotated[tuple[Id, ...], msgspec.Meta(max_length=2)] = ()
+
+    def __post_init__(self) -> None:
+        if self.state in (State.UNKNOWN, State.DELETED):
+            raise ValueError(f"{self.state.value} is no state to speak of")
+
+
+Rumors = Annotated[tuple[Rumor, ...], msgspec.Meta(max_length=RUMORS_MAX)]
+
+
+class Ping(msgspec.Struct, frozen=True, tag_field="k", tag="p", omit_defaults=True):
+    """Ask for an Ack with the same `seq`; `wants_list` asks for the receiver's whole list too (a newcomer does)."""
+
+    seq: Number
+    name: Name
+    address: Address
+    incarnation: Number = 0
+    wants_list: bool = False
+    rumors: Rumors = ()
+
+
+class Ack(msgspec.Struct, frozen=True, tag_field="k", tag="a", omit_defaults=True):
+    seq: Number
+    name: Name
+    address: Address
+    incarnation: Number = 0
+    rumors: Rumors = ()
+
+
+class Gossip(msgspec.Struct, frozen=True, tag_field="k", tag="g", omit_defaults=True):
+    """News without a question; also the pieces of a list."""
+
+    name: Name
+    address: Address
+    incarnation: Number = 0
+    rumors: Rumors = ()
+
+
+Message: TypeAlias = Ping | Ack | Gossip
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final[msgspec.msgpack.Decoder[Any]] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    return _ENCODER.encode(message)
+
+
+def rumor_bytes(rumor: Rumor) -> int:
+    """What `rumor` takes up in a datagram."""
+    return len(_ENCODER.encode(rumor))
+
+
+def decode(payload: bytes | memoryview) -> Message:
+    """The message in `payload`. Raises DecodeError for every other bytes, and nothing else."""
+    if len(payload) > PAYLOAD_BYTES_MAX:
+        raise DecodeError(f"a datagram's payload has at most {PAYLOAD_BYTES_MAX} bytes, this one {len(payload)}")
+    try:
+        message: Message = _DECODER.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DecodeError(f"{len(payload)} bytes are no membership message: {error}") from error
+    return message

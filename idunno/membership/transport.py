@@ -1,0 +1,373 @@
+# idunno/membership/transport.py: the detector on a UDP socket.
+#
+# Rule 1: it moves datagrams and sets one timer, and decides nothing: swim.py does.
+# Rule 2: what does not open, decode or fit, or comes too fast from one source, is counted and dropped. Nothing a datagram
+#         holds can raise out of here, and no datagram is answered before its seal was opened.
+# Rule 3: sending never waits. A host name is looked up beside the loop and remembered; what cannot be sent is counted.
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Final, Protocol
+
+from idunno.base.errors import DecodeError, Unavailable
+from idunno.base.ids import NodeId
+from idunno.membership.config import SwimConfig
+from idunno.membership.events import (
+    Announce,
+    Announced,
+    Changed,
+    Forget,
+    Input,
+    MemberView,
+    Received,
+    Seed,
+    Seeds,
+    Self,
+    Send,
+    Tick,
+)
+from idunno.membership.messages import State, decode, encode
+from idunno.membership.swim import Swim
+from idunno.wire.sealed import DATAGRAM_BYTES_MAX
+
+log = logging.getLogger("idunno.membership")
+
+SOURCE_RATE_MAX: Final = 500
+"""Datagrams per second from one source, as many at once. A member in a stormy ring of 100 sends one 60."""
+SOURCES_MAX: Final = 4_096
+"""Sources whose rate is kept; beyond, all are forgotten at once and begin anew."""
+LOOKUPS_MAX: Final = 1_024
+LOOKUP_TTL_S: Final = 60.0
+"""How long a host name's address is used: a machine that moved is found again within a minute."""
+
+
+class MemberAddress(Protocol):
+    """A member as the roster or an introducer's answer names it."""
+
+    @property
+    def node(self) -> NodeId: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def address(self) -> str: ...
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """ "host:port" cut in two, brackets of an IPv6 host removed. Raises DecodeError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65_536:
+        raise DecodeError(f"{address!r} is no HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class SourceRates:
+    """How much each source may send: a bucket of one second's worth."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[tuple[str, int], tuple[float, float]] = {}  # source -> (left, when it was)
+
+    def take(self, source: tuple[str, int], now_s: float) -> bool:
+        left, then_s = self._buckets.get(source, (float(SOURCE_RATE_MAX), now_s))
+        left = min(float(SOURCE_RATE_MAX), left + (now_s - then_s) * SOURCE_RATE_MAX)
+        if source not in self._buckets and len(self._buckets) >= SOURCES_MAX:
+            self._buckets.clear()
+        self._buckets[source] = (left - 1.0 if left >= 1.0 else left, now_s)
+        return left >= 1.0
+
+
+class Membership:
+    """One node's view of who is alive.
+
+    `seal` and `open` are wire/sealed.py's; `open` returns (sender, boot, payload) or raises DecodeError. `allowed` says who
+    is in the roster. `now_ms` is the wall clock, for people only (`since_ms`); all decisions use the loop's own time.
+    """
+
+    def __init__(
+        self,
+        me: Self,
+        config: SwimConfig,
+        rng: random.Random,
+        seal: Callable[[bytes], bytes],
+        open: Callable[[bytes], tuple[NodeId, int, bytes]],
+        allowed: Callable[[NodeId], bool],
+        now_ms: Callable[[], int],
+    ) -> None:
+        self.me = me
+        self._core = Swim(me, config, rng, allowed)
+        self._seal, self._open, self._wall_ms = seal, open, now_ms
+        self._counts: Counter[str] = Counter()
+        self._rates = SourceRates()
+        self._subscribers: list[Callable[[Changed], None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._transport: asyncio.DatagramTransport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ms: int | None = None
+        self._closed: asyncio.Future[None]  # set by start()
+        self._announced: asyncio.Future[Announced] | None = None
+        self._addresses: dict[str, tuple[tuple[str, int], float]] = {}  # "host:port" -> (where to send, until when)
+        self._lookups: dict[str, asyncio.Task[None]] = {}
+        self._waiting_seeds: tuple[Seed, ...] = ()
+        self.paused = False  # the transport's write buffer is full
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen on `host`:`port` and begin. Raises Unavailable when the port cannot be had."""
+        loop = self._loop = asyncio.get_running_loop()
+        self._closed = loop.create_future()
+        try:
+            transport, _ = await loop.create_datagram_endpoint(lambda: _Endpoint(self), local_addr=(host, port))
+        except OSError as error:
+            raise Unavailable(
+                f"cannot listen on UDP {join_address(host, port)}: {error.strerror or error}; "
+                "another node may run there: choose another port with --listen"
+            ) from error
+        self._transport = transport
+        self._feed(Seeds(self._waiting_seeds))
+        self._waiting_seeds = ()
+
+    async def stop(self) -> None:
+        """Close the socket. Says nothing to the others: see announce_stopped."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        lookups = list(self._lookups.values())
+        for task in lookups:
+            task.cancel()
+        await asyncio.gather(*lookups, return_exceptions=True)
+        if self._transport is not None:
+            transport, self._transport = self._transport, None
+            transport.close()
+            await self._closed  # the port is free when stop() returns
+        if self._announced is not None and not self._announced.done():
+            self._announced.set_result(Announced(0, 0))
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        assert self._transport is not None, "membership is not started"
+        return int(self._transport.get_extra_info("sockname")[1])
+
+    # -- what the node says ---------------------------------------------------------------------------------------
+
+    def seeds(self, members: Iterable[MemberAddress]) -> None:
+        """Members to know of: the whole roster at start and after each change of it, or an introducer's answer."""
+        seeds = tuple(Seed(member.node, member.name, member.address) for member in members)
+        if self._transport is None:
+            self._waiting_seeds = seeds
+        else:
+            self._feed(Seeds(seeds))
+
+    def forget(self, node: NodeId) -> None:
+        """It was removed from the roster."""
+        self._waiting_seeds = tuple(seed for seed in self._waiting_seeds if seed.node != node)
+        if self._transport is not None:
+            self._feed(Forget(node))
+
+    async def announce_stopped(self) -> None:
+        """Tell some members that this one stops on purpose; returns when they have answered, after 1 s at most."""
+        await self._announce(State.STOPPED)
+
+    async def announce_left(self) -> None:
+        await self._announce(State.LEFT)
+
+    def subscribe(self, callback: Callable[[Changed], None]) -> None:
+        """Have every change of a member's state told, in order. An exception of a callback is logged."""
+        self._subscribers.append(callback)
+
+    def view(self) -> list[MemberView]:
+        """All members, this one included, sorted by id; `since_ms` by the wall clock."""
+        if self._loop is None:
+            return self._core.view()
+        ahead_ms = self._wall_ms() - self._now_ms()
+        return [replace(view, since_ms=view.since_ms + ahead_ms) for view in self._core.view()]
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What happened so far, by fixed names: dropped datagrams by cause, changes by state, refutations, late timers."""
+        return dict(self._counts + self._core.counters)
+
+    # -- driving the core -----------------------------------------------------------------------------------------
+
+    def _now_ms(self) -> int:
+        assert self._loop is not None
+        return int(self._loop.time() * 1000)
+
+    def _feed(self, event: Input) -> None:
+        for output in self._core.handle(event, self._now_ms()):
+            match output:
+                case Send(address, message):
+                    self._send(address, encode(message))
+                case Changed():
+                    self._tell(output)
+                case Announced():
+                    if self._announced is not None and not self._announced.done():
+                        self._announced.set_result(output)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        due_ms = self._core.due_ms()
+        if due_ms == self._timer_ms or self._loop is None:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_ms = due_ms
+        # One millisecond more, so that the loop's rounding never wakes us just before the time.
+        self._timer = None if due_ms is None else self._loop.call_at((due_ms + 1) / 1000, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = self._timer_ms = None
+        self._feed(Tick())
+
+    async def _announce(self, state: State) -> None:
+        if self._transport is None:
+            return
+        assert self._loop is not None
+        self._announced = self._loop.create_future()
+        self._feed(Announce(state))
+        done = await self._announced  # at most announce_ms: the core's own timer ends it, and so does stop()
+        log.info("announced own end", extra={"state": state.value, "told": done.told, "answered": done.answered})
+
+    def _tell(self, change: Changed) -> None:
+        fields = {
+            "member": change.member.name,
+            "node_id": change.member.node,
+            "old": change.old.value,
+            "new": change.new.value,
+            "reason": change.reason,
+        }
+        log.log(logging.WARNING if change.new in _BAD else logging.INFO, "member changed", extra=fields)
+        assert self._loop is not None
+        ahead_ms = self._wall_ms() - self._now_ms()
+        told = replace(change, member=replace(change.member, since_ms=change.member.since_ms + ahead_ms))
+        for callback in self._subscribers:
+            try:
+                callback(told)
+            except Exception:  # a subscriber's bug must not stop the detector
+                log.exception("a subscriber of membership failed", extra=fields)
+
+    # -- datagrams ------------------------------------------------------------------------------------------------
+
+    def closed(self, error: Exception | None) -> None:
+        if error is not None:
+            log.error("membership socket lost", extra={"error": str(error)})
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    def received(self, datagram: bytes, source: tuple[str, int]) -> None:
+        """One datagram from the socket."""
+        assert self._loop is not None
+        if self._transport is None:
+            return
+        if not self._rates.take(source, self._loop.time()):
+            self._counts["dropped-too-fast"] += 1
+            return
+        if len(datagram) > DATAGRAM_BYTES_MAX:
+            self._counts["dropped-too-long"] += 1
+            return
+        try:
+            sender, boot, payload = self._open(datagram)
+        except DecodeError:
+            self._counts["dropped-not-opened"] += 1
+            return
+        try:
+            message = decode(payload)
+        except DecodeError:
+            self._counts["dropped-not-decoded"] += 1
+            return
+        self._counts["received"] += 1
+        self._feed(Received(sender, boot, join_address(*source), message))
+
+    def _send(self, address: str, payload: bytes) -> None:
+        where = self._where(address, payload)
+        if where is not None:
+            self._write(payload, where)
+
+    def _write(self, payload: bytes, where: tuple[str, int]) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self.paused:  # the socket takes nothing; older news than what the loop holds already is worthless
+            self._counts["dropped-not-sent"] += 1
+            return
+        self._counts["sent"] += 1
+        try:
+            self._transport.sendto(self._seal(payload), where)
+        except (OSError, ValueError) as error:  # ValueError: an address of another family than the socket's
+            self._counts["dropped-not-sent"] += 1
+            log.debug("datagram not sent", extra={"to": where[0], "error": str(error)})
+
+    def _where(self, address: str, payload: bytes) -> tuple[str, int] | None:
+        """Where to send; None while a host name is looked up, after which the datagram is sent."""
+        assert self._loop is not None
+        known = self._addresses.get(address)
+        if known is not None and (known[1] == float("inf") or known[1] > self._loop.time()):
+            return known[0]
+        try:
+            host, port = split_address(address)
+        except DecodeError:
+            self._counts["dropped-no-address"] += 1
+            return None
+        if len(self._addresses) >= LOOKUPS_MAX:
+            self._addresses.clear()
+        if _is_numeric(host):
+            self._addresses[address] = ((host, port), float("inf"))
+            return host, port
+        if address not in self._lookups and len(self._lookups) < LOOKUPS_MAX:
+            self._lookups[address] = self._loop.create_task(self._look_up(address, host, port, payload))
+        # While a name is looked up again, the old address still serves.
+        return known[0] if known is not None else None
+
+    async def _look_up(self, address: str, host: str, port: int, payload: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        assert self._transport is not None
+        family = self._transport.get_extra_info("socket").family
+        first = address not in self._addresses
+        try:
+            async with asyncio.timeout(5.0):  # the resolver's own time limit is 5 s a server
+                found = await loop.getaddrinfo(host, port, family=family)
+            where = (str(found[0][4][0]), port)
+            self._addresses[address] = (where, loop.time() + LOOKUP_TTL_S)
+            if first:
+                self._write(payload, where)
+        except (OSError, TimeoutError, UnicodeError) as error:  # UnicodeError: no name at all
+            self._counts["dropped-no-address"] += 1
+            log.warning("host name not found", extra={"address": address, "error": str(error) or "timed out"})
+        finally:
+            del self._lookups[address]
+
+
+_BAD: Final = frozenset({State.SUSPICIOUS, State.FAILED})
+
+
+def _is_numeric(host: str) -> bool:
+    return ":" in host or host.replace(".", "").isdigit()
+
+
+class _Endpoint(asyncio.DatagramProtocol):
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        self._membership.received(data, addr[:2])  # IPv6 adds flow and scope
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._membership.closed(exc)
+
+    def pause_writing(self) -> None:
+        self._membership.paused = True
+
+    def resume_writing(self) -> None:
+        self._membership.paused = False
+
+    def error_received(self, exc: Exception) -> None:
+        # "Connection refused" for an earlier datagram: its receiver is gone, which its silence says as well.
+        log.debug("socket reported an error", extra={"error": str(exc)})

@@ -1,0 +1,26 @@
+# idunno/node/__main__.py: `python -m idunno.node --dir DIR`: one node in the foreground, without loading the command line.
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from idunno.base.errors import IdunnoError
+from idunno.node import lifecycle
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m idunno.node", description="Run one node in the foreground.")
+    parser.add_argument("--dir", required=True, type=Path)
+    parser.add_argument("--seed", metavar="HOST:PORT")
+    parser.add_argument("--verbose", action="store_true", help="log to standard error too")
+    arguments = parser.parse_args()
+    try:
+        lifecycle.run(arguments.dir.absolute(), arguments.seed, verbose=arguments.verbose)
+    except IdunnoError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line a failed start leaves
+        return 1
+    return 0
+
+
+sys.exit(main())

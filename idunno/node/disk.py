@@ -1,0 +1,244 @@
+# idunno/node/disk.py: the real disk below one data directory, its calls carried out by a pool of threads.
+#
+# Rule 1: only the composition root makes one. The log has a pool of its own, so that its sync never waits behind blocks.
+# Rule 2: paths stay inside the root: '..', absolute paths and empty parts are a bug of the caller.
+# Rule 3: every OSError leaves as DiskFailed (or NotFound), with the system's words and the path.
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, ParamSpec, TypeVar
+
+from idunno.base.disk import Buffer, Entry, File, Space
+from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BUFFERS_MAX: Final = 512
+"""Buffers a single pwritev takes; Linux allows 1,024 (IOV_MAX)."""
+
+
+class ThreadOffload:
+    """Runs functions in a pool: `await offload(function, *arguments)`."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if kwargs:
+            raise AssertionError("offload takes positional arguments only")
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    def close(self) -> None:
+        """Returns when the running functions have ended."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _translate(error: OSError, what: str, path: str) -> IdunnoError:
+    if isinstance(error, FileNotFoundError):
+        return NotFound(f"{path}: no such file ({what})")
+    words = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFailed(f"cannot {what} {path}: {words}; free some space, then try again")
+    return DiskFailed(f"cannot {what} {path}: {words}")
+
+
+class RealFile:
+    """A file descriptor, its calls carried out in the disk's pool."""
+
+    def __init__(self, offload: ThreadOffload, descriptor: int, path: str) -> None:
+        self._offload, self._descriptor, self._path = offload, descriptor, path
+
+    async def _do(self, what: str, function: Callable[[], T]) -> T:
+        if self._descriptor < 0:
+            raise AssertionError(f"{self._path} is closed")
+        try:
+            return await self._offload(function)
+        except OSError as error:
+            raise _translate(error, what, self._path) from error
+
+    async def read(self, offset: int, length: int) -> bytes:
+        return await self._do("read", lambda: _read(self._descriptor, offset, length))
+
+    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False) -> None:
+        def write() -> None:
+            _write(self._descriptor, offset, data)
+            if sync:
+                os.fdatasync(self._descriptor)
+
+        await self._do("write", write)
+
+    async def sync(self) -> None:
+        await self._do("sync", lambda: os.fsync(self._descriptor))
+
+    async def allocate(self, length: int) -> None:
+        await self._do("reserve space for", lambda: _allocate(self._descriptor, length))
+
+    async def truncate(self, length: int) -> None:
+        await self._do("truncate", lambda: os.ftruncate(self._descriptor, length))
+
+    async def size(self) -> int:
+        return await self._do("look at", lambda: os.fstat(self._descriptor).st_size)
+
+    async def close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            await self._offload(os.close, descriptor)
+
+
+def _read(descriptor: int, offset: int, length: int) -> bytes:
+    data = os.pread(descriptor, length, offset)
+    if len(data) == length or not data:
+        return data
+    parts = [data]
+    got = len(data)
+    while got < length and (more := os.pread(descriptor, length - got, offset + got)):
+        parts.append(more)
+        got += len(more)
+    return b"".join(parts)
+
+
+def _write(descriptor: int, offset: int, data: Sequence[Buffer]) -> None:
+    views = [memoryview(part).cast("B") for part in data if len(part)]
+    at = 0
+    while at < len(views):
+        group = views[at : at + BUFFERS_MAX]
+        written = os.pwritev(descriptor, group, offset)
+        offset += written
+        while written and at < len(views):  # a short write ends inside a buffer, when the disk is nearly full
+            taken = min(written, len(views[at]))
+            written -= taken
+            views[at] = views[at][taken:]
+            if not len(views[at]):
+                at += 1
+
+
+def _allocate(descriptor: int, length: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, length)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        # A file system without reservations (some network ones): at least the length is right.
+        if os.fstat(descriptor).st_size < length:
+            os.ftruncate(descriptor, length)
+
+
+class RealDisk:
+    """The Disk (base/disk.py) of the directory `root`."""
+
+    def __init__(self, root: str, offload: ThreadOffload) -> None:
+        self._root, self._offload = os.path.abspath(root), offload
+
+    def local_path(self, path: str) -> str:
+        if path.startswith("/") or any(part in ("", "..") for part in path.split("/")):
+            raise AssertionError(f"{path!r} is not inside the data directory")
+        return os.path.join(self._root, path)
+
+    async def _do(self, what: str, path: str, function: Callable[[], T]) -> T:
+        try:
+            return await self._offload(function)
+        except OSError as error:
+            raise _translate(error, what, path) from error
+
+    async def open(self, path: str, *, create: bool = False) -> File:
+        full = self.local_path(path)
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        descriptor = await self._do("open", path, lambda: os.open(full, flags, 0o600))
+        return RealFile(self._offload, descriptor, path)
+
+    async def read_all(self, path: str, *, bytes_max: int) -> bytes:
+        full = self.local_path(path)
+
+        def read() -> bytes:
+            with open(full, "rb") as file:
+                return file.read(bytes_max + 1)
+
+        data = await self._do("read", path, read)
+        if len(data) > bytes_max:
+            raise Corrupt(f"{path} has more than the {bytes_max} bytes it may have")
+        return data
+
+    async def replace(self, path: str, data: Buffer, *, mode: int = 0o600) -> None:
+        full = self.local_path(path)
+        await self._do("replace", path, lambda: replace_file(full, data, mode))
+
+    async def rename(self, source: str, target: str) -> None:
+        old, new = self.local_path(source), self.local_path(target)
+        await self._do("rename", source, lambda: os.rename(old, new))
+
+    async def remove(self, path: str) -> None:
+        full = self.local_path(path)
+        await self._do("remove", path, lambda: os.unlink(full))
+
+    async def list(self, path: str) -> list[Entry]:
+        full = self.local_path(path)
+
+        def scan() -> list[Entry]:
+            entries = []
+            try:
+                with os.scandir(full) as found:
+                    for item in found:
+                        try:
+                            status = item.stat(follow_symlinks=False)
+                        except FileNotFoundError:
+                            continue  # removed since the scan began: it is not there
+                        entries.append(
+                            Entry(item.name, status.st_size, status.st_mtime, item.is_dir(follow_symlinks=False))
+                        )
+            except FileNotFoundError:
+                return []
+            return sorted(entries, key=lambda entry: entry.name)
+
+        return await self._do("list", path, scan)
+
+    async def make_directory(self, path: str) -> None:
+        parts = path.split("/")
+
+        def make() -> None:
+            for depth in range(1, len(parts) + 1):
+                full = self.local_path("/".join(parts[:depth]))
+                try:
+                    os.mkdir(full, 0o700)
+                except FileExistsError:
+                    continue
+                sync_directory(os.path.dirname(full))
+
+        await self._do("make", path, make)
+
+    async def sync_directory(self, path: str) -> None:
+        full = self.local_path(path)
+        await self._do("sync", path, lambda: sync_directory(full))
+
+    async def space(self) -> Space:
+        def look() -> Space:
+            found = os.statvfs(self._root)
+            return Space(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
+
+        return await self._do("look at", ".", look)
+
+
+def sync_directory(full: str) -> None:
+    descriptor = os.open(full, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(full: str, data: Buffer, mode: int = 0o600) -> None:
+    """Make `full` hold `data`, durably and atomically. For set-up code before there is a loop; raises OSError."""
+    temporary = f"{full}.new"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        _write(descriptor, 0, [data])
+        os.fchmod(descriptor, mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(temporary, full)
+    sync_directory(os.path.dirname(full))

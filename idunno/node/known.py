@@ -1,0 +1,103 @@
+# idunno/node/known.py: whom this node takes for a member: the roster, and before its log is replayed the last one it saw.
+#
+# Rule 1: the roster decides. The remembered one (`peers.json`) counts only until this node has caught up once.
+# Rule 2: `peers.json` follows the roster: written beside the loop, only when it would change, never twice at once.
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from idunno.base.disk import Disk
+from idunno.base.errors import IdunnoError
+from idunno.base.ids import NodeId
+from idunno.coordinator.messages import MemberAddress
+from idunno.coordinator.roster import Roster
+from idunno.node.config import parse_address
+from idunno.node.identity import PEERS_FILE, KnownPeers, encode_peers
+from idunno.wire.calls import Actor, Peer, Role
+from idunno.wire.peers import Endpoint
+
+log = logging.getLogger("idunno.node")
+
+
+class Known:
+    def __init__(self, roster: Callable[[], Roster], remembered: KnownPeers, disk: Disk) -> None:
+        self._roster, self._disk = roster, disk
+        self._remembered = {member.node: member for member in remembered.members}
+        self._by_fingerprint = {member.fingerprint: member.node for member in remembered.members}
+        self._caught_up = False
+        self._written = b""
+        self._writing: asyncio.Task[None] | None = None
+
+    def caught_up(self) -> None:
+        """The machine has applied everything that was acknowledged before this start: the roster alone counts now."""
+        self._caught_up = True
+        self._remembered, self._by_fingerprint = {}, {}
+
+    def members(self) -> list[MemberAddress]:
+        """All members, the roster's word before the remembered one."""
+        found = dict(self._remembered)
+        for record in self._roster().nodes():
+            found[record.node] = MemberAddress(
+                record.node, record.name, record.address, record.fingerprint, record.voter
+            )
+        return list(found.values())
+
+    def meet(self, members: list[MemberAddress]) -> None:
+        """Addresses that another member told at the start (`--seed`): they are newer than those remembered."""
+        for member in members:
+            if member.node in self._remembered:
+                self._remembered[member.node] = member
+
+    def name(self, node: NodeId) -> str:
+        record = self._roster().find(node)
+        if record is not None:
+            return record.name
+        return self._remembered[node].name if node in self._remembered else node
+
+    def is_member(self, node: NodeId) -> bool:
+        return self._roster().find(node) is not None or node in self._remembered
+
+    def identify(self, fingerprint: bytes | None) -> Peer | None:
+        """For rpc.Server: who holds the certificate. None for those we do not know."""
+        if fingerprint is None:
+            return Peer(Actor("", Role.ANYONE))
+        peer = self._roster().peer(fingerprint)
+        if peer is None and fingerprint in self._by_fingerprint:
+            node = self._by_fingerprint[fingerprint]
+            peer = Peer(Actor(node, Role.NODE), node=node)
+        return peer
+
+    def endpoint(self, node: NodeId) -> Endpoint | None:
+        """For PeerPool: where a member listens and which certificate it must show."""
+        record = self._roster().find(node)
+        remembered = self._remembered.get(node)
+        if remembered is not None and not self._caught_up:
+            host, port = parse_address(remembered.address)
+            return Endpoint(host, port, remembered.fingerprint)
+        if record is None:
+            return None
+        host, port = parse_address(record.address)
+        return Endpoint(host, port, record.fingerprint)
+
+    # -- peers.json -----------------------------------------------------------------------------------------------
+
+    def remember(self) -> None:
+        """The roster changed: bring `peers.json` up to it, unless the machine is still behind what is remembered."""
+        if self._caught_up and self._writing is None:
+            self._writing = asyncio.create_task(self._write(), name="peers.json")
+
+    async def _write(self) -> None:
+        try:
+            while (data := encode_peers(KnownPeers(self.members()))) != self._written:
+                await self._disk.replace(PEERS_FILE, data)
+                self._written = data
+        except IdunnoError as error:
+            log.warning("roster not remembered", extra={"error": str(error)})
+        finally:
+            self._writing = None
+
+    async def close(self) -> None:
+        if self._writing is not None:
+            await self._writing

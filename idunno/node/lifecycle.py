@@ -1,0 +1,199 @@
+# idunno/node/lifecycle.py: making, joining and running a node's directory.
+#
+# Rule 1: these functions are synchronous and own their event loop: the command line calls them, one at a time.
+# Rule 2: whatever is made half-way can be made again: the identity is written last.
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from idunno.base.errors import Unauthenticated
+from idunno.base.ids import check_label
+from idunno.base.version import VERSION
+from idunno.consensus.log import Log
+from idunno.coordinator.commands import FORMAT, Entry, Genesis, encode_entry
+from idunno.coordinator.messages import ENROLL, HELLO, Enroll, Hello, MemberAddress
+from idunno.coordinator.records import NodeRecord, TokenRecord
+from idunno.node.config import NodeConfig, load_config, parse_address
+from idunno.node.disk import RealDisk, ThreadOffload
+from idunno.node.identity import (
+    Identity,
+    KnownPeers,
+    Secrets,
+    check_empty,
+    load_identity,
+    make_directory,
+    new_node_id,
+    write_identity,
+)
+from idunno.wire.calls import Role
+from idunno.wire.rpc import connect_tcp
+from idunno.wire.security import client_context, fingerprint, make_ca, make_key_and_csr, sign
+from idunno.wire.tokens import make_token, parse_token
+
+VOTERS_MAX: Final = 7
+"""Seven voters go on when three die (design.md, section 6); more would only slow every commit."""
+FIRST_TOKEN_S: Final = 7 * 86_400
+"""The token that `init` prints: long enough to carry to the other machines, short enough to forget."""
+JOIN_TIMEOUT_S: Final = 30.0
+
+T = TypeVar("T")
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run on uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+def voters_of(nodes: int) -> int:
+    """The largest odd number that is at most min(7, nodes)."""
+    return (min(VOTERS_MAX, nodes) - 1) // 2 * 2 + 1
+
+
+def make_cluster(directories: list[Path], configs: list[NodeConfig]) -> dict[str, str]:
+    """A new cluster: its CA, its first nodes with identical logs, a token to join. Returns {cluster, token}.
+
+    The first `voters_of(n)` nodes vote from the beginning: entry 1, the genesis, is the same bytes in each one's log.
+    """
+    for directory in directories:
+        check_empty(directory)
+    ca_pem, ca_key_pem = make_ca()
+    cluster, cluster_key = secrets.token_hex(16), secrets.token_bytes(32)
+    now_ms = int(time.time() * 1000)
+    text, token_id, secret_hash = make_token(fingerprint(ca_pem))
+    voters = voters_of(len(configs))
+    made: list[tuple[NodeRecord, Secrets]] = []
+    for place, config in enumerate(configs):
+        node = new_node_id()
+        key_pem, csr_pem = make_key_and_csr(node)
+        certificate_pem = sign(ca_pem, ca_key_pem, csr_pem, common_name=node, role=Role.NODE)
+        record = NodeRecord(
+            node=node,
+            name=config.name,
+            address=config.address,
+            fingerprint=fingerprint(certificate_pem),
+            voter=place < voters,
+            slots=config.slots,
+            zone=config.zone,
+            software=VERSION,
+            since_ms=now_ms,
+        )
+        held = Secrets(ca_pem, certificate_pem, key_pem, cluster_key, ca_key_pem if record.voter else None)
+        made.append((record, held))
+    records = tuple(record for record, _ in made)
+    token = TokenRecord(
+        token=token_id,
+        role="node",
+        secret_hash=secret_hash,
+        expires_ms=now_ms + FIRST_TOKEN_S * 1000,
+        created_by="init",
+    )
+    genesis = Genesis(cluster=cluster, nodes=records, cluster_key=cluster_key, tokens=(token,))
+    entry = Entry(format=FORMAT, stamp_ms=now_ms, actor="init", role="node", request="", command=genesis)
+    payload = encode_entry(entry)
+    peers = KnownPeers([_address(record) for record in records])
+    for directory, config, (record, held) in zip(directories, configs, made, strict=True):
+        make_directory(directory, config, held, peers)
+        if record.voter:
+            run_async(_create_log(directory, payload))
+    # Only now do the directories count: a crash before this line leaves nothing that could run.
+    for directory, (record, _) in zip(directories, made, strict=True):
+        write_identity(directory, Identity(1, cluster, record.node))
+    return {"cluster": cluster, "token": text}
+
+
+def _address(record: NodeRecord) -> MemberAddress:
+    return MemberAddress(record.node, record.name, record.address, record.fingerprint, record.voter)
+
+
+async def _create_log(directory: Path, payload: bytes) -> None:
+    offload = ThreadOffload(1, "log")
+    try:
+        disk = RealDisk(str(directory), offload)
+        for entry in await disk.list("log"):  # of an attempt that did not reach its identity
+            await disk.remove(f"log/{entry.name}")
+        await Log.create(disk, payload)
+    finally:
+        offload.close()
+
+
+def init(directory: Path, listen: str, name: str | None = None, advertise: str = "") -> dict[str, str]:
+    """A new cluster of this one node. Returns {cluster, node, name, token, directory}."""
+    config = NodeConfig(name=name or _default_name(listen), listen=listen, advertise=advertise)
+    made = make_cluster([directory], [config])
+    node = load_identity(directory).node
+    return {**made, "node": node, "name": config.name, "address": config.address, "directory": str(directory)}
+
+
+def join(
+    address: str, token: str, directory: Path, listen: str, name: str | None = None, advertise: str = ""
+) -> dict[str, str]:
+    """Make `directory` a member of the cluster behind `address`. Returns {cluster, node, name, directory}."""
+    config = NodeConfig(name=name or _default_name(listen), listen=listen, advertise=advertise)
+    check_empty(directory)
+    return run_async(_join(address, token, directory, config))
+
+
+async def _join(address: str, token: str, directory: Path, config: NodeConfig) -> dict[str, str]:
+    parsed = parse_token(token)
+    host, port = parse_address(address)
+    # The first word is not trusted: it only brings the CA, which must be the one whose fingerprint the token carries.
+    async with asyncio.timeout(JOIN_TIMEOUT_S):
+        first = await connect_tcp(host, port, client_context(None, None, None), expect=None, timeout_s=10.0)
+        try:
+            hello = await first.call(HELLO, Hello(), timeout_s=10.0)
+        finally:
+            await first.close()
+        if fingerprint(hello.ca_pem) != parsed.ca_fingerprint:
+            raise Unauthenticated(f"{address} does not belong to the cluster that this token is for: check the address")
+        node = new_node_id()
+        key_pem, csr_pem = make_key_and_csr(node)
+        second = await connect_tcp(host, port, client_context(None, None, hello.ca_pem), expect=None, timeout_s=10.0)
+        try:
+            answer = await second.call(
+                ENROLL,
+                Enroll(
+                    token=token,
+                    csr_pem=csr_pem,
+                    name=config.name,
+                    node=node,
+                    address=config.address,
+                    slots=config.slots,
+                    zone=config.zone,
+                    software=VERSION,
+                ),
+                timeout_s=20.0,
+            )
+        finally:
+            await second.close()
+    held = Secrets(hello.ca_pem, answer.certificate_pem, key_pem, answer.cluster_key)
+    make_directory(directory, config, held, KnownPeers(answer.members))
+    write_identity(directory, Identity(1, answer.cluster, node))
+    return {"cluster": answer.cluster, "node": node, "name": config.name, "directory": str(directory)}
+
+
+def _default_name(listen: str) -> str:
+    import socket
+
+    _, port = parse_address(listen)
+    return check_label("node", f"{socket.gethostname().split('.')[0][:50]}-{port}")
+
+
+def run(directory: Path, seed: str | None = None, *, verbose: bool = False) -> None:
+    """Run the node of `directory` in the foreground until SIGINT or SIGTERM."""
+    from idunno.node.node import run_node
+
+    if seed is not None:
+        parse_address(seed)
+    config = load_config(directory)
+    identity = load_identity(directory)
+    run_async(run_node(directory, config, identity, seed, verbose=verbose))

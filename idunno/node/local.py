@@ -1,0 +1,245 @@
+# idunno/node/local.py: `idunno up` and `idunno down`: a cluster of processes on this one machine.
+#
+# Rule 1: `up` is idempotent: it makes what is not there, starts what is not running, and waits until all is well.
+# Rule 2: a process that ends while `up` waits is reported with the last lines it wrote, not as a time-out.
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, InvalidArgument, Unavailable
+from idunno.coordinator.messages import MEMBERS, STATUS, Member, Members, Status
+from idunno.node.config import NodeConfig, load_config, parse_address
+from idunno.node.identity import IDENTITY_FILE, running_pid
+from idunno.node.lifecycle import make_cluster, run_async
+from idunno.wire.rpc import Connection, connect_unix
+
+NODES_MAX: Final = 64
+"""On one machine; each takes about 60 MB."""
+READY_TIMEOUT_S: Final = 60.0
+STOP_TIMEOUT_S: Final = 15.0
+"""A node stops within 10 s (commands.md); what is left after this is killed."""
+LOOK_AGAIN_S: Final = 0.1
+
+CLUSTER_FILE: Final = "cluster.json"
+
+
+class LocalCluster(msgspec.Struct, frozen=True):
+    """`cluster.json`: the addresses, so that a client can tell that HOST:PORT means this directory."""
+
+    cluster: str
+    nodes: list[str]
+    addresses: list[str]
+
+
+def up(directory: Path, nodes: int | None = None, port: int | None = None) -> dict[str, Any]:
+    """Start the cluster of `directory`, making it with `nodes` (5) nodes from `port` (7400) on if there is none.
+
+    Returns {cluster, scheduler, members: [...], seconds, started}. Raises InvalidArgument, Conflict, DeadlineExceeded.
+    """
+    directory = directory.absolute()
+    clock = asyncio.new_event_loop()
+    began_s = clock.time()
+    found = existing_nodes(directory)
+    if not found:
+        found = _make(directory, 5 if nodes is None else nodes, 7400 if port is None else port)
+    elif nodes is not None and nodes != len(found):
+        raise Conflict(
+            f"{directory} holds a cluster of {len(found)} nodes; `idunno join` adds one, another --dir makes another"
+        )
+    stopped = [node for node in found if running_pid(node) is None]
+    for node in stopped:
+        _check_port(load_config(node))
+    processes = {node: _spawn(node) for node in stopped}
+    try:
+        members, scheduler, cluster = run_async(_until_ready(found, processes))
+    except BaseException:
+        for process in processes.values():  # what this call started is not left behind half-way
+            process.terminate()
+        raise
+    finally:
+        seconds = clock.time() - began_s
+        clock.close()
+    return {
+        "cluster": cluster,
+        "scheduler": scheduler,
+        "members": msgspec.to_builtins(members),
+        "seconds": round(seconds, 3),
+        "started": len(stopped),
+    }
+
+
+def existing_nodes(directory: Path) -> list[Path]:
+    """The node directories n1, n2, ... of an `up`, in the order of their numbers."""
+    found = [path for path in directory.glob("n*") if path.name[1:].isdigit() and (path / IDENTITY_FILE).exists()]
+    return sorted(found, key=lambda path: int(path.name[1:]))
+
+
+def _make(directory: Path, nodes: int, port: int) -> list[Path]:
+    if not 1 <= nodes <= NODES_MAX:
+        raise InvalidArgument(f"--nodes {nodes}: one machine runs 1 to {NODES_MAX}")
+    if not 1 <= port <= 65535 - nodes:
+        raise InvalidArgument(f"--port {port}: {nodes} ports from there must be at most 65535")
+    if directory.exists() and not directory.is_dir():
+        raise InvalidArgument(f"{directory} is a file: choose another --dir")
+    # These nodes share one machine: each computes with its part of the cores, and none keeps a process waiting.
+    threads = max(1, (os.cpu_count() or 1) // nodes)
+    configs = [
+        NodeConfig(name=f"n{i + 1}", listen=f"127.0.0.1:{port + i}", threads=threads, warm_runner=False)
+        for i in range(nodes)
+    ]
+    for config in configs:
+        _check_port(config)
+    directories = [directory / config.name for config in configs]
+    for leftover in directories:
+        if leftover.exists():  # an `up` that was interrupted before its identities were written
+            shutil.rmtree(leftover)
+    made = make_cluster(directories, configs)
+    about = LocalCluster(made["cluster"], [c.name for c in configs], [c.address for c in configs])
+    (directory / CLUSTER_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(about)))
+    return directories
+
+
+def _check_port(config: NodeConfig) -> None:
+    host, port = parse_address(config.listen)
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind) as probe:
+            if kind == socket.SOCK_STREAM:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise Conflict(
+                    f"{config.listen} cannot be used for node {config.name}: {error.strerror}; "
+                    "stop what uses it, or choose other ports with --port and another --dir"
+                ) from None
+
+
+def _spawn(node: Path) -> subprocess.Popen[bytes]:
+    (node / "logs").mkdir(exist_ok=True)
+    with open(node / "logs" / "stderr.log", "ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "idunno.node", "--dir", str(node)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+async def _until_ready(
+    nodes: list[Path], processes: dict[Path, subprocess.Popen[bytes]]
+) -> tuple[list[Member], str, str]:
+    """Wait until every node answers, sees all others active, and knows one and the same scheduler."""
+    waits_for = "the nodes to answer"
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            while True:
+                for node, process in processes.items():
+                    if process.poll() is not None:
+                        raise Unavailable(
+                            f"node {node.name} ended with status {process.returncode}: {_last_words(node)}"
+                        )
+                seen = await asyncio.gather(*(look(node) for node in nodes))
+                answers = [answer for answer in seen if isinstance(answer, tuple)]
+                waits_for = _missing(nodes, seen)
+                if not waits_for:
+                    members, scheduler, cluster = answers[0]
+                    assert scheduler is not None
+                    return members, scheduler, cluster
+                await asyncio.sleep(LOOK_AGAIN_S)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"the cluster is not ready after {READY_TIMEOUT_S:.0f} s, still waiting for {waits_for}; "
+            f"see {nodes[0].parent}/n*/logs/"
+        ) from None
+
+
+def _missing(nodes: list[Path], seen: list[tuple[list[Member], str | None, str] | IdunnoError]) -> str:
+    """What is not ready yet, "" when all is."""
+    schedulers = set()
+    for node, answer in zip(nodes, seen, strict=True):
+        if isinstance(answer, IdunnoError):
+            return f"node {node.name} to answer"
+        members, scheduler, _ = answer
+        if scheduler is None:
+            return f"node {node.name} to know a scheduler"
+        schedulers.add(scheduler)
+        active = sum(member.state == "active" for member in members)
+        if active < len(nodes):
+            return f"node {node.name} to see all members: {active} of {len(nodes)} are active there"
+    return "" if len(schedulers) == 1 else f"one scheduler: there are {' and '.join(sorted(schedulers))}"
+
+
+async def look(node: Path) -> tuple[list[Member], str | None, str] | IdunnoError:
+    """What the node of this directory says of the cluster: (members, scheduler, cluster id), or why it does not answer."""
+    connection: Connection | None = None
+    try:
+        connection = await connect_unix(str(node / "node.sock"), timeout_s=1.0)
+        status = await connection.call(STATUS, Status(), timeout_s=2.0)
+        members = await connection.call(MEMBERS, Members(), timeout_s=2.0)
+        return members.members, status.scheduler, status.cluster
+    except IdunnoError as error:
+        return error
+    finally:
+        if connection is not None:
+            await connection.close()
+
+
+def _last_words(node: Path) -> str:
+    """The last line the process wrote to standard error, at most 300 characters."""
+    try:
+        with open(node / "logs" / "stderr.log", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    except FileNotFoundError:
+        lines = []
+    return lines[-1][:300] if lines else f"it wrote nothing; see {node}/logs/"
+
+
+def down(directory: Path, purge: bool = False) -> dict[str, Any]:
+    """Stop every node of `directory`. Returns {stopped, killed, purged}."""
+    directory = directory.absolute()
+    nodes = existing_nodes(directory)
+    if not nodes and not (directory / CLUSTER_FILE).exists():
+        raise InvalidArgument(f"{directory} holds no cluster of `idunno up`")
+    running = {node: pid for node in nodes if (pid := running_pid(node)) is not None}
+    for pid in running.values():
+        _signal(pid, signal.SIGTERM)
+    left = run_async(_until_gone(running, STOP_TIMEOUT_S))
+    for node, pid in left.items():
+        if running_pid(node) == pid:
+            _signal(pid, signal.SIGKILL)
+    if left:
+        run_async(_until_gone(left, 5.0))
+    if purge:
+        shutil.rmtree(directory)
+    return {"stopped": len(running) - len(left), "killed": len(left), "purged": purge}
+
+
+def _signal(pid: int, what: signal.Signals) -> None:
+    try:
+        os.kill(pid, what)
+    except ProcessLookupError:
+        return  # it ended by itself in between
+
+
+async def _until_gone(running: dict[Path, int], timeout_s: float) -> dict[Path, int]:
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + timeout_s
+    left = dict(running)
+    while left and loop.time() < end_s:
+        left = {node: pid for node, pid in left.items() if running_pid(node) == pid}
+        if left:
+            await asyncio.sleep(0.05)
+    return left

@@ -1,0 +1,434 @@
+# idunno/node/node.py: the composition root: makes every part of a node, hands each what it needs, starts and stops them.
+#
+# Rule 1: parts do not know each other; who hears what of whom is decided here and nowhere else.
+# Rule 2: start from the bottom up, stop from the top down; what was started is stopped, however far the start came.
+# Rule 3: an applied command's effects are handed on in one fixed order (docs/node.md).
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import secrets
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from idunno.base.disk import Buffer
+from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, Incompatible, Unavailable
+from idunno.base.ids import Index, NodeId, Term
+from idunno.base.version import VERSION
+from idunno.consensus.config import RaftConfig
+from idunno.consensus.driver import RaftDriver
+from idunno.consensus.messages import RAFT, RaftEnvelope, RaftMessage
+from idunno.coordinator.applier import Applier
+from idunno.coordinator.client import Coordinator
+from idunno.coordinator.commands import UpdateNode
+from idunno.coordinator.effects import Effect, KeepSmall, RosterChanged
+from idunno.coordinator.machine import Machine
+from idunno.coordinator.messages import MEMBERS, MemberAddress, Members
+from idunno.coordinator.service import CoordinatorService
+from idunno.grep.service import GrepService
+from idunno.membership.config import SwimConfig
+from idunno.membership.events import Changed, Self
+from idunno.membership.transport import Membership
+from idunno.node.config import NodeConfig, parse_address
+from idunno.node.disk import RealDisk, ThreadOffload
+from idunno.node.identity import DirectoryLock, Identity, load_peers, load_secrets, next_boot
+from idunno.node.known import Known
+from idunno.node.logs import start_logging
+from idunno.node.seat import Seat
+from idunno.scheduler.config import SchedulerConfig
+from idunno.scheduler.service import SchedulerService
+from idunno.sdfs.blocks import BlockStore
+from idunno.sdfs.client import FileClient
+from idunno.sdfs.config import SdfsConfig
+from idunno.sdfs.datanode import DataNode
+from idunno.sdfs.service import FileService
+from idunno.sdfs.small import SmallStore
+from idunno.wire.calls import A, Actor, Call, Caller, Empty, Lane, Method, Peer, Q, Role
+from idunno.wire.local import LocalCaller
+from idunno.wire.peers import PeerPool
+from idunno.wire.rpc import connect_tcp
+from idunno.wire.sealed import Opener, Sealer
+from idunno.wire.security import client_context, server_context
+from idunno.wire.server import Server
+from idunno.worker.agent import Agent, WorkerConfig
+from idunno.worker.runner import ChildFactory
+
+log = logging.getLogger("idunno.node")
+
+DATA_THREADS: Final = 4
+"""For blocks, hashing and everything but the log: two cores hash while two writes wait for the disk."""
+TASKS_GRACE_S: Final = 3.0
+"""What runs may end for so long when the node stops; the rest is given back. Part of the 10 s that a stop may take."""
+STEP_S: Final = 2.5
+"""How long any other step of a stop may take before the next begins: five of them and the grace end within 10 s, since
+what takes long (a hand-over, an announcement) is bounded by about 1 s by itself."""
+INTRODUCE_S: Final = 10.0
+SEED_S: Final = 5.0
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+class Node:
+    """One node, in a directory that belongs to it. `start`, then `stop`."""
+
+    def __init__(self, directory: Path, config: NodeConfig, identity: Identity, seed: str | None) -> None:
+        self.directory, self.config, self.me, self._cluster_id = directory, config, identity.node, identity.cluster
+        self._seed = seed
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stops: list[tuple[str, Callable[[], Awaitable[None]]]] = []
+        self.problem = ""
+        """Why this node cannot go on, "" while it can."""
+        self.failed = asyncio.Event()
+
+    # -- making ---------------------------------------------------------------------------------------------------
+
+    def _make(self) -> None:
+        directory, config, me = self.directory, self.config, self.me
+        held = load_secrets(directory)
+        rng = random.Random(secrets.randbits(256))
+        self.boot = next_boot(directory)
+        self._log_offload, self.offload = ThreadOffload(1, "log"), ThreadOffload(DATA_THREADS, "data")
+        log_disk, self.disk = RealDisk(str(directory), self._log_offload), RealDisk(str(directory), self.offload)
+        certificate, key = str(directory / "node.pem"), str(directory / "node.key")
+        self._server_tls = server_context(certificate, key, held.ca_pem)
+        self._client_tls = client_context(certificate, key, held.ca_pem)
+
+        self.machine = Machine()
+        remembered = load_peers(directory)
+        self.known = Known(lambda: self.machine.roster, remembered, self.disk)
+        self.server = Server(self.known.identify, name=config.name)
+        self.local: Caller = LocalCaller(self.server, Peer(Actor(me, Role.NODE), node=me, local=True))
+        self.peers = PeerPool(self.known.endpoint, lambda: self._client_tls, me=me, local=self.local)
+
+        voters = [member.node for member in remembered.members if member.voter]
+        learners = [member.node for member in remembered.members if not member.voter]
+        applier = Applier(self.machine)
+        self.driver = RaftDriver(
+            me,
+            log_disk,
+            send=self._send_raft,
+            apply=applier,
+            config=RaftConfig(),
+            rng=rng,
+            voters=voters,
+            learners=learners,
+            copies_needed=min(4, max(1, len(remembered.members))),
+        )
+        sealer = Sealer([held.cluster_key], me, self.boot, secrets.token_bytes(16))
+        self.membership = Membership(
+            Self(me, config.name, config.address, self.boot),
+            SwimConfig(),
+            rng,
+            sealer.seal,
+            Opener([held.cluster_key]).open,
+            self.known.is_member,
+            now_ms,
+        )
+        self.coordinator = Coordinator(self.driver, self.machine, self.peers, me, now_ms)
+        CoordinatorService(self.coordinator, self.server, ca_pem=held.ca_pem, ca_key_pem=lambda: held.ca_key_pem)
+        self._make_files(rng)
+        self.scheduler = SchedulerService(
+            self.coordinator,
+            self.server,
+            me,
+            self.membership.view,
+            SchedulerConfig(scheduler_works=config.scheduler_works),
+        )
+        self.agent = Agent(
+            me,
+            self.boot,
+            self._call_scheduler,
+            FileClient(lambda: self.local, offload=self.offload, rng=rng),
+            self.disk,
+            ChildFactory(str(directory)),
+            rng=rng,
+            config=WorkerConfig(
+                slots=config.slots,
+                threads=config.threads or max(1, (os.cpu_count() or 1) // config.slots),
+                cache_bytes=config.cache_bytes,
+                task_limit_s=float(config.task_limit_s),
+                warm_runner=config.warm_runner,
+            ),
+        )
+        GrepService(self.server, self.peers, self.membership.view, me, self.disk)
+        self.seat = Seat(self)
+        self.server.register(RAFT, self._receive_raft)
+        self._connect(applier)
+
+    def _make_files(self, rng: random.Random) -> None:
+        sdfs = SdfsConfig(floor_bytes=self.config.disk_reserve_bytes)
+        self.blocks = BlockStore(self.disk, self.offload, sdfs)
+        self.small = SmallStore(self.disk, self.offload)
+        self.files = FileService(self.me, self.coordinator, self.blocks, self.small, self.peers, config=sdfs)
+        self.datanode = DataNode(
+            self.me,
+            self.blocks,
+            self.small,
+            self.peers,
+            config=sdfs,
+            may_write=self.files.may_write,
+            locate=self.files.locate,
+            report=self.files.report,
+        )
+        self.files.register(self.server)
+        self.datanode.register(self.server)
+
+    def _connect(self, applier: Applier) -> None:
+        """Who hears what of whom."""
+        applier.subscribe(self._applied)
+        applier.subscribe(self.scheduler.follow)
+        self.driver.on_role.append(self._role_changed)
+        self.driver.on_leader.append(self._leader_changed)
+        self.peers.lost(self._peer_lost)
+        self.membership.subscribe(self._member_changed)
+
+    # -- starting and stopping ------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Raises IdunnoError; what was started by then is stopped again."""
+        self._make()
+        self._on_stop("threads", self._close_threads)
+        try:
+            await self._start_parts()
+        except BaseException:
+            await self.stop(hurry=True)
+            raise
+
+    async def _start_parts(self) -> None:
+        host, port = parse_address(self.config.listen)
+        await self.small.open()
+        self._on_stop("small blocks", self.small.close)
+        await self.blocks.open()
+        if self._seed is not None:
+            await self._ask_seed(self._seed)
+        await self.server.listen_tcp(host, port, self._server_tls)
+        self._on_stop("server", lambda: self.server.close(grace_s=0.5))
+        self._on_stop("peers", self.peers.close)
+        self.membership.seeds(self.known.members())
+        await self.membership.start(host, port)
+        self._on_stop("membership", self.membership.stop)
+        self.scheduler.start()
+        self._on_stop("scheduler", self.scheduler.stop)
+        await self.driver.start()
+        self._on_stop("log", lambda: self.driver.stop(transfer=False))
+        self._on_stop("coordinator", self.coordinator.close)
+        self._on_stop("remembered roster", self.known.close)
+        self.datanode.start()
+        self._on_stop("blocks", self.datanode.stop)
+        self.files.start()
+        self._on_stop("files", self.files.stop)
+        await self.agent.start()
+        self._spawn(self._introduce(), "introduce")
+        self._on_stop("tasks", self._cancel_tasks)
+        # The socket comes last: who can connect to it finds a node that works.
+        await self.server.listen_unix(str(self.directory / "node.sock"))
+        log.info(
+            "node started",
+            extra={"node_id": self.me, "boot": self.boot, "address": self.config.address, "version": VERSION},
+        )
+
+    def _on_stop(self, what: str, stop: Callable[[], Awaitable[None]]) -> None:
+        self._stops.append((what, stop))
+
+    async def stop(self, *, hurry: bool = False) -> None:
+        """Finish or give back tasks, hand over leadership, announce `stopped`, close everything. At most about 10 s."""
+        if not hurry:
+            await self._bounded("agent", self.agent.stop(TASKS_GRACE_S), TASKS_GRACE_S + STEP_S)
+            await self._bounded("hand-over", self.driver.stop(transfer=True), STEP_S)
+            await self._bounded("announcement", self.membership.announce_stopped(), STEP_S)
+            log.info("node stopped", extra={"node_id": self.me, "boot": self.boot})
+        elif hasattr(self, "agent"):
+            await self._bounded("agent", self.agent.stop(0.0), STEP_S)
+        while self._stops:
+            what, stop = self._stops.pop()
+            await self._bounded(what, stop(), STEP_S)
+
+    async def _bounded(self, what: str, work: Awaitable[None], seconds: float) -> None:
+        """One step of a stop: neither its failure nor its slowness keeps the others from theirs."""
+        try:
+            async with asyncio.timeout(seconds):
+                await work
+        except TimeoutError:
+            log.warning("step of stop took too long", extra={"step": what, "seconds": seconds})
+        except Exception:
+            log.exception("step of stop failed", extra={"step": what})
+
+    async def _close_threads(self) -> None:
+        self._log_offload.close()
+        self.offload.close()
+
+    async def _cancel_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _spawn(self, work: Any, name: str) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background task failed", exc_info=error, extra={"task": task.get_name()})
+
+    # -- what is heard --------------------------------------------------------------------------------------------
+
+    def _applied(self, index: Index, effect: Effect) -> None:
+        if isinstance(effect, KeepSmall):
+            self.small.keep(effect.block, effect.content)
+        elif isinstance(effect, RosterChanged):
+            self._roster_changed()
+
+    def _roster_changed(self) -> None:
+        roster = self.machine.roster
+        if roster.cluster != self._cluster_id:
+            self.fail(
+                Incompatible(
+                    f"{self.directory} is of cluster {self._cluster_id[:8]}, but its log is of {roster.cluster[:8]}: "
+                    "restore the directory that belongs together"
+                )
+            )
+            return
+        nodes = roster.nodes()
+        voters = [record.node for record in nodes if record.voter]
+        learners = [record.node for record in nodes if not record.voter]
+        self.driver.set_members(voters, learners, roster.acknowledge_copies())
+        self.membership.seeds(self.known.members())
+        self.server.recheck()
+        self.known.remember()
+
+    def _role_changed(self, is_leader: bool, term: Term) -> None:
+        log.info(
+            "leader elected" if is_leader else "leadership ended", extra={"leader": self.config.name, "term": term}
+        )
+        self.files.role_changed(is_leader, term)
+        self.scheduler.role_changed(is_leader, term)
+
+    def _leader_changed(self, leader: NodeId | None, term: Term) -> None:
+        log.info("leader changed", extra={"leader": self.known.name(leader) if leader else None, "term": term})
+        self.datanode.leader_changed(leader, term)
+        self.agent.leader_changed()
+
+    def _peer_lost(self, node: NodeId, lane: Lane) -> None:
+        if lane is Lane.CONSENSUS:
+            self.driver.peer_lost(node)
+
+    def _member_changed(self, changed: Changed) -> None:
+        log.info(
+            "member changed",
+            extra={
+                "member": changed.member.name,
+                "old": changed.old.value,
+                "new": changed.new.value,
+                "reason": changed.reason,
+                "accuser": self.known.name(changed.accuser) if changed.accuser else None,
+            },
+        )
+        self.scheduler.member_changed(changed)
+
+    def fail(self, error: IdunnoError) -> None:
+        """This node cannot go on: said in the log and at the end of the process."""
+        log.error("node cannot go on", extra={"error": str(error)})
+        self.problem = self.problem or str(error)
+        self.failed.set()
+
+    # -- between nodes --------------------------------------------------------------------------------------------
+
+    def _send_raft(self, node: NodeId, message: RaftMessage) -> None:
+        self.peers.to(node, Lane.CONSENSUS).notify(RAFT, RaftEnvelope(message))
+
+    async def _receive_raft(self, call: Call[RaftEnvelope]) -> Empty:
+        if call.peer.node is None:
+            raise Conflict("raft messages come from nodes only")
+        self.driver.receive(call.peer.node, call.request.message)
+        return Empty()
+
+    async def _call_scheduler(self, method: Method[Q, A], request: Q, body: Buffer = b"", *, timeout_s: float) -> A:
+        leader = self.driver.leader
+        if leader is None:
+            raise Unavailable("no scheduler is elected: wait, or see `idunno status`")
+        return await self.peers.to(leader).call(method, request, timeout_s=timeout_s, body=body)
+
+    async def _introduce(self) -> None:
+        """Tell the roster what this process is, as soon as there is a leader; again until it is written."""
+        command = UpdateNode(
+            node=self.me,
+            address=self.config.address,
+            boot=self.boot,
+            slots=self.config.slots,
+            zone=self.config.zone,
+            software=VERSION,
+        )
+        while True:
+            try:
+                await self.coordinator.propose(command, actor=Actor(self.me, Role.NODE), timeout_s=INTRODUCE_S)
+                await self.coordinator.read(INTRODUCE_S)
+                break
+            except IdunnoError as error:
+                if not error.retryable and not isinstance(error, DeadlineExceeded):
+                    self.fail(error)
+                    return
+                log.warning("not yet introduced", extra={"error": str(error)})
+                await asyncio.sleep(0.5)  # errors may come at once; elections take a second
+        self.known.caught_up()
+        self.known.remember()
+
+    async def _ask_seed(self, seed: str) -> None:
+        """Learn the members' present addresses from one that is where `seed` says."""
+        host, port = parse_address(seed)
+        try:
+            connection = await connect_tcp(host, port, self._client_tls, expect=None, timeout_s=SEED_S)
+        except IdunnoError as error:
+            log.warning("seed did not answer", extra={"seed": seed, "error": str(error)})
+            return
+        try:
+            answer = await connection.call(MEMBERS, Members(), timeout_s=SEED_S)
+            old = {member.node: member for member in self.known.members()}
+            self.known.meet(
+                [
+                    MemberAddress(row.id, row.name, row.address, old[row.id].fingerprint, old[row.id].voter)
+                    for row in answer.members
+                    if row.id in old
+                ]
+            )
+        except IdunnoError as error:
+            log.warning("seed did not answer", extra={"seed": seed, "error": str(error)})
+        finally:
+            await connection.close()
+
+
+async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed: str | None, *, verbose: bool) -> None:
+    """Run until SIGINT or SIGTERM; a second signal ends it at once. Raises IdunnoError when it cannot start or go on."""
+    lock = DirectoryLock(directory)
+    lock.take()
+    (directory / "logs").mkdir(exist_ok=True)
+    level = logging.getLevelNamesMapping()[config.log_level.upper()]
+    start_logging(str(directory / "logs" / "node.jsonl"), config.name, level=level, also_stderr=verbose)
+    loop = asyncio.get_running_loop()
+    wanted = asyncio.Event()
+
+    def signalled() -> None:
+        if wanted.is_set():
+            os._exit(1)
+        wanted.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, signalled)
+    node = Node(directory, config, identity, seed)
+    await node.start()
+    ends = [asyncio.create_task(wanted.wait()), asyncio.create_task(node.failed.wait())]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for task in ends:
+        task.cancel()
+    await node.stop(hurry=bool(node.problem))
+    lock.release()
+    if node.problem:
+        raise Incompatible(node.problem)

@@ -1,0 +1,143 @@
+# idunno/node/status.py: what a node says of its cluster: the members, and whether all is well and why not.
+#
+# Rule 1: it answers at once from what this node itself knows; only what the leader alone knows is asked of it, with a short
+#         deadline, and left out when it does not answer: status must work when nothing else does.
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from idunno.base.ids import NodeId
+from idunno.base.version import VERSION
+from idunno.coordinator.messages import Member, StatusAnswer
+from idunno.coordinator.records import NodeRecord
+from idunno.membership.messages import MemberView
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderView:
+    """What only the leader knows."""
+
+    copies_missing: int
+    lag: dict[str, int]
+    recovering: bool
+    waiting: int  # tasks out on lease
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Everything a status is made of."""
+
+    cluster: str
+    me: NodeId
+    leader: NodeId | None
+    term: int
+    commit: int
+    applied: int
+    roster: Sequence[NodeRecord]
+    view: Mapping[NodeId, MemberView]
+    files: int
+    models: dict[str, int]
+    tasks: dict[str, int]
+    rates: dict[str, float]
+    stopped_applying: str  # why the machine stopped, "" when it runs
+    leader_view: LeaderView | None
+
+
+def members(
+    roster: Sequence[NodeRecord], view: Mapping[NodeId, MemberView], me: NodeId, leader: NodeId | None
+) -> list[Member]:
+    """The roster with what gossip says of each; in the order of names."""
+    rows = []
+    for record in roster:
+        seen = view.get(record.node)
+        if record.node == me:
+            state = "active"
+        elif seen is not None:
+            state = seen.state
+        else:  # not heard of since this node started, or forgotten after its death
+            state = "failed" if record.presence == "present" else record.presence
+        rows.append(
+            Member(
+                name=record.name,
+                id=record.node,
+                address=record.address,
+                state=state,
+                role="scheduler" if record.node == leader else "worker",
+                incarnation=seen.incarnation if seen is not None else 0,
+                version=record.software or VERSION,
+                slots=record.slots,
+                zone=record.zone,
+            )
+        )
+    return sorted(rows, key=lambda row: _natural(row.name))
+
+
+def _natural(name: str) -> tuple[str, int, str]:
+    """n2 before n10."""
+    head = name.rstrip("0123456789")
+    digits = name[len(head) :]
+    return head, int(digits) if digits else -1, name
+
+
+def status(seen: Seen) -> StatusAnswer:
+    rows = members(seen.roster, seen.view, seen.me, seen.leader)
+    name: Callable[[NodeId], str] = {record.node: record.name for record in seen.roster}.__getitem__
+    known = {record.node for record in seen.roster}
+    why = _why(seen, rows)
+    extra = seen.leader_view
+    tasks = dict(seen.tasks)
+    if extra is not None:
+        tasks["waiting"] = extra.waiting
+        tasks["ready"] = max(0, tasks.get("ready", 0) - extra.waiting)
+    return StatusAnswer(
+        healthy=not why,
+        why="; ".join(why),
+        cluster=seen.cluster,
+        node=name(seen.me) if seen.me in known else seen.me,
+        scheduler=name(seen.leader) if seen.leader is not None and seen.leader in known else seen.leader,
+        term=seen.term,
+        voters=[record.name for record in seen.roster if record.voter],
+        learners=[record.name for record in seen.roster if not record.voter],
+        members=dict(Counter(row.state for row in rows)),
+        applied=seen.applied,
+        commit=seen.commit,
+        files=seen.files,
+        copies_missing=extra.copies_missing if extra is not None else 0,
+        models=seen.models,
+        queue=tasks,
+        rates=seen.rates,
+        lag=extra.lag if extra is not None else {},
+        recovering=extra.recovering if extra is not None else False,
+    )
+
+
+def _why(seen: Seen, rows: Sequence[Member]) -> list[str]:
+    why = []
+    if seen.stopped_applying:
+        why.append(f"this node stopped applying the log: {seen.stopped_applying}")
+    voters = [record for record in seen.roster if record.voter]
+    if seen.leader is None:
+        states = {row.id: row.state for row in rows}
+        active = sum(states[record.node] == "active" for record in voters)
+        if active <= len(voters) // 2:
+            why.append(f"no quorum: {active} of {len(voters)} voters are active, {len(voters) // 2 + 1} are needed")
+        else:
+            why.append("no scheduler is elected yet")
+    if len(voters) == 1:
+        why.append("one voter")
+    for state in ("failed", "suspicious", "stopped"):
+        names = [row.name for row in rows if row.state == state]
+        if names:
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            why.append(f"{len(names)} {'member is' if len(names) == 1 else 'members are'} {state}: {shown}")
+    if seen.leader_view is not None:
+        if seen.leader_view.copies_missing:
+            why.append(f"{seen.leader_view.copies_missing} block copies are missing")
+        if seen.leader_view.recovering:
+            why.append("recovering: the new scheduler is waiting for the nodes' reports")
+    failed = seen.models.get("failed", 0)
+    if failed:
+        why.append(f"{failed} {'model has' if failed == 1 else 'models have'} failed; see `idunno models`")
+    return why

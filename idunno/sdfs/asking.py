@@ -1,0 +1,70 @@
+# idunno/sdfs/asking.py: asking a cluster in which nodes die: again, through another node, until the time is over.
+#
+# Rule 1: everything asked here is either a question or carries the put's id, so it may be asked twice.
+# Rule 2: who gives up after an attempt whose fate is unknown says so (DeadlineExceeded), whatever the last attempt said.
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Final
+
+from idunno.base.disk import Buffer
+from idunno.base.errors import DeadlineExceeded, IdunnoError, Unavailable, Unconfirmed
+from idunno.wire.calls import A, Caller, Method, Q, Role
+
+ATTEMPT_S: Final = 10.0
+"""For one attempt: a node that is frozen is left for another after this."""
+PAUSE_MIN_S: Final = 0.05
+PAUSE_MAX_S: Final = 1.0
+"""Between attempts, doubling: an election takes about a second, so several attempts fall into it."""
+
+
+class Asker:
+    """One operation's way to the cluster: `caller()` gives a connection to any living node, each time anew."""
+
+    def __init__(self, caller: Callable[[], Caller], what: str, timeout_s: float, rng: random.Random) -> None:
+        self.caller, self.what, self.timeout_s = caller, what, timeout_s
+        self._rng = rng
+        self._loop = asyncio.get_running_loop()
+        self._end_s = self._loop.time() + timeout_s
+
+    def left_s(self, waiting_for: str) -> float:
+        """Seconds left. Raises DeadlineExceeded when there are none."""
+        left_s = self._end_s - self._loop.time()
+        if left_s <= 0:
+            raise DeadlineExceeded(
+                f"{self.what}: not done in {self.timeout_s:g} s, {waiting_for}; give a larger --timeout"
+            )
+        return left_s
+
+    async def pause(self, attempt: int) -> None:
+        """Before attempt number `attempt` + 1; with chance, so that many clients do not come back at once."""
+        pause_s = min(PAUSE_MIN_S * 2 ** min(attempt, 10), PAUSE_MAX_S) * self._rng.uniform(0.5, 1.0)
+        await asyncio.sleep(min(pause_s, max(0.0, self._end_s - self._loop.time())))
+
+    async def ask(self, method: Method[Q, A], request: Q, *, body: Buffer = b"") -> A:
+        """Raises what the handler raised, if asking again cannot help; else, at the end of the time, why it did not work."""
+        attempt, unsure = 0, False
+        last: IdunnoError | None = None
+        while True:
+            try:
+                left_s = self.left_s(f"waiting for {method.name} ({last})" if last else f"waiting for {method.name}")
+            except DeadlineExceeded:
+                if last is not None and not unsure:
+                    raise last from None
+                raise
+            try:
+                return await self.caller().call(method, request, timeout_s=min(left_s, ATTEMPT_S), body=body)
+            except IdunnoError as error:
+                if not may_repeat(error):
+                    raise
+                last = error
+                unsure = unsure or (isinstance(error, Unconfirmed) and method.access is not Role.READER)
+            await self.pause(attempt)
+            attempt += 1
+
+
+def may_repeat(error: IdunnoError) -> bool:
+    """Whether the same request, which may be asked twice, could go well at another node or a little later."""
+    return error.retryable or isinstance(error, (DeadlineExceeded, Unavailable))

@@ -1,0 +1,264 @@
+# idunno/sdfs/blocks.py: the blocks on this node's disk.
+#
+# Rule 1: a block is written to tmp/, verified against its name, synced, renamed to blocks/ab/<name>, and the directory
+#         synced; only then does this store say that it has it. Nothing partial ever bears a block's name.
+# Rule 2: a block read from begin to end is verified on the way; a rotten one goes to quarantine/ and is no longer held.
+# Rule 3: a block is never held in memory: WRITE_BYTES of it at a time.
+# Rule 4: each publication of a block has a serial: what was found out about an older file says nothing about a newer one.
+# Rule 5: below the floor of free space no block is taken; blocks under way count as used.
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from typing import Final, NoReturn
+
+from idunno.base.disk import Buffer, Disk, File, Space
+from idunno.base.errors import Corrupt, DecodeError, DiskFailed, Exhausted, IdunnoError, InvalidArgument, NotFound
+from idunno.base.ids import BlockId
+from idunno.coordinator.records import BLOCK_BYTES_MAX
+from idunno.sdfs.config import SdfsConfig
+from idunno.sdfs.hashing import Digest, Offload, check_block_id
+
+log = logging.getLogger("idunno.sdfs")
+
+WRITE_BYTES: Final = 1024 * 1024
+"""Written, read and hashed in pieces of this size: large enough that a system call and a hand-over cost nothing beside."""
+QUARANTINE_FILES_MAX: Final = 64
+"""Rotten blocks kept for a look, 512 MB at most; more are removed at once."""
+_TEMPORARY: Final = "block-"  # tmp/ is shared with others; what begins with this is ours
+
+
+class BlockStore:
+    """The blocks this node holds: synced, verified when written, named by content.
+
+    `on_change(block, held)` is called after a block has come or gone; it must not fail or wait.
+    """
+
+    def __init__(self, disk: Disk, offload: Offload, config: SdfsConfig) -> None:
+        self._disk, self._offload, self._config = disk, offload, config
+        self._held: dict[BlockId, tuple[int, int]] = {}  # size, serial
+        self._names = asyncio.Lock()  # over renames: quarantine must not move away what was just published
+        self._directories: set[str] = set()  # of blocks/, at most 256
+        self._reserved_bytes = 0  # of writers under way
+        self._serial = 0
+        self.on_change: Callable[[BlockId, bool], None] | None = None
+
+    async def open(self) -> None:
+        """Remove what an earlier run left half-written, and learn which blocks there are. Names and sizes only are read."""
+        for path in ("tmp", "blocks", "quarantine"):
+            await self._disk.make_directory(path)
+        for entry in await self._disk.list("tmp"):
+            if entry.name.startswith(_TEMPORARY) and not entry.is_directory:
+                await self._disk.remove(f"tmp/{entry.name}")
+        for directory in await self._disk.list("blocks"):
+            if not directory.is_directory:
+                continue
+            self._directories.add(directory.name)
+            for entry in await self._disk.list(f"blocks/{directory.name}"):
+                if _is_block(entry.name, directory.name) and 0 < entry.size <= BLOCK_BYTES_MAX:
+                    self._held[BlockId(entry.name)] = (entry.size, 0)
+                else:
+                    log.warning("no block", extra={"path": f"blocks/{directory.name}/{entry.name}", "size": entry.size})
+
+    def __contains__(self, block: BlockId) -> bool:
+        return block in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def held(self) -> list[BlockId]:
+        return list(self._held)
+
+    def size(self, block: BlockId) -> int:
+        """In bytes. Raises NotFound."""
+        try:
+            return self._held[block][0]
+        except KeyError:
+            raise NotFound(f"block {block[:16]} is not here") from None
+
+    async def space(self) -> Space:
+        """The disk's space, with what is under way already taken off."""
+        space = await self._disk.space()
+        return Space(max(0, space.free_bytes - self._reserved_bytes), space.total_bytes)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    async def begin(self, block: BlockId, size: int) -> BlockWriter:
+        """A writer for one block. Raises Exhausted below the floor of free space, InvalidArgument, DiskFailed."""
+        check_block_id(block)
+        if not 0 < size <= BLOCK_BYTES_MAX:
+            raise InvalidArgument(f"a block has 1 to {BLOCK_BYTES_MAX} bytes, not {size}")
+        self._reserved_bytes += size  # before the first await: two at once must not share the last free bytes
+        try:
+            space = await self._disk.space()
+            floor = self._config.floor(space)
+            if space.free_bytes - self._reserved_bytes < floor:
+                raise Exhausted(
+                    f"disk has {space.free_bytes:,} bytes free, {self._reserved_bytes:,} of them promised: no block is "
+                    f"taken below {floor:,}; free some space or add a node"
+                )
+            self._serial += 1
+            serial = self._serial
+            path = f"tmp/{_TEMPORARY}{serial}-{block[:16]}"
+            return BlockWriter(self, block, size, serial, path, await self._disk.open(path, create=True))
+        except BaseException:
+            self._reserved_bytes -= size
+            raise
+
+    async def _publish(self, writer: BlockWriter) -> None:
+        directory = writer.block[:2]
+        if directory not in self._directories:
+            await self._disk.make_directory(f"blocks/{directory}")
+            self._directories.add(directory)
+        async with self._names:
+            await self._disk.rename(writer.path, _path(writer.block))
+            if writer.block in self._held:
+                self._held[writer.block] = (writer.size, writer.serial)
+        await self._disk.sync_directory(f"blocks/{directory}")
+        fresh = writer.block not in self._held
+        self._held[writer.block] = (writer.size, writer.serial)
+        if fresh and self.on_change is not None:
+            self.on_change(writer.block, True)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    async def read(self, block: BlockId, offset: int, length: int) -> AsyncGenerator[bytes, None]:
+        """The bytes [offset, offset + length) in pieces of at most WRITE_BYTES; use under `contextlib.aclosing`.
+
+        A read of the whole block is verified: Corrupt comes after the last piece, and the block is no longer held.
+        Raises NotFound, DiskFailed, and InvalidArgument for a range outside the block.
+        """
+        size, serial = self.size(block), self._held[block][1]
+        if not (offset >= 0 and length >= 0 and offset + length <= size):
+            raise InvalidArgument(f"block {block[:16]} has {size} bytes, not {offset} to {offset + length}")
+        digest = Digest() if length == size else None
+        file = await self._open_held(block, serial)
+        try:
+            at, end = offset, offset + length
+            while at < end:
+                piece = await file.read(at, min(WRITE_BYTES, end - at))
+                if not piece:
+                    await self._quarantine(block, serial, f"ends at {at} of {size} bytes")
+                if digest is not None:
+                    await self._hash(digest, [piece])
+                at += len(piece)
+                yield piece
+        finally:
+            await file.close()
+        if digest is not None and digest.block() != block:
+            await self._quarantine(block, serial, "has other content than its name says")
+
+    async def verify(self, block: BlockId) -> bool:
+        """Whether the block is held, synced, and on the disk as its name says: it is read again from end to end."""
+        if block not in self._held:
+            return False
+        try:
+            async for _ in self.read(block, 0, self.size(block)):
+                pass
+        except (Corrupt, NotFound):
+            return False
+        return True
+
+    async def _open_held(self, block: BlockId, serial: int) -> File:
+        try:
+            return await self._disk.open(_path(block))
+        except NotFound:
+            self._gone(block, serial)
+            raise NotFound(f"block {block[:16]} is not here: its file has gone") from None
+
+    async def _quarantine(self, block: BlockId, serial: int, why: str) -> NoReturn:
+        """Stop holding a rotten block. Always raises Corrupt."""
+        log.error("block is corrupt", extra={"block": block, "why": why})
+        async with self._names:
+            if self._gone(block, serial):  # of two readers that find it, the first moves it
+                try:
+                    if len(await self._disk.list("quarantine")) < QUARANTINE_FILES_MAX:
+                        await self._disk.rename(_path(block), f"quarantine/{block}")
+                    else:
+                        await self._disk.remove(_path(block))
+                    await self._disk.sync_directory(f"blocks/{block[:2]}")
+                except (DiskFailed, NotFound) as error:  # held no more all the same; found and refused again at a start
+                    log.warning("quarantine failed", extra={"block": block, "error": str(error)})
+        raise Corrupt(f"block {block[:16]} on this node {why}; it was put into quarantine")
+
+    def _gone(self, block: BlockId, serial: int) -> bool:
+        if self._held.get(block, (0, -1))[1] != serial:
+            return False
+        del self._held[block]
+        if self.on_change is not None:
+            self.on_change(block, False)
+        return True
+
+    async def _hash(self, digest: Digest, pieces: list[Buffer]) -> None:
+        await self._offload(lambda: digest.update(pieces))
+
+
+class BlockWriter:
+    """One block on its way to the disk. `append` its bytes in order, then `finish`; whatever happens, `close` it."""
+
+    def __init__(self, store: BlockStore, block: BlockId, size: int, serial: int, path: str, file: File) -> None:
+        self.block, self.size, self.serial, self.path = block, size, serial, path
+        self._store, self._file = store, file
+        self._digest = Digest()
+        self._pieces: list[Buffer] = []
+        self._pieces_bytes = 0
+        self._written = 0
+        self._state = "open"  # -> published | closed
+
+    async def append(self, data: Buffer) -> None:
+        """The next bytes; the buffer must not change afterwards. Raises InvalidArgument beyond `size`, DiskFailed."""
+        if self._written + self._pieces_bytes + len(data) > self.size:
+            raise InvalidArgument(f"block {self.block[:16]} was announced with {self.size} bytes, more came")
+        self._pieces.append(data)
+        self._pieces_bytes += len(data)
+        if self._pieces_bytes >= WRITE_BYTES:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        length, self._pieces_bytes = self._pieces_bytes, 0
+        offset, self._written = self._written, self._written + length
+        await self._store._hash(self._digest, pieces)
+        await self._file.write(offset, pieces)
+
+    async def finish(self) -> None:
+        """Verify, sync, publish. On return the block survives a loss of power. Raises DecodeError when the bytes are not
+        the block's, DiskFailed."""
+        assert self._state == "open", f"finish of a block that is {self._state}"
+        if self._pieces:
+            await self._flush()
+        if self._written != self.size or self._digest.block() != self.block:
+            raise DecodeError(
+                f"{self._written} of {self.size} bytes came that are not block {self.block[:16]}; send again"
+            )
+        await self._file.sync()
+        await self._store._publish(self)
+        self._state = "published"
+
+    async def close(self) -> None:
+        """Let go. Without a finished `finish` the temporary file is removed. Never raises an IdunnoError."""
+        if self._state == "closed":
+            return
+        published, self._state = self._state == "published", "closed"
+        self._store._reserved_bytes -= self.size
+        self._pieces = []
+        try:
+            await self._file.close()
+            if not published:
+                await self._store._disk.remove(self.path)
+        except NotFound:
+            pass  # it was renamed, and what came after the renaming failed: a whole block, found at the next start
+        except IdunnoError as error:
+            log.warning("temporary file stays until the next start", extra={"path": self.path, "error": str(error)})
+
+
+def _path(block: BlockId) -> str:
+    return f"blocks/{block[:2]}/{block}"
+
+
+def _is_block(name: str, directory: str) -> bool:
+    try:
+        return check_block_id(name)[:2] == directory
+    except InvalidArgument:
+        return False

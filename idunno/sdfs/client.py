@@ -1,0 +1,276 @@
+# idunno/sdfs/client.py: files for who uses the cluster: the command line, Python programs, and workers through their node.
+#
+# Rule 1: content streams: a put or get holds at most 32 MiB, whatever the file's size (upload.py, download.py).
+# Rule 2: one put has one id; whatever is repeated keeps it, so it makes one version at most.
+# Rule 3: nothing here touches files, threads or clocks: content comes from a `Source`, goes to a `Sink`, hashing to `offload`.
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from idunno.base.disk import Buffer
+from idunno.base.errors import Corrupt, Exhausted, InvalidArgument, NotReady
+from idunno.base.ids import check_file_name
+from idunno.coordinator.records import COPIES_WANTED, SMALL_BYTES_MAX, Block
+from idunno.sdfs.asking import Asker
+from idunno.sdfs.download import Sink, download, fetch
+from idunno.sdfs.hashing import Offload, block_id
+from idunno.sdfs.messages import (
+    ABORT,
+    COMMIT,
+    DELETE,
+    LIST,
+    PUT_SMALL,
+    STAT,
+    STORE,
+    VERSIONS,
+    WHERE,
+    Abort,
+    Begin,
+    BlockCopies,
+    ByName,
+    Commit,
+    Delete,
+    DeleteAnswer,
+    FileInfo,
+    List,
+    ListRow,
+    PutAnswer,
+    PutSmallFile,
+    Stat,
+    Store,
+    StoreAnswer,
+    VersionRow,
+    WhereAnswer,
+)
+from idunno.sdfs.upload import Source, Upload, read_block
+from idunno.wire.calls import Caller
+
+Progress = Callable[[int, int], None]
+"""Hears (bytes done, bytes in all; 0 when unknown)."""
+
+QUESTION_S: Final = 30.0
+TRANSFER_S: Final = 3_600.0
+"""A file: 360 GB at 100 MB/s."""
+REPAIRS_MAX: Final = 100
+"""Commits refused for too few copies, because nodes came while the put was under way, before it is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """Blocks that are stored under an open put, for a command that commits them (`complete`)."""
+
+    put: str
+    size: int
+    blocks: tuple[Block, ...]
+
+
+def source_of(content: Buffer) -> Source:
+    """A Source of bytes in memory."""
+    view = memoryview(content)
+
+    async def read(length: int) -> Buffer:
+        nonlocal view
+        piece, view = view[:length], view[length:]
+        return piece
+
+    return read
+
+
+class FileClient:
+    """Files in SDFS.
+
+    `caller()` gives a connection to any living node, each time anew; `offload` runs hashing of whole blocks elsewhere;
+    `rng` gives put ids: seed it from the system, two clients with equal ids would meet each other's puts.
+    """
+
+    def __init__(self, caller: Callable[[], Caller], *, offload: Offload, rng: random.Random) -> None:
+        self._caller, self._offload, self._rng = caller, offload, rng
+
+    def new_id(self) -> str:
+        return f"{self._rng.getrandbits(128):032x}"
+
+    async def put(
+        self,
+        source: Source,
+        name: str,
+        *,
+        size: int | None = None,
+        write_quorum: int | None = None,
+        if_version: int | None = None,
+        progress: Progress | None = None,
+        timeout_s: float = TRANSFER_S,
+        system: bool = False,
+        put: str = "",
+    ) -> PutAnswer:
+        """Store what `source` gives as the next version of `name`; acknowledged when a quorum has synced every block.
+
+        `size` is a hint for placement and progress. `put`: the id, for a caller who retries himself. Raises
+        InvalidArgument, Conflict, Exhausted, PermissionDenied; Unconfirmed when it may have happened.
+        """
+        check_file_name(name, system=system)
+        check_write_quorum(write_quorum)
+        asker = self._asker(f"put of {name}", timeout_s)
+        put = put or self.new_id()
+        first = await read_block(source)
+        if len(first) <= SMALL_BYTES_MAX:
+            request = PutSmallFile(put, name, if_version, write_quorum, system)
+            answer = await asker.ask(PUT_SMALL, request, body=bytes(first))
+            if progress is not None:
+                progress(len(first), len(first))
+            return answer
+        begin = Begin(put, name, if_version, size, system)
+        upload = Upload(asker, begin, self._offload, write_quorum=write_quorum, sent=_counter(progress, size or 0))
+        placed = await upload.begin()
+        if (done := placed.committed) is not None:  # an earlier try of the caller got that far
+            return await asker.ask(COMMIT, Commit(put, name, done.size, done.blocks, write_quorum, if_version))
+        able = len(placed.replicas) + len(placed.spares)
+        if (wanted := write_quorum or placed.quorum) > able:
+            await self._abort(asker, put, "not enough nodes")
+            raise Exhausted(
+                f"{name}: {wanted} copies are asked for, and {able} nodes can take blocks now "
+                f"({'; '.join(placed.left_out) or 'there are no others'}); free some space, add nodes, or give --write-quorum"
+            )
+        try:
+            await upload.send(first, source)
+            return await self._commit(asker, upload, begin, write_quorum)
+        except InvalidArgument as error:
+            await self._abort(asker, put, str(error))
+            raise
+
+    async def upload(
+        self,
+        source: Source,
+        name: str,
+        *,
+        size: int | None = None,
+        timeout_s: float = TRANSFER_S,
+        system: bool = True,
+        put: str = "",
+    ) -> Uploaded:
+        """Store blocks under an open put, and leave it open for a command that commits it, such as a task's completion."""
+        check_file_name(name, system=system)
+        asker = self._asker(f"upload of {name}", timeout_s)
+        begin = Begin(put or self.new_id(), name, None, size, system)
+        upload = Upload(asker, begin, self._offload, write_quorum=None, sent=_counter(None, 0))
+        await upload.begin()
+        await upload.send(await read_block(source), source)
+        return Uploaded(begin.put, upload.size, tuple(upload.blocks))
+
+    async def get(
+        self,
+        name: str,
+        sink: Sink,
+        *,
+        version: int | None = None,
+        as_of_ms: int | None = None,
+        progress: Progress | None = None,
+        timeout_s: float = TRANSFER_S,
+    ) -> FileInfo:
+        """Give the bytes of a version (the latest by default), verified, to `sink`, in order.
+
+        Raises NotFound, Unavailable (no live copy), Corrupt, DeadlineExceeded, and what `sink` raises.
+        """
+        asker = self._asker(f"get of {name}", timeout_s)
+        info = (await asker.ask(STAT, Stat(name, version, as_of_ms))).versions[0]
+        count = _counter(progress, info.size)
+
+        async def counted(offset: int, content: Buffer) -> None:
+            await sink(offset, content)
+            count(len(content))
+
+        if info.content is None:
+            await download(asker, info.blocks, counted, self._offload)
+        else:
+            if len(info.blocks) != 1 or block_id(info.content) != info.blocks[0].block:
+                raise Corrupt(f"{name} version {info.version} came with other content than was put; try another node")
+            await counted(0, info.content)
+        return info
+
+    async def fetch(self, blocks: Sequence[Block], sink: Sink, *, what: str, timeout_s: float = TRANSFER_S) -> None:
+        """Give the bytes of blocks that a model or a job pins, whatever has become of the file. `what` is for messages."""
+        asker = self._asker(what, timeout_s)
+        await download(asker, [BlockCopies(b.block, b.size, []) for b in blocks if b.size], sink, self._offload)
+
+    async def stat(
+        self, name: str, *, version: int | None = None, as_of_ms: int | None = None, timeout_s: float = QUESTION_S
+    ) -> FileInfo:
+        """Raises NotFound."""
+        asker = self._asker(f"stat of {name}", timeout_s)
+        return (await asker.ask(STAT, Stat(name, version, as_of_ms))).versions[0]
+
+    async def versions(self, name: str, *, timeout_s: float = QUESTION_S) -> list[VersionRow]:
+        """Newest first, at most the last 1,000. Raises NotFound."""
+        return (await self._asker(f"versions of {name}", timeout_s).ask(VERSIONS, ByName(name))).versions
+
+    async def ls(self, prefix: str = "", *, system: bool = False, timeout_s: float = QUESTION_S) -> list[ListRow]:
+        asker = self._asker(f"ls {prefix}", timeout_s)
+        rows: list[ListRow] = []
+        after = ""
+        while True:
+            page = await asker.ask(LIST, List(prefix, after, system=system))
+            rows += page.files
+            if not page.more or not page.files:
+                return rows
+            after = page.files[-1].name
+
+    async def where(self, name: str, *, timeout_s: float = QUESTION_S) -> WhereAnswer:
+        return await self._asker(f"where {name}", timeout_s).ask(WHERE, ByName(name))
+
+    async def store(self, node: str = "", *, timeout_s: float = QUESTION_S) -> StoreAnswer:
+        """The versions with a block on that node (name or id; "" the one asked)."""
+        asker = self._asker(f"store {node}", timeout_s)
+        page = await asker.ask(STORE, Store(node))
+        rows = list(page.files)
+        while page.more:
+            page = await asker.ask(STORE, Store(page.node, page.next))
+            rows += page.files
+        return StoreAnswer(page.node, rows)
+
+    async def delete(self, name: str, *, request: str = "", timeout_s: float = QUESTION_S) -> DeleteAnswer:
+        return await self._asker(f"delete of {name}", timeout_s).ask(DELETE, Delete(name, request or self.new_id()))
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _asker(self, what: str, timeout_s: float) -> Asker:
+        return Asker(self._caller, what, timeout_s, self._rng)
+
+    async def _commit(self, asker: Asker, upload: Upload, begin: Begin, write_quorum: int | None) -> PutAnswer:
+        for attempt in range(REPAIRS_MAX):
+            for block in upload.short():
+                # More nodes are present than when it was sent, so more copies are asked for: the content is fetched again.
+                holders = next(copies for copies in upload.copies() if copies.block == block.block)
+                await upload.store(block.block, await fetch(asker, holders, self._offload))
+            request = Commit(
+                begin.put, begin.name, upload.size, upload.copies(), write_quorum, if_version=begin.if_version
+            )
+            try:
+                return await asker.ask(COMMIT, request)
+            except NotReady:
+                asker.left_s("more copies of its blocks are needed")
+                await asker.pause(attempt)
+                await upload.begin()
+        raise NotReady(f"put of {begin.name}: nodes came and went {REPAIRS_MAX} times during the commit; try again")
+
+    async def _abort(self, asker: Asker, put: str, reason: str) -> None:
+        await asker.ask(ABORT, Abort(put, reason))
+
+
+def check_write_quorum(write_quorum: int | None) -> None:
+    """Raises InvalidArgument."""
+    if write_quorum is not None and not 1 <= write_quorum <= COPIES_WANTED:
+        raise InvalidArgument(f"a write quorum is 1 to {COPIES_WANTED} copies, not {write_quorum}")
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def count(length: int) -> None:
+        nonlocal done
+        done += length
+        if progress is not None:
+            progress(done, total)
+
+    return count

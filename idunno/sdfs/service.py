@@ -1,0 +1,219 @@
+# idunno/sdfs/service.py: what clients ask any node for: begin, commit, put-small, abort, delete. (Looking is in views.py.)
+#
+# Rule 1: any node serves any client: it proposes through the coordinator, and asks the leader for what only that one knows.
+# Rule 2: a version is committed only when each of its blocks has a quorum of synced copies on nodes of the roster.
+# Rule 3: everything carries the put's or request's id: asked again, here or at another node, it gives the same answer.
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from idunno.base.errors import Conflict, IdunnoError, InvalidArgument, NotReady, PermissionDenied
+from idunno.base.ids import BlockId, Index, NodeId, Term, check_file_name
+from idunno.coordinator.commands import AbortPut, BeginPut, CommitPut, DeleteFile, PutSmall
+from idunno.coordinator.effects import Effect, KeepSmall
+from idunno.coordinator.records import SMALL_BYTES_MAX, Block, VersionRecord
+from idunno.coordinator.results import FileGone, PutDone, PutOpen
+from idunno.sdfs.blocks import BlockStore
+from idunno.sdfs.config import FILE_BLOCKS_MAX, SdfsConfig
+from idunno.sdfs.hashing import block_id, check_block_id
+from idunno.sdfs.leading import Leading
+from idunno.sdfs.messages import (
+    ABORT,
+    BEGIN,
+    COMMIT,
+    DELETE,
+    PUT_SMALL,
+    Abort,
+    Begin,
+    BeginAnswer,
+    BlockCopies,
+    Commit,
+    Delete,
+    DeleteAnswer,
+    FileInfo,
+    Inventory,
+    PutAnswer,
+    PutSmallFile,
+)
+from idunno.sdfs.ports import Coordination
+from idunno.sdfs.rules import check_reachable, iso, put_answer, quorum
+from idunno.sdfs.small import SmallStore
+from idunno.sdfs.views import Views
+from idunno.sdfs.where import Where
+from idunno.wire.calls import Actor, Call, Empty, Peers, Registrar, Role
+
+log = logging.getLogger("idunno.sdfs")
+
+MARGIN_S: Final = 0.2
+"""Kept of the caller's time, so that an error about it still gets back."""
+
+
+class FileService:
+    """This node's `file.*` handlers; with `leading` those of the leader, and what the data node needs to know."""
+
+    def __init__(
+        self,
+        me: NodeId,
+        coordinator: Coordination,
+        blocks: BlockStore,
+        small: SmallStore,
+        peers: Peers,
+        *,
+        config: SdfsConfig,
+    ) -> None:
+        self._me, self._coordinator, self._small = me, coordinator, small
+        self._where = Where(me, coordinator, peers)
+        self._views = Views(me, coordinator, blocks, small, peers, self._where)
+        self.leading = Leading(me, coordinator, config=config)
+
+    def register(self, registrar: Registrar) -> None:
+        registrar.register(BEGIN, self.begin)
+        registrar.register(COMMIT, self.commit)
+        registrar.register(PUT_SMALL, self.put_small)
+        registrar.register(ABORT, self.abort)
+        registrar.register(DELETE, self.delete)
+        self._views.register(registrar)
+        self.leading.register(registrar)
+
+    def start(self) -> None:
+        self.leading.start()
+
+    async def stop(self) -> None:
+        await self.leading.stop()
+
+    def role_changed(self, is_leader: bool, term: Term) -> None:
+        """For RaftDriver.on_role."""
+        self.leading.role_changed(is_leader, term)
+
+    def follow(self, index: Index, effect: Effect) -> None:
+        """For coordinator.applier.Applier.subscribe: contents of small files come with the log."""
+        if isinstance(effect, KeepSmall):
+            self._small.keep(effect.block, effect.content)
+
+    # -- for DataNode -------------------------------------------------------------------------------------------------
+
+    async def may_write(self, put: str, actor: Actor) -> None:
+        """Raises Conflict when the put is not open, PermissionDenied when it is somebody else's."""
+        open_put = self._coordinator.machine.namespace.open_put(put)
+        if open_put is None:  # this node's machine may be behind the one that answered `begin`
+            open_put = (await self._coordinator.read(5.0)).namespace.open_put(put)
+        if open_put is None:
+            raise Conflict(f"put {put[:80]} is not open: it was aborted, committed, or never begun")
+        if open_put.owner != actor.name and not actor.may(Role.ADMIN):
+            raise PermissionDenied(f"put {put} belongs to {open_put.owner}")
+
+    async def locate(self, block: BlockId) -> list[NodeId]:
+        return await self._where.locate(block)
+
+    async def report(self, leader: NodeId, page: Inventory) -> None:
+        await self._where.report(leader, page)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    async def begin(self, call: Call[Begin]) -> BeginAnswer:
+        request = call.request
+        check_file_name(request.name, system=request.system)
+        node = self._me if call.actor.role is Role.NODE else None
+        command = BeginPut(request.put, request.name, request.if_version, node)
+        opened, _ = await self._coordinator.propose(
+            command, actor=call.actor, request=request.put, timeout_s=_left_s(call)
+        )
+        assert isinstance(opened, PutOpen)
+        if (record := opened.committed) is not None:
+            committed = FileInfo(
+                request.name, record.version, record.size, iso(record.created_ms), record.owner, _uncounted(record)
+            )
+            return BeginAnswer(0, [], [], self._coordinator.driver.term, committed)
+        placed = await self._where.place(request.put, request.size, _left_s(call))
+        return BeginAnswer(placed.quorum, placed.replicas, placed.spares, placed.term, left_out=placed.left_out)
+
+    async def commit(self, call: Call[Commit]) -> PutAnswer:
+        request = call.request
+        if len(request.blocks) > FILE_BLOCKS_MAX:
+            raise InvalidArgument(f"{len(request.blocks)} blocks, at most {FILE_BLOCKS_MAX} in a file; put it in parts")
+        machine = await self._coordinator.read(_left_s(call))
+        made_before = machine.namespace.made(request.put) is not None
+        needed = quorum(machine.roster, request.write_quorum)
+        copies = {
+            check_block_id(block.block): [
+                node for node in dict.fromkeys(block.nodes) if machine.roster.find(node) is not None
+            ]
+            for block in request.blocks
+        }
+        fewest = min((len(nodes) for nodes in copies.values()), default=0)
+        if fewest < needed and not made_before:
+            raise NotReady(f"{request.name}: a block has {fewest} copies, {needed} are needed: begin the put again")
+        blocks = tuple(Block(block.block, block.size) for block in request.blocks)
+        command = CommitPut(request.put, request.name, request.size, blocks)
+        done, _ = await self._coordinator.propose(
+            command, actor=call.actor, request=request.put, timeout_s=_left_s(call)
+        )
+        assert isinstance(done, PutDone)
+        if made_before:
+            copies, _ = await self._where.known(list(copies), _left_s(call))
+            fewest = min((len(nodes) for nodes in copies.values()), default=0)
+        else:
+            await self._tell_leader(request.blocks, call)
+        holders = _by_share(copies)
+        return put_answer(machine.roster, done.name, done.version, done.size, len(blocks), holders, fewest)
+
+    async def _tell_leader(self, blocks: list[BlockCopies], call: Call[Commit]) -> None:
+        try:
+            await self._where.copied(blocks, min(1.0, _left_s(call)))
+        except IdunnoError as error:  # a hint; the nodes report for themselves within moments
+            log.info("leader not told of copies", extra={"put": call.request.put, "error": str(error)})
+
+    async def put_small(self, call: Call[PutSmallFile]) -> PutAnswer:
+        request, content = call.request, bytes(call.body)
+        check_file_name(request.name, system=request.system)
+        if len(content) > SMALL_BYTES_MAX:
+            raise InvalidArgument(
+                f"{len(content)} bytes are no small file, at most {SMALL_BYTES_MAX}; put them as blocks"
+            )
+        self._small.check_room()
+        roster = self._coordinator.machine.roster
+        check_reachable(roster, quorum(roster, request.write_quorum))
+        command = PutSmall(request.put, request.name, block_id(content), content, request.if_version)
+        done, copies = await self._coordinator.propose(
+            command, actor=call.actor, request=request.put, timeout_s=_left_s(call)
+        )
+        assert isinstance(done, PutDone)
+        roster = self._coordinator.machine.roster
+        # Every node gets the entry; `copies` of them had synced it when this left. Which ones is not told: present ones.
+        present = [n.node for n in roster.nodes() if n.presence == "present"]
+        present.sort(key=lambda node: node != self._me)
+        return put_answer(roster, done.name, done.version, done.size, 1, present[:copies], copies)
+
+    async def abort(self, call: Call[Abort]) -> Empty:
+        command = AbortPut(call.request.put, call.request.reason)
+        await self._coordinator.propose(
+            command, actor=call.actor, request=f"{call.request.put}-abort", timeout_s=_left_s(call)
+        )
+        return Empty()
+
+    async def delete(self, call: Call[Delete]) -> DeleteAnswer:
+        command = DeleteFile(call.request.name)
+        gone, _ = await self._coordinator.propose(
+            command, actor=call.actor, request=call.request.request, timeout_s=_left_s(call)
+        )
+        assert isinstance(gone, FileGone)
+        return DeleteAnswer(gone.name, gone.versions)
+
+
+def _left_s(call: Call[Abort] | Call[Begin] | Call[Commit] | Call[Delete] | Call[PutSmallFile]) -> float:
+    return max(0.05, call.remaining_s() - MARGIN_S)
+
+
+def _uncounted(record: VersionRecord) -> list[BlockCopies]:
+    """A version's blocks, nothing said of where they are."""
+    return [BlockCopies(block.block, block.size, []) for block in record.blocks]
+
+
+def _by_share(copies: dict[BlockId, list[NodeId]]) -> list[NodeId]:
+    """The nodes that hold any of the blocks, those with most of them first."""
+    share: dict[NodeId, int] = {}
+    for nodes in copies.values():
+        for node in nodes:
+            share[node] = share.get(node, 0) + 1
+    return sorted(share, key=lambda node: (-share[node], node))

@@ -1,0 +1,251 @@
+# idunno/sdfs/small.py: contents of small files (up to SMALL_BYTES_MAX), kept on every node.
+#
+# Rule 1: the bytes come with the log (KeepSmall), so this store is a copy: `keep` only queues, a task writes behind, and
+#         only a full segment and `close` are synced. What a crash loses comes again when the log is replayed.
+# Rule 2: a content can be read from the moment it is kept: from the queue until it is on the disk.
+# Rule 3: what is read is checked against its name; a bad record is as if it were not there.
+# Rule 4: the queue is bounded. When the disk cannot follow, contents are dropped with a log line, and read from other nodes.
+#
+# Layout: small/<number>.seg, each SEGMENT_MAGIC, then records: content length (u16), CRC-32 of the rest (u32), BLAKE3 of the
+# content (32 bytes), content; big-endian.
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Final
+
+from idunno.base.disk import Buffer, Disk, File
+from idunno.base.errors import DiskFailed, Exhausted, NotFound
+from idunno.base.ids import BlockId
+from idunno.coordinator.records import SMALL_BYTES_MAX
+from idunno.sdfs import tasks
+from idunno.sdfs.hashing import Offload, block_id
+
+log = logging.getLogger("idunno.sdfs")
+
+SEGMENT_MAGIC: Final = b"IDSMALL1"
+SEGMENT_BYTES_MAX: Final = 64 * 1024 * 1024
+"""A new segment is begun above this: scanning one at start takes 1 MiB of memory whatever its size; this bounds its loss."""
+QUEUE_BYTES_MAX: Final = 16 * 1024 * 1024
+"""4,096 of the largest small files; writing behind is faster than the log's syncs, so it fills up only when the disk fails."""
+BATCH_BYTES: Final = 1024 * 1024
+RETRY_S: Final = 1.0
+EMPTY: Final = block_id(b"")
+"""An empty file's content takes no record."""
+
+_HEAD: Final = struct.Struct(">HI32s")
+
+
+class SmallStore:
+    """Small contents by their BLAKE3."""
+
+    def __init__(self, disk: Disk, offload: Offload) -> None:
+        self._disk, self._offload = disk, offload
+        self._index: dict[bytes, tuple[int, int, int]] = {}  # name -> segment, offset of the content, length
+        self._queue: dict[BlockId, bytes] = {}  # in order of arrival
+        self._queue_bytes = 0
+        self._segment, self._end = 0, 0  # where the next record goes
+        self._file: File | None = None  # of that segment
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+        self.dropped = 0
+        """Contents that did not fit the queue, since the start."""
+
+    async def open(self) -> None:
+        """Read all segments to learn what they hold; a torn end is cut off."""
+        await self._disk.make_directory("small")
+        for entry in await self._disk.list("small"):
+            number, _, rest = entry.name.partition(".")
+            if rest == "seg" and number.isdecimal():
+                self._segment = int(number)
+                self._end = await self._scan(self._segment, entry.size)
+        await self._append_to(self._segment or 1)
+        self._task = tasks.begin(self._write_behind(), "small-store")
+
+    def __contains__(self, block: BlockId) -> bool:
+        return block == EMPTY or block in self._queue or bytes.fromhex(block) in self._index
+
+    def keep(self, block: BlockId, content: bytes) -> None:
+        """Hold `content`, which the caller knows to be the block's. Idempotent; never waits, never fails."""
+        if block in self:
+            return
+        if self._queue_bytes + len(content) > QUEUE_BYTES_MAX:
+            self.dropped += 1
+            log.error("small content dropped", extra={"block": block, "queued_bytes": self._queue_bytes})
+            return
+        self._queue[block] = content
+        self._queue_bytes += len(content)
+        self._wake.set()
+
+    def check_room(self) -> None:
+        """Raises Exhausted when the disk is so far behind that no new small file should be begun here."""
+        if self._queue_bytes > QUEUE_BYTES_MAX // 2:
+            raise Exhausted(
+                f"{self._queue_bytes:,} bytes of small files wait for the disk (at most {QUEUE_BYTES_MAX // 2:,}); "
+                "look for a full or failing disk on this node"
+            )
+
+    async def get(self, block: BlockId) -> bytes | None:
+        """The content; None when it is not here, or not as its name says."""
+        if block == EMPTY:
+            return b""
+        if (queued := self._queue.get(block)) is not None:
+            return queued
+        key = bytes.fromhex(block)
+        place = self._index.get(key)
+        if place is None:
+            return None
+        segment, offset, length = place
+        try:
+            file = await self._disk.open(_path(segment))
+            try:
+                content = await file.read(offset, length)
+            finally:
+                await file.close()
+        except (DiskFailed, NotFound) as error:
+            log.error("small content unreadable", extra={"block": block, "error": str(error)})
+            return None
+        if block_id(content) != block:
+            log.error("small content is corrupt", extra={"block": block, "segment": segment, "offset": offset})
+            if self._index.get(key) == place:
+                del self._index[key]  # so that it can be kept anew
+            return None
+        return content
+
+    async def flush(self) -> None:
+        """Everything kept so far is on the disk and synced when this returns. Raises DiskFailed."""
+        while self._queue:
+            await self._write_batch()
+        if self._file is not None:
+            await self._file.sync()
+
+    async def close(self) -> None:
+        """Write what is queued, sync, let go. Raises DiskFailed."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await self._task  # it ends by itself: a batch under way is never torn
+            self._task = None
+        try:
+            await self.flush()
+        finally:
+            if self._file is not None:
+                await self._file.close()
+                self._file = None
+
+    # -- writing behind -----------------------------------------------------------------------------------------------
+
+    async def _write_behind(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._closing:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                while self._queue and not self._closing:
+                    await self._write_batch()
+            except DiskFailed as error:
+                log.error("small contents not written", extra={"waiting": len(self._queue), "error": str(error)})
+                loop.call_later(RETRY_S, self._wake.set)
+
+    async def _write_batch(self) -> None:
+        assert self._file is not None, "the store is not open"
+        if self._end >= SEGMENT_BYTES_MAX:
+            full = self._file
+            await full.sync()
+            await self._append_to(self._segment + 1)
+            await full.close()
+        records: list[Buffer] = []
+        places: dict[BlockId, tuple[int, int, int]] = {}
+        at = self._end
+        for block, content in self._queue.items():
+            head = _HEAD.pack(len(content), zlib.crc32(content, zlib.crc32(key := bytes.fromhex(block))), key)
+            records += [head, content]
+            places[block] = (self._segment, at + len(head), len(content))
+            at += len(head) + len(content)
+            if at - self._end >= BATCH_BYTES:
+                break
+        await self._file.write(self._end, records)
+        self._end = at
+        for block, place in places.items():
+            self._index[bytes.fromhex(block)] = place
+            self._queue_bytes -= len(self._queue.pop(block))
+
+    async def _append_to(self, segment: int) -> None:
+        path = _path(segment)
+        file = await self._disk.open(path, create=True)
+        try:
+            await self._begin_or_cut(segment, file)
+        except BaseException:
+            await file.close()
+            raise
+        self._file = file
+
+    async def _begin_or_cut(self, segment: int, file: File) -> None:
+        if segment != self._segment or self._end < len(SEGMENT_MAGIC):
+            await file.truncate(0)
+            await file.write(0, [SEGMENT_MAGIC])
+            await self._disk.sync_directory("small")
+            self._segment, self._end = segment, len(SEGMENT_MAGIC)
+        else:
+            await file.truncate(self._end)
+
+    # -- scanning -----------------------------------------------------------------------------------------------------
+
+    async def _scan(self, segment: int, size: int) -> int:
+        """Index a segment's good records. Returns the end of what can be parsed, 0 when it has no header."""
+        file = await self._disk.open(_path(segment))
+        try:
+            if await file.read(0, len(SEGMENT_MAGIC)) != SEGMENT_MAGIC:
+                log.error("no segment of small contents", extra={"path": _path(segment), "size": size})
+                return 0
+            offset = len(SEGMENT_MAGIC)
+            while offset < size:
+                data = await file.read(offset, BATCH_BYTES)
+                records, used, bad = await self._offload(partial(_parse, data))
+                if bad:
+                    log.error(
+                        "small contents are corrupt", extra={"path": _path(segment), "offset": offset, "records": bad}
+                    )
+                for key, at, length in records:
+                    self._index[key] = (segment, offset + at, length)
+                if used == 0:
+                    break  # torn, or nonsense: nothing behind it can be found
+                offset += used
+            return offset
+        finally:
+            await file.close()
+
+
+def _parse(data: bytes) -> tuple[list[tuple[bytes, int, int]], int, int]:
+    """(name, offset of the content, length) of each good record in `data`; bytes of whole records; how many were bad."""
+    records = []
+    used = bad = 0
+    for at, length, checksum, key in _records(data):
+        end = at + length
+        if zlib.crc32(memoryview(data)[at:end], zlib.crc32(key)) == checksum:
+            records.append((key, at, length))
+        else:
+            bad += 1
+        used = end
+    return records, used, bad
+
+
+def _records(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """(offset of the content, length, CRC, name) of the records that lie wholly in `data`; ends at an impossible one."""
+    at = 0
+    while at + _HEAD.size <= len(data):
+        length, checksum, key = _HEAD.unpack_from(data, at)
+        at += _HEAD.size
+        if not 1 <= length <= SMALL_BYTES_MAX or at + length > len(data):
+            return
+        yield at, length, checksum, key
+        at += length
+
+
+def _path(segment: int) -> str:
+    return f"small/{segment:010}.seg"

@@ -1,0 +1,220 @@
+# idunno/sdfs/views.py: looking at files: stat, ls, versions, where, store.
+#
+# Rule 1: what is said of names and versions is linearizable: it is read after everything acknowledged before. Where blocks are
+#         is the leader's knowledge of the moment.
+# Rule 2: every answer fits one message: pages and bounds, said so by `more`.
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Final
+
+from idunno.base.errors import Corrupt, IdunnoError, InvalidArgument, Unavailable
+from idunno.base.ids import NodeId
+from idunno.coordinator.machine import Machine
+from idunno.coordinator.records import Block, VersionRecord
+from idunno.sdfs.blocks import BlockStore
+from idunno.sdfs.hashing import block_id
+from idunno.sdfs.messages import (
+    LIST,
+    READ_BLOCK,
+    STAT,
+    STORE,
+    VERSIONS,
+    WHERE,
+    BlockCopies,
+    ByName,
+    FileInfo,
+    List,
+    ListAnswer,
+    ListRow,
+    ReadBlock,
+    Stat,
+    StatAnswer,
+    Store,
+    StoreAnswer,
+    StoreRow,
+    VersionRow,
+    VersionsAnswer,
+    WhereAnswer,
+    WhereBlock,
+)
+from idunno.sdfs.ports import Coordination
+from idunno.sdfs.rules import iso
+from idunno.sdfs.small import SmallStore
+from idunno.sdfs.where import Where
+from idunno.wire.calls import Call, Lane, Peers, Registrar
+
+log = logging.getLogger("idunno.sdfs")
+
+ROWS_MAX: Final = 1_000
+"""Rows in one answer: with the longest names still below a header's 1 MiB."""
+VERSIONS_BLOCKS_MAX: Final = 10_000
+"""Blocks whose holders are looked up for one list of versions; the list ends there."""
+SLICE_NAMES: Final = 100
+"""Names looked at in one turn of the loop: with 40 blocks each about a millisecond."""
+SMALL_S: Final = 2.0
+"""For one other node to give a small content."""
+
+
+class Views:
+    def __init__(
+        self,
+        me: NodeId,
+        coordinator: Coordination,
+        blocks: BlockStore,
+        small: SmallStore,
+        peers: Peers,
+        where: Where,
+    ) -> None:
+        self._me, self._coordinator, self._blocks, self._small = me, coordinator, blocks, small
+        self._peers, self._where = peers, where
+
+    def register(self, registrar: Registrar) -> None:
+        registrar.register(STAT, self.stat)
+        registrar.register(LIST, self.ls)
+        registrar.register(VERSIONS, self.versions)
+        registrar.register(WHERE, self.where)
+        registrar.register(STORE, self.store)
+
+    async def _read(self, call: Call[Any]) -> Machine:
+        return await self._coordinator.read(max(0.05, call.remaining_s() - 0.2))
+
+    async def stat(self, call: Call[Stat]) -> StatAnswer:
+        request = call.request
+        namespace = (await self._read(call)).namespace
+        if request.last is not None:
+            if not 1 <= request.last <= ROWS_MAX:
+                raise InvalidArgument(f"the last {request.last} versions: ask for 1 to {ROWS_MAX}")
+            return StatAnswer([_info(request.name, record) for record in namespace.last(request.name, request.last)])
+        if request.version is not None:
+            record = namespace.version(request.name, request.version)
+        elif request.as_of_ms is not None:
+            record = namespace.as_of(request.name, request.as_of_ms)
+        else:
+            record = namespace.latest(request.name)
+        if record.small:
+            block = record.blocks[0]
+            content = await self._content(request.name, block)
+            info = _info(request.name, record, [BlockCopies(block.block, block.size, [])], content)
+        else:
+            told = await self._where.told([block.block for block in record.blocks])
+            info = _info(
+                request.name, record, [BlockCopies(b.block, b.size, told.get(b.block, [])) for b in record.blocks]
+            )
+        return StatAnswer([info])
+
+    async def _content(self, name: str, block: Block) -> bytes:
+        """A small file's bytes: from this node, or else from whoever has them; then they are kept here again."""
+        content = await self._small.get(block.block)
+        if content is not None:
+            return content
+        problems: list[str] = []
+        for node in self._where.everybody(block.block):
+            if node == self._me:
+                continue
+            try:
+                content = await self._content_from(node, block)
+            except IdunnoError as error:
+                problems.append(f"{node}: {error}")
+                continue
+            self._small.keep(block.block, content)
+            log.info("small content fetched", extra={"block": block.block, "node": node})
+            return content
+        raise Unavailable(
+            f"{name} cannot be read: its content is not on this node, and {'; '.join(problems) or 'on no other'}"
+        )
+
+    async def _content_from(self, node: NodeId, block: Block) -> bytes:
+        request = ReadBlock(block.block, 0, block.size, local_only=True)
+        async with self._peers.to(node, Lane.BULK).open(READ_BLOCK, request, timeout_s=SMALL_S) as stream:
+            item = await stream.receive()  # one item: a small content is smaller than a frame
+            content = bytes(item.body) if item is not None else b""
+            await stream.answer()
+        if block_id(content) != block.block:
+            raise Corrupt(f"node {node} sent other bytes than block {block.block[:16]}")
+        return content
+
+    async def ls(self, call: Call[List]) -> ListAnswer:
+        request = call.request
+        namespace = (await self._read(call)).namespace
+        limit = max(1, min(request.limit, ROWS_MAX))
+        names, more = namespace.names(request.prefix, request.after, limit, system=request.system)
+        rows = []
+        for name in names:
+            record = namespace.latest(name)
+            rows.append(ListRow(name, record.version, record.size, iso(record.created_ms)))
+        return ListAnswer(rows, more)
+
+    async def versions(self, call: Call[ByName]) -> VersionsAnswer:
+        machine = await self._read(call)
+        records: list[VersionRecord] = []
+        blocks = 0
+        found = machine.namespace.last(call.request.name, ROWS_MAX + 1)
+        for record in found[:ROWS_MAX]:
+            blocks += 0 if record.small else len(record.blocks)
+            if records and blocks > VERSIONS_BLOCKS_MAX:
+                break
+            records.append(record)
+        large = [block.block for record in records if not record.small for block in record.blocks]
+        told = await self._where.told(large)
+        roster = machine.roster
+        everybody = [n.name for n in roster.nodes() if n.presence == "present"]
+        rows = []
+        for record in records:
+            nodes = dict.fromkeys(node for block in record.blocks for node in told.get(block.block, []))
+            replicas = everybody if record.small else sorted(roster.name(node) for node in nodes)
+            rows.append(VersionRow(record.version, record.size, iso(record.created_ms), replicas))
+        return VersionsAnswer(rows, len(found) > len(records))
+
+    async def where(self, call: Call[ByName]) -> WhereAnswer:
+        name = call.request.name
+        machine = await self._read(call)
+        record, roster = machine.namespace.latest(name), machine.roster
+        recovering = False
+        if record.small:  # it came with the log, to every node
+            present = [n.node for n in roster.nodes() if n.presence == "present"]
+            found = {block.block: present for block in record.blocks}
+        else:
+            left_s = max(0.05, call.remaining_s() - 0.2)
+            found, recovering = await self._where.known([block.block for block in record.blocks], left_s)
+        rows = [
+            WhereBlock(block.block, block.size, sorted(roster.name(node) for node in found[block.block]))
+            for block in record.blocks[:ROWS_MAX]
+        ]
+        fewest = min((len(found[block.block]) for block in record.blocks), default=0)
+        more = len(record.blocks) > ROWS_MAX
+        return WhereAnswer(name, record.version, roster.copies_wanted(), fewest, rows, more, recovering)
+
+    async def store(self, call: Call[Store]) -> StoreAnswer:
+        """The newest version of each file with a block on the node, asked of that node itself."""
+        request = call.request
+        machine = await self._read(call)
+        node = machine.roster.resolve(request.node) if request.node else machine.roster.node(self._me)
+        if node.node != self._me:
+            onward = Store(node.node, request.after, request.limit)
+            left_s = max(0.05, call.remaining_s() - 0.2)
+            return await self._peers.to(node.node).call(STORE, onward, timeout_s=left_s, actor=call.actor)
+        limit = max(1, min(request.limit, ROWS_MAX))
+        rows: list[StoreRow] = []
+        after, more = request.after, True
+        while more and len(rows) + SLICE_NAMES <= max(limit, SLICE_NAMES):
+            names, more = machine.namespace.names("", after, SLICE_NAMES)
+            rows += [row for name in names if (row := self._held_version(machine, name)) is not None]
+            after = names[-1] if names else after
+            await asyncio.sleep(0)  # other work first: a listing is in no hurry
+        return StoreAnswer(node.name, rows, more, after if more else "")
+
+    def _held_version(self, machine: Machine, name: str) -> StoreRow | None:
+        """The newest version of which a block is here."""
+        for record in machine.namespace.last(name, ROWS_MAX):
+            store = self._small if record.small else self._blocks
+            if any(block.block in store for block in record.blocks):
+                return StoreRow(name, record.version, record.size)
+        return None
+
+
+def _info(
+    name: str, record: VersionRecord, blocks: list[BlockCopies] | None = None, content: bytes | None = None
+) -> FileInfo:
+    return FileInfo(name, record.version, record.size, iso(record.created_ms), record.owner, blocks or [], content)

@@ -1,0 +1,302 @@
+# idunno/wire/handling.py: the serving side of one connection: requests in, handlers run, answers out.
+#
+# Rule 1: a request is answered exactly once: by its handler, by the deadline, or not at all when the connection is gone.
+# Rule 2: who may call what is decided here, from the peer's certificate and the method's access, before anything else.
+# Rule 3: what a peer makes this side hold (requests, items not taken) is bounded by HELD_BYTES_MAX for all its calls.
+# Rule 4: handlers start in the order in which their requests arrived.
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic
+
+from idunno.base.disk import Buffer
+from idunno.base.errors import (
+    Cancelled,
+    ConnectionLost,
+    DeadlineExceeded,
+    DecodeError,
+    Exhausted,
+    IdunnoError,
+    Incompatible,
+    InternalError,
+    PermissionDenied,
+    Unavailable,
+)
+from idunno.wire.calls import Actor, Handler, Item, Method, Peer, Q_co, Reply, Role
+from idunno.wire.codec import RequestHead, decode, encode, encode_error
+from idunno.wire.connection import Link
+from idunno.wire.frames import Frame, Kind, frozen
+from idunno.wire.streams import Inbox, Outbox, check_sizes, cost
+
+log = logging.getLogger("idunno.wire")
+
+CALLS_MAX: Final = 1024
+"""Requests under way on one connection."""
+CALLS_ANONYMOUS_MAX: Final = 4
+"""The same for a peer without a certificate, who has two methods to call, one after the other."""
+HELD_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Request bytes and untaken items of one connection: 32 streams that stand still at their full window."""
+NOTIFY_S: Final = 10.0
+"""How long the handler of a notification may take: nobody waits for it, so nobody would stop it."""
+
+
+@dataclass(slots=True)
+class Dispatch:
+    """What the connections of one server share."""
+
+    name: str  # of this node, for error messages
+    handlers: dict[str, tuple[Method[Any, Any], Handler[Any, Any]]] = field(default_factory=dict)
+    stopping: bool = False
+
+
+class ServerCall(Generic[Q_co]):
+    """calls.Call: one request, as its handler sees it."""
+
+    def __init__(
+        self, session: Serving, number: int, method: Method[Any, Any], request: Q_co, frame: Frame, actor: Actor
+    ) -> None:
+        self.number, self.method = number, method
+        self.size = len(frame.header) + len(frame.body)
+        self.task: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.deadline = 0.0  # loop time
+        self.silent = False  # a notification: nobody hears of its end
+        self.answered = False  # nothing more is sent for it
+        self.stopped: IdunnoError | None = None  # why its handler was cancelled
+        self.inbox = Inbox(self._give_credit)
+        self.outbox = Outbox()
+        self._session = session
+        self._request, self._body, self._peer, self._actor = request, frame.body, session.peer, actor
+
+    @property
+    def request(self) -> Q_co:
+        return self._request
+
+    @property
+    def body(self) -> bytes | memoryview:
+        return self._body
+
+    @property
+    def peer(self) -> Peer:
+        return self._peer
+
+    @property
+    def actor(self) -> Actor:
+        return self._actor
+
+    def remaining_s(self) -> float:
+        return max(0.0, self.deadline - asyncio.get_running_loop().time())
+
+    async def receive(self) -> Item | None:
+        return await self.inbox.receive()
+
+    async def send(self, body: Buffer = b"", note: bytes = b"") -> None:
+        content = frozen(body)
+        check_sizes(self.method.name, note, content)
+        link = self._session.link
+        if await self.outbox.reserve(cost(note, content)):
+            if link.paused:
+                await link.writable()
+            if not self.answered:
+                link.send(Kind.ITEM, self.number, note, content)
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """Its handler's task is over, however it ended."""
+        self._session.ended(self)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("answering failed", extra={"method": self.method.name}, exc_info=error)
+
+    def _give_credit(self, size: int) -> None:
+        self._session.held -= size
+        if not self.answered:
+            self._session.link.send(Kind.CREDIT, self.number, encode(size))
+
+
+class Serving:
+    """connection.Session of the serving side, once it is known who the peer is."""
+
+    def __init__(self, dispatch: Dispatch, link: Link, peer: Peer) -> None:
+        self.link, self.peer = link, peer
+        self.held = 0  # bytes, see HELD_BYTES_MAX
+        self.calls: dict[int, ServerCall[Any]] = {}
+        self._dispatch = dispatch
+        self._calls_max = CALLS_ANONYMOUS_MAX if peer.actor.role is Role.ANYONE else CALLS_MAX
+
+    def opened(self, link: Link, transport: asyncio.BaseTransport | None) -> None:
+        """Nothing to do: the peer was known before this was made."""
+
+    def received(self, frame: Frame) -> None:
+        kind = frame.kind
+        if kind is Kind.REQUEST or kind is Kind.NOTIFY:
+            if frame.request:
+                self._begin(frame)
+            elif kind is Kind.REQUEST:
+                raise DecodeError("request number 0 is the connection's own")
+            return
+        if kind is Kind.ANSWER or kind is Kind.ERROR:
+            raise DecodeError(f"{kind.name} frame from the calling side")
+        call = self.calls.get(frame.request)
+        if call is None or call.answered:
+            return  # it ended while this was on its way
+        if kind is Kind.ITEM:
+            self._item(call, frame)
+        elif kind is Kind.END:
+            call.inbox.end()
+        elif kind is Kind.CREDIT:
+            call.outbox.grant(decode(frame.header, int))
+        else:
+            self._stop(call, Cancelled(f"{call.method.name} was cancelled by its caller"))
+
+    def lost(self, error: IdunnoError) -> None:
+        """The connection is gone: nobody waits for its handlers."""
+        for call in list(self.calls.values()):
+            call.answered = True
+            self._stop(call, ConnectionLost(f"{call.method.name}: the caller is gone: {error}"))
+
+    def stop(self, error: IdunnoError) -> None:
+        """Cancel all handlers; their callers are told `error`."""
+        for call in list(self.calls.values()):
+            self._stop(call, error)
+
+    # -- a request begins -----------------------------------------------------------------------------------------------
+
+    def _begin(self, frame: Frame) -> None:
+        number = frame.request
+        if number in self.calls:
+            raise DecodeError(f"request number {number} is under way already")
+        try:
+            call, handler, head = self._prepare(frame)
+        except IdunnoError as error:
+            if frame.kind is Kind.REQUEST:
+                self.link.send(Kind.ERROR, number, encode_error(error))
+            else:
+                log.warning("notification refused", extra={"peer": self.peer.actor.name, "error": str(error)})
+            return
+        loop = asyncio.get_running_loop()
+        left_s = head.left_ms / 1000
+        if frame.kind is Kind.NOTIFY:
+            call.silent = call.answered = True
+            left_s = NOTIFY_S
+        if not head.stream:
+            call.inbox.end()
+        call.deadline = loop.time() + left_s
+        call.timer = loop.call_at(call.deadline, self._expire, call)
+        self.calls[number] = call
+        self.held += call.size
+        call.task = loop.create_task(self._run(call, handler))
+        call.task.add_done_callback(
+            call.ended
+        )  # not `finally` in _run: a task cancelled before its first step never runs it
+
+    def _prepare(self, frame: Frame) -> tuple[ServerCall[Any], Handler[Any, Any], RequestHead]:
+        """Raises IdunnoError when the request is not to be run."""
+        dispatch = self._dispatch
+        if dispatch.stopping:
+            raise Unavailable(f"node {dispatch.name} is stopping: ask another node")
+        if len(self.calls) >= self._calls_max:
+            raise Exhausted(f"node {dispatch.name} has {self._calls_max} requests of this connection under way")
+        if self.held + len(frame.header) + len(frame.body) > HELD_BYTES_MAX:
+            raise Exhausted(
+                f"node {dispatch.name} holds {self.held} bytes of this connection, at most {HELD_BYTES_MAX}"
+            )
+        head = decode(frame.header, RequestHead)
+        known = dispatch.handlers.get(head.method)
+        if known is None:
+            raise Incompatible(f"node {dispatch.name} has no method {head.method[:64]!r}: it may run an older release")
+        method, handler = known
+        actor = acting(self.peer, head.actor)
+        if not actor.may(method.access):
+            raise PermissionDenied(
+                f"{method.name} needs the role {method.access.value}, {actor.name or 'you'!r} has {actor.role.value}"
+            )
+        request = decode(head.request, method.request)
+        return ServerCall(self, frame.request, method, request, frame, actor), handler, head
+
+    def _item(self, call: ServerCall[Any], frame: Frame) -> None:
+        size = cost(frame.header, frame.body)
+        if self.held + size > HELD_BYTES_MAX:
+            error = Exhausted(
+                f"{call.method.name}: {self.held} bytes of this connection wait, at most {HELD_BYTES_MAX}"
+            )
+            self._stop(call, error)
+            return
+        self.held += size
+        call.inbox.put(frame.header, frame.body)
+
+    # -- and ends -------------------------------------------------------------------------------------------------------
+
+    async def _run(self, call: ServerCall[Any], handler: Handler[Any, Any]) -> None:
+        try:
+            result = await handler(call)
+            if not call.answered:
+                await self._answer(call, result)
+        except asyncio.CancelledError:
+            self._fail(call, call.stopped or Cancelled(f"{call.method.name} was stopped on node {self._dispatch.name}"))
+        except IdunnoError as error:
+            if call.silent:
+                log.warning("notification failed", extra={"method": call.method.name, "error": str(error)})
+            self._fail(call, error)
+        except Exception:
+            story = secrets.token_hex(4)
+            log.exception(
+                "handler failed", extra={"method": call.method.name, "story": story, "actor": call.actor.name}
+            )
+            self._fail(call, InternalError(f"internal error {story}; see the log of node {self._dispatch.name}"))
+
+    async def _answer(self, call: ServerCall[Any], result: Any) -> None:
+        answer, body = (result.answer, frozen(result.body)) if isinstance(result, Reply) else (result, b"")
+        assert isinstance(answer, call.method.answer), f"{call.method.name} answered with {type(answer).__name__}"
+        header = encode(answer)
+        check_sizes(f"{call.method.name}'s answer", header, body)
+        while self.link.paused:
+            await self.link.writable()
+        if not call.answered:
+            call.answered = True
+            self.link.send(Kind.ANSWER, call.number, header, body)
+
+    def _fail(self, call: ServerCall[Any], error: IdunnoError) -> None:
+        if not call.answered:
+            call.answered = True
+            self.link.send(Kind.ERROR, call.number, encode_error(error))
+
+    def _stop(self, call: ServerCall[Any], error: IdunnoError) -> None:
+        """Cancel the handler; its caller hears at once, however long the handler takes to clean up."""
+        if call.stopped is None:
+            call.stopped = error
+            self._fail(call, error)
+            call.inbox.fail(error)
+            call.outbox.close(error)
+            if call.task is not None:
+                call.task.cancel()
+
+    def _expire(self, call: ServerCall[Any]) -> None:
+        self._stop(
+            call, DeadlineExceeded(f"{call.method.name}: node {self._dispatch.name} was not done in the time given")
+        )
+
+    def ended(self, call: ServerCall[Any]) -> None:
+        """Its handler's task is over."""
+        if call.timer is not None:
+            call.timer.cancel()
+        self.calls.pop(call.number, None)
+        self.held -= call.size + call.inbox.outstanding
+        over = Cancelled(f"{call.method.name} has ended")
+        call.inbox.fail(over)
+        call.outbox.close(over)
+
+
+def acting(peer: Peer, named: tuple[str, Role] | None) -> Actor:
+    """On whose behalf `peer` asks. Raises PermissionDenied.
+
+    Only nodes act for others, and none of them as another node: a node that was taken over must not speak for the rest.
+    """
+    if named is None or named == (peer.actor.name, peer.actor.role):
+        return peer.actor
+    if peer.node is None:
+        raise PermissionDenied(f"{peer.actor.name!r} may not act for {named[0]!r}: only nodes act for others")
+    if named[1] is Role.NODE:
+        raise PermissionDenied(f"node {peer.actor.name} may not act as node {named[0]}")
+    return Actor(*named)

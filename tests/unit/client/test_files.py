@@ -1,0 +1,211 @@
+# Files from and to the user's machine.
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from idunno.base.errors import Conflict, InvalidArgument, NotFound, Unavailable
+from idunno.client.api import Cluster
+from idunno.client.local import replacing
+from tests.unit.client.fake import FakeCluster
+
+
+def play(fake: FakeCluster, body: Callable[[Cluster], Awaitable[None]], *, timeout_s: float | None = None) -> None:
+    async def story() -> None:
+        async with await fake.connect(timeout_s) as cluster:
+            await body(cluster)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 4097, 9 * 1024 * 1024])
+def test_what_was_put_is_what_is_got(tmp_path: Path, size: int) -> None:
+    content = os.urandom(size)
+    (tmp_path / "a").write_bytes(content)
+    heard: list[tuple[int, int]] = []
+
+    async def body(cluster: Cluster) -> None:
+        answer = await cluster.put(tmp_path / "a", "a", progress=lambda done, total: heard.append((done, total)))
+        assert (answer.version, answer.size) == (1, size)
+        info = await cluster.get("a", tmp_path / "b")
+        assert info.size == size
+
+    play(FakeCluster(), body)
+    assert (tmp_path / "b").read_bytes() == content
+    assert not heard or heard[-1] == (size, size)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_pipe_is_stored_as_it_comes() -> None:
+    read, write = os.pipe()
+    content = os.urandom(50_000)
+    os.write(write, content)
+    os.close(write)
+    fake = FakeCluster()
+
+    async def body(cluster: Cluster) -> None:
+        with open(read, "rb", buffering=0) as pipe:
+            await cluster.put(pipe, "piped")
+
+    play(fake, body)
+    assert fake.world.newest("piped").content == content
+
+
+def test_a_file_that_is_being_written_never_shows_half(tmp_path: Path) -> None:
+    fake = FakeCluster()
+    fake.world.put("big", bytes(100_000))
+    target = tmp_path / "target"
+    target.write_bytes(b"before")
+    fake.world.trouble = lambda node, method: InvalidArgument("no") if method == "block.read" else None
+
+    async def body(cluster: Cluster) -> None:
+        with pytest.raises(InvalidArgument):
+            await cluster.get("big", target)
+
+    play(fake, body)
+    assert target.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_fetched_file_keeps_the_mode_and_the_link_of_the_one_it_replaces(tmp_path: Path) -> None:
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "real").chmod(0o640)
+    (tmp_path / "link").symlink_to("real")
+    with replacing(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
+    assert stat.S_IMODE((tmp_path / "real").stat().st_mode) == 0o640
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with replacing(fifo) as file:
+            file.write(b"through")
+        assert os.read(reader, 100) == b"through"
+        assert stat.S_ISFIFO(fifo.stat().st_mode)
+    finally:
+        os.close(reader)
+
+
+def test_getting_into_a_directory_keeps_the_name(tmp_path: Path) -> None:
+    fake = FakeCluster()
+    fake.world.put("photos/1.jpg", b"jpg")
+    play(fake, lambda cluster: _discard(cluster.get("photos/1.jpg", tmp_path)))
+    assert (tmp_path / "1.jpg").read_bytes() == b"jpg"
+
+
+async def _discard(work: Awaitable[object]) -> None:
+    await work
+
+
+def test_a_folder_goes_there_and_comes_back(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    files = {"a.txt": b"a", "deep/er/b.bin": os.urandom(2_000_000), "deep/c": b"", ".hidden": b"h"}
+    for name, content in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(content)
+    fake = FakeCluster()
+
+    async def body(cluster: Cluster) -> None:
+        put = await cluster.put_folder(source, "backup/")
+        assert [file.name for file in put.files] == sorted(f"backup/{name}" for name in files)
+        assert put.size == sum(map(len, files.values()))
+        got = await cluster.get_folder("backup/", tmp_path / "target")
+        assert (len(got.files), got.size) == (4, put.size)
+
+    play(fake, body)
+    for name, content in files.items():
+        assert (tmp_path / "target" / name).read_bytes() == content
+
+
+def test_the_first_error_of_a_folder_is_the_one_that_is_raised(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02}").write_bytes(b"x")
+    fake = FakeCluster()
+    served = 0
+
+    def trouble(node: str, method: str) -> Conflict | None:
+        nonlocal served
+        served += 1
+        return Conflict("the name is taken") if served > 5 else None
+
+    fake.world.trouble = trouble
+
+    async def body(cluster: Cluster) -> None:
+        with pytest.raises(Conflict, match="the name is taken"):
+            await cluster.put_folder(tmp_path, "x")
+
+    play(fake, body)
+    assert len(fake.world.requests) < 20
+
+
+def test_a_folder_with_something_that_is_no_file_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    (tmp_path / "broken").symlink_to("nowhere")
+    fake = FakeCluster()
+
+    async def body(cluster: Cluster) -> None:
+        with pytest.raises(InvalidArgument, match="broken is no regular file"):
+            await cluster.put_folder(tmp_path, "x")
+        with pytest.raises(InvalidArgument, match="is a folder"):
+            await cluster.put(tmp_path, "x")
+        with pytest.raises(NotFound, match="no file below nothing/"):
+            await cluster.get_folder("nothing/", tmp_path)
+        with pytest.raises(InvalidArgument, match="end it with '/'"):
+            await cluster.get_folder("nothing", tmp_path)
+
+    play(fake, body)
+    assert fake.world.asked("file.put-small") == []
+
+
+def test_the_last_versions_stand_in_one_file_newest_first_each_behind_a_line(tmp_path: Path) -> None:
+    fake = FakeCluster()
+    for content in (b"first\n", b"no newline", b"", b"fourth\n"):
+        fake.world.put("notes.txt", content)
+    target = io.BytesIO()
+
+    async def body(cluster: Cluster) -> None:
+        assert [info.version for info in await cluster.get_versions("notes.txt", 3, target)] == [4, 3, 2]
+        assert len(await cluster.get_versions("notes.txt", 99, tmp_path / "all")) == 4
+
+    play(fake, body)
+    assert target.getvalue() == (
+        b"=== notes.txt version 4 ===\nfourth\n=== notes.txt version 3 ===\n=== notes.txt version 2 ===\nno newline"
+    )
+    assert (tmp_path / "all").read_bytes() == target.getvalue() + b"\n=== notes.txt version 1 ===\nfirst\n"
+
+
+def test_listing_follows_all_pages() -> None:
+    fake = FakeCluster()
+    for i in range(10):
+        fake.world.put(f"f{i}", b"x")
+    fake.world.put(".idunno/jobs/1/input", b"x")
+
+    async def body(cluster: Cluster) -> None:
+        assert [row.name for row in await cluster.ls("f")] == [f"f{i}" for i in range(10)]
+        assert len(await cluster.ls()) == 10
+        assert len(await cluster.ls(system=True)) == 11
+
+    play(fake, body)
+
+
+def test_a_transfer_ends_with_the_time_it_was_given(tmp_path: Path) -> None:
+    fake = FakeCluster()
+    fake.world.trouble = lambda node, method: Unavailable("nobody is there")
+
+    async def body(cluster: Cluster) -> None:
+        with pytest.raises(Unavailable, match="nobody is there"):
+            await cluster.get("a", tmp_path / "a")
+
+    play(fake, body, timeout_s=0.3)
+    assert list(tmp_path.iterdir()) == []

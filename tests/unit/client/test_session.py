@@ -1,0 +1,147 @@
+# One caller that stays connected to a living node.
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from idunno.base.errors import Conflict, DeadlineExceeded, NoQuorum, NotFound, NotLeader, Unavailable
+from idunno.sdfs.messages import BEGIN, DELETE, LIST, PUT_SMALL, Begin, Delete, List, PutSmallFile
+from tests.unit.client.fake import FakeCluster
+
+
+def test_a_node_that_is_down_is_passed_over() -> None:
+    async def story() -> None:
+        fake = FakeCluster(3)
+        fake.world.down = {"n1", "n2"}
+        async with await fake.connect() as cluster:
+            assert await cluster.ls() == []
+        assert fake.dialled[-1] == "n3"
+
+    asyncio.run(story())
+
+
+def test_when_no_node_answers_the_error_comes_at_once_and_says_what_to_do() -> None:
+    async def story() -> None:
+        fake = FakeCluster(3)
+        fake.world.down = {"n1", "n2", "n3"}
+        with pytest.raises(Unavailable, match=r"/fake: none of its 3 nodes answers .*run `idunno up --dir /fake`"):
+            await fake.connect()
+        assert len(fake.dialled) == 3
+
+    asyncio.run(story())
+
+
+def test_a_question_goes_on_at_the_next_node_while_a_scheduler_is_elected() -> None:
+    async def story() -> None:
+        fake = FakeCluster(2)
+        errors = [NotLeader("n2"), NoQuorum("an election is under way"), Unavailable("n2 is gone")]
+        fake.world.trouble = lambda node, method: errors.pop() if errors else None
+        async with await fake.connect() as cluster:
+            assert await cluster.ls() == []
+            assert not cluster.session.changed
+        assert len({node for node, _, _ in fake.world.requests}) == 2
+
+    asyncio.run(story())
+
+
+def test_an_error_that_asking_again_cannot_help_is_raised_at_once() -> None:
+    async def story() -> None:
+        fake = FakeCluster()
+        fake.world.trouble = lambda node, method: Conflict("version 3 is there, not 2")
+        async with await fake.connect() as cluster:
+            with pytest.raises(Conflict):
+                await cluster.session.call(DELETE, Delete("a", "r1"), timeout_s=5)
+        assert len(fake.world.requests) == 1
+
+    asyncio.run(story())
+
+
+def test_a_change_whose_answer_was_lost_is_sent_again_under_the_same_id() -> None:
+    async def story() -> None:
+        fake = FakeCluster()
+        fake.world.lost = {"n1", "n2"}
+        async with await fake.connect() as cluster:
+            answer = await cluster.session.call(PUT_SMALL, PutSmallFile("p1", "a"), timeout_s=5, body=b"x")
+            assert cluster.session.changed
+        assert answer.name == "a"
+        assert [request.put for request in fake.world.asked("file.put-small")] == ["p1"] * 3
+
+    asyncio.run(story())
+
+
+def test_giving_up_after_an_unconfirmed_attempt_says_that_it_may_have_happened() -> None:
+    async def story() -> None:
+        fake = FakeCluster()
+        fake.world.lost = {"n1", "n2"}
+        fake.world.trouble = lambda node, method: None if fake.world.lost else NoQuorum("2 of 5 nodes answer")
+        async with await fake.connect() as cluster:
+            with pytest.raises(DeadlineExceeded, match=r"file.put-small was sent, no answer within 0.5 s \(2 of 5"):
+                await cluster.session.call(PUT_SMALL, PutSmallFile("p1", "a"), timeout_s=0.5)
+            assert cluster.session.changed
+
+    asyncio.run(story())
+
+
+def test_giving_up_when_nothing_was_ever_sent_is_certain() -> None:
+    async def story() -> None:
+        fake = FakeCluster()
+        fake.world.trouble = lambda node, method: NoQuorum("2 of 5 nodes answer")
+        async with await fake.connect() as cluster:
+            with pytest.raises(NoQuorum, match="2 of 5"):
+                await cluster.session.call(DELETE, Delete("a", "r1"), timeout_s=0.4)
+
+    asyncio.run(story())
+
+
+def test_all_nodes_dying_later_is_waited_out_until_the_deadline() -> None:
+    async def story() -> None:
+        fake = FakeCluster()
+        async with await fake.connect() as cluster:
+            await cluster.ls()
+            fake.world.down = {"n1", "n2"}
+            await cluster.session.close()
+            loop = asyncio.get_running_loop()
+            loop.call_later(0.2, fake.world.down.clear)
+            assert (await cluster.session.call(LIST, List(), timeout_s=5)).files == []
+
+    asyncio.run(story())
+
+
+def test_a_stream_finds_a_living_connection_and_leaves_a_node_that_failed_it() -> None:
+    async def story() -> None:
+        fake = FakeCluster()
+        content = bytes(range(256)) * 64  # larger than a small file: it is read by a stream
+        fake.world.put("big", content)
+        fake.world.trouble = lambda node, method: (
+            Unavailable("its disk is gone") if method == "block.read" and node == "n1" else None
+        )
+        import io
+
+        async with await fake.connect() as cluster:
+            target = io.BytesIO()
+            await cluster.get("big", target)
+            assert target.getvalue() == content
+
+    asyncio.run(story())
+
+
+def test_a_request_without_an_id_is_not_repeated() -> None:
+    async def story() -> None:
+        fake = FakeCluster()
+        fake.world.trouble = lambda node, method: NoQuorum("no leader")
+        async with await fake.connect() as cluster:
+            with pytest.raises(NoQuorum):
+                await cluster.session.call(BEGIN, Begin("", "a"), timeout_s=5)
+        assert len(fake.world.requests) == 1
+
+    asyncio.run(story())
+
+
+def test_what_is_not_found_is_said_by_the_node_not_by_the_session() -> None:
+    async def story() -> None:
+        async with await FakeCluster().connect() as cluster:
+            with pytest.raises(NotFound, match="no file gone"):
+                await cluster.versions("gone")
+
+    asyncio.run(story())

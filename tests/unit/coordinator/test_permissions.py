@@ -1,0 +1,206 @@
+"""The table of docs/roles.md, row by row: every command, every role, one's own and somebody else's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from idunno.base.errors import Conflict, PermissionDenied
+from idunno.base.ids import NodeId
+from idunno.coordinator import commands as c
+from idunno.coordinator import permissions
+from idunno.coordinator.names import output_name
+from idunno.coordinator.namespace import small_block
+from idunno.coordinator.records import ModelFile
+from idunno.wire.calls import Actor, Role
+from tests.unit.coordinator.world import (
+    ADMIN,
+    ALICE,
+    BOB,
+    N1,
+    N2,
+    READER,
+    SYSTEM,
+    World,
+    block,
+    done,
+    genesis,
+    node,
+    token,
+    user,
+)
+
+PAGE = Path(__file__).parents[3] / "docs" / "roles.md"
+FILES = (ModelFile("m.onnx", "models/digits", 1, 10, (block("digits"),)),)
+
+COMMANDS: list[c.Command] = [
+    genesis(),
+    c.AddNode(node(4), "t-node"),
+    c.UpdateNode(N1, "h:1", 1, 1, "", ""),
+    c.SetPresence(N1, "failed", 0, ""),
+    c.AddUser(user("carol"), "t-user"),
+    c.RevokeUser("alice"),
+    c.AddToken(token("t1", "user")),
+    c.RevokeToken("t-user"),
+    c.BeginPut("p9", "file"),
+    c.CommitPut("open", "other", 10, (block("x"),)),
+    c.AbortPut("open", ""),
+    c.PutSmall("p9", "file", small_block(b"x").block, b"x"),
+    c.DeleteFile("file"),
+    c.Deploy("digits", "onnx", FILES, 0, 0, 1_000, 0, 0, (N1,)),
+    c.Undeploy("digits"),
+    c.Assign("digits", 1, N1, ""),
+    c.Unassign("digits", 1, N1, ""),
+    c.ReportWorker("digits", 1, N1),
+    c.SetBatchSize("digits", 5),
+    c.SubmitJob("job2", "digits", "file", 1, "lines"),
+    c.PlanJob("job1", 1, 1),
+    done("job1", 0, 4),
+    c.FailAttempt("job1", 0, N1, 0, ""),
+    c.CancelJob("job1"),
+    c.ForgetJob("job1"),
+]
+
+
+def tag(command: c.Command) -> str:
+    return str(type(command).__struct_config__.tag)
+
+
+def alices_world() -> World:
+    """Alice owns a file, an open put, a model and a job."""
+    world = World()
+    world.do(c.AddUser(user("alice", i=60), "t-user"), SYSTEM)
+    world.put("file")
+    world.do(c.BeginPut("open", "other"))
+    world.planned(4, 4)
+    return world
+
+
+def allowed(command: c.Command, actor: Actor, world: World | None = None) -> bool:
+    try:
+        permissions.check(command, actor, (world or alices_world()).machine)
+    except PermissionDenied:
+        return False
+    except Conflict:
+        return isinstance(command, c.Genesis)
+    return True
+
+
+def rows() -> list[list[str]]:
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_page_has_a_row_and_the_code_a_rule_for_every_command() -> None:
+    known = [tag(command) for command in COMMANDS]
+    assert [row[0] for row in rows()[1:]] == known
+    assert [kind.__struct_config__.tag for kind in permissions.RULES] == known
+    assert set(permissions.RULES) == set(c.Command.__args__)
+
+
+@pytest.mark.parametrize("row", rows()[1:], ids=lambda row: row[0])
+def test_row(row: list[str]) -> None:
+    command = next(command for command in COMMANDS if tag(command) == row[0])
+    assert rows()[0] == ["command", "reader", "user", "admin", "node"]
+    for cell, owner, stranger in zip(
+        row[1:],
+        (Actor("alice", Role.READER), ALICE, ADMIN, SYSTEM),
+        (READER, BOB, Actor("other", Role.ADMIN), Actor(N2, Role.NODE)),
+        strict=True,
+    ):
+        expected = {
+            "no": (False, False),
+            "own": (True, False),
+            "yes": (True, True),
+            "itself": (True, False),
+            "first entry": (True, True),
+        }[cell]
+        assert (allowed(command, owner), allowed(command, stranger)) == expected, f"{row[0]}: {cell}"
+        if cell == "own":
+            assert allowed(command, stranger, World()), f"{row[0]}: what nobody owns is free"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=tag)
+def test_apply_enforces_it_too(command: c.Command) -> None:
+    world = alices_world()
+    before = world.machine.digest()
+    nobody = world.apply(command, Actor("", Role.ANYONE))
+    assert isinstance(nobody.error, PermissionDenied)
+    assert nobody.effects == ()
+    world.machine.index -= 1  # type: ignore[assignment]
+    assert world.machine.digest() == before
+
+
+def test_refusals_name_whose_it_is() -> None:
+    world = alices_world()
+    cases: list[tuple[c.Command, str]] = [
+        (c.BeginPut("p", "file"), "file belongs to alice; choose another name, or ask alice or an admin"),
+        (c.DeleteFile("file"), "file belongs to alice"),
+        (c.CommitPut("open", "other", 10, (block("x"),)), "put open belongs to alice"),
+        (c.Undeploy("digits"), "model digits belongs to alice"),
+        (c.CancelJob("job1"), "job job1 belongs to alice"),
+        (c.AddToken(token("t", "user")), "add token takes the role admin; bob is a user"),
+    ]
+    for command, text in cases:
+        with pytest.raises(PermissionDenied, match=text):
+            world.do(command, BOB)
+
+
+def test_a_file_that_changed_hands_while_a_put_was_open_is_not_overwritten() -> None:
+    world = World()
+    world.do(c.BeginPut("p1", "new"), ALICE)
+    world.put("new", actor=BOB)
+    with pytest.raises(PermissionDenied, match="new belongs to bob"):
+        world.do(c.CommitPut("p1", "new", 10, (block("x"),)), ALICE)
+
+
+def test_a_retry_of_what_was_done_is_answered_whoever_owns_the_file_now() -> None:
+    world = World()
+    world.put("a", put="p1")
+    world.put("a", actor=ADMIN)
+    assert world.do(c.BeginPut("p1", "a"), ALICE).committed.version == 1
+    with pytest.raises(PermissionDenied, match="a belongs to root"):
+        world.do(c.BeginPut("p2", "a"), ALICE)
+
+
+@pytest.mark.parametrize(
+    "name", [".idunno", ".idunno/x", ".idunno/jobs/j/output/000000.jsonl", ".idunno/jobs/j/input/x", ".idunno/models/m"]
+)
+def test_system_names_are_for_nodes(name: str) -> None:
+    world = World()
+    for actor in (ALICE, ADMIN):
+        for command in (c.BeginPut("p1", name), c.DeleteFile(name)):
+            with pytest.raises(PermissionDenied, match="the system's own"):
+                world.do(command, actor)
+    world.do(c.BeginPut("p1", name), SYSTEM)
+
+
+def test_a_jobs_input_is_its_clients_until_it_is_submitted() -> None:
+    world = World()
+    world.deployed()
+    name = ".idunno/jobs/job1/input"
+    world.put(name)
+    with pytest.raises(PermissionDenied, match="belongs to alice"):
+        world.do(c.BeginPut("p", name), BOB)
+    world.put(name)
+    world.submit()
+    for command in (c.BeginPut("p", name), c.DeleteFile(name)):
+        with pytest.raises(Conflict, match="job1 is submitted"):
+            world.do(command)
+
+
+def test_a_models_files_are_its_owners() -> None:
+    world = World()
+    world.deployed()
+    world.put(".idunno/models/digits/d2/m.onnx")
+    world.put(".idunno/models/fresh/d1/a/m.onnx", actor=BOB)
+    with pytest.raises(PermissionDenied, match="model digits belongs to alice"):
+        world.put(".idunno/models/digits/d3/m.onnx", actor=BOB)
+
+
+def test_outputs_are_for_everybody_to_read_and_for_nodes_to_write() -> None:
+    world = alices_world()
+    with pytest.raises(PermissionDenied):
+        world.do(c.BeginPut("p", output_name("job1", 0)))
+    world.do(c.BeginPut("p", output_name("job1", 0), node=N2), Actor(NodeId(N2), Role.NODE))

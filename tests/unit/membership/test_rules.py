@@ -1,0 +1,483 @@
+# tests/unit/membership/test_rules.py: the detector's rules, one by one, on one core.
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from idunno.base.errors import DecodeError, InvalidArgument
+from idunno.base.ids import NodeId
+from idunno.membership.config import SwimConfig
+from idunno.membership.events import (
+    Announce,
+    Changed,
+    Forget,
+    Input,
+    Output,
+    Received,
+    Seeds,
+    Self,
+    Send,
+    Tick,
+)
+from idunno.membership.gossip import News, sends_wanted
+from idunno.membership.messages import (
+    NUMBER_MAX,
+    RUMOR_BYTES_BUDGET,
+    Ack,
+    Gossip,
+    Message,
+    Ping,
+    Rumor,
+    State,
+    decode,
+    encode,
+    rumor_bytes,
+)
+from idunno.membership.records import LIFE, STEP_MAX, overrides, runs_ahead
+from idunno.membership.ring import Ring
+from idunno.membership.swim import Swim
+from idunno.wire.sealed import PAYLOAD_BYTES_MAX
+from tests.unit.membership.net import node_id, seed_of
+
+
+def address(number: int) -> str:
+    return f"10.0.0.{number}:7400"
+
+
+class Lone:
+    """Node 1, with others that say what the test has them say."""
+
+    def __init__(self, others: int = 4, config: SwimConfig | None = None, now_ms: int = 1_000) -> None:
+        me = Self(node_id(1), "n1", address(1), boot=1)
+        self.core, self.now_ms = Swim(me, config or SwimConfig(), random.Random(1)), now_ms
+        for number in range(2, others + 2):
+            self.say(number, Gossip(f"n{number}", address(number)))
+
+    def feed(self, event: Input) -> list[Output]:
+        return self.core.handle(event, self.now_ms)
+
+    def say(self, number: int, message: Message, boot: int = 1) -> list[Output]:
+        return self.feed(Received(node_id(number), boot, address(number), message))
+
+    def tell(self, number: int, *rumors: Rumor) -> list[Output]:
+        """Node `number` passes rumors on; its own incarnation is what is known of it."""
+        member = self.core.members.get(node_id(number))
+        incarnation = max(0, member.version[1]) if member else 0
+        return self.say(number, Gossip(f"n{number}", address(number), incarnation, rumors))
+
+    def wait(self, ms: int, *, answering: set[int] | None = None) -> list[Output]:
+        """Let time pass; those in `answering` (all by default) answer pings."""
+        end, out = self.now_ms + ms, list[Output]()
+        while (due := self.core.due_ms()) is not None and due <= end:
+            self.now_ms = max(self.now_ms, due)
+            todo = self.feed(Tick())
+            while todo:
+                output = todo.pop(0)
+                out.append(output)
+                if isinstance(output, Send) and isinstance(output.message, Ping):
+                    number = int(output.address.split(":")[0].rsplit(".", 1)[1])
+                    if answering is None or number in answering:
+                        known = self.core.members[node_id(number)].version[1]
+                        todo += self.say(number, Ack(output.message.seq, f"n{number}", address(number), known))
+        self.now_ms = end
+        return out
+
+    def state(self, number: int) -> State:
+        return self.core.members[node_id(number)].state
+
+
+def rumor(number: int, state: State, incarnation: int = 0, boot: int = 1, accusers: tuple[int, ...] = ()) -> Rumor:
+    who = tuple(node_id(accuser) for accuser in accusers)
+    return Rumor(node_id(number), boot, incarnation, state, f"n{number}", address(number), who)
+
+
+def changes(out: list[Output]) -> list[tuple[str, State]]:
+    return [(o.member.name, o.new) for o in out if isinstance(o, Changed)]
+
+
+# -- order of statements ----------------------------------------------------------------------------------------------
+
+ORDER = [State.ACTIVE, State.SUSPICIOUS, State.FAILED, State.STOPPED, State.LEFT]
+
+
+def test_at_one_version_the_worse_news_wins_and_a_newer_version_beats_everything() -> None:
+    for i, known in enumerate(ORDER):
+        for j, told in enumerate(ORDER):
+            assert overrides(told, (1, 5), known, (1, 5)) is (j > i)
+            assert overrides(told, (1, 6), known, (1, 5))
+            assert overrides(told, (2, 0), known, (1, 5))  # a restart: any incarnation of a higher boot
+            assert not overrides(told, (1, 4), known, (1, 5))
+            assert not overrides(told, (0, 99), known, (1, 5))
+
+
+def test_a_late_rumour_of_the_death_does_not_bring_a_deleted_member_back() -> None:
+    assert not overrides(State.FAILED, (1, 5), State.DELETED, (1, 5))
+    assert not overrides(State.SUSPICIOUS, (1, 5), State.DELETED, (1, 5))
+    assert State.DELETED in LIFE[State.FAILED]
+    assert all(State.UNKNOWN not in after for after in LIFE.values())
+
+
+# -- accusing ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_unanswered_ping_accuses_nobody() -> None:
+    node = Lone(others=1)
+    node.wait(600, answering=set())
+    node.wait(5_000)
+    assert node.state(2) is State.ACTIVE
+    assert node.core.counters["became-suspicious"] == 0
+
+
+def test_two_silent_periods_accuse_then_the_suspect_fails_then_it_is_deleted() -> None:
+    node = Lone(others=1, now_ms=0)
+    story: list[tuple[int, State]] = []
+    while not story or story[-1][1] is not State.DELETED:
+        node.wait(10, answering=set())
+        if not story or story[-1][1] is not node.state(2):
+            story.append((node.now_ms, node.state(2)))
+        assert node.now_ms < 10_000
+    (_, active), (suspected, suspicious), (failed, fails), (deleted, _) = story
+    assert (active, suspicious, fails) == (State.ACTIVE, State.SUSPICIOUS, State.FAILED)
+    assert suspected <= 1_510
+    assert failed - suspected == 2_000  # a lone accusation
+    assert deleted - failed == 1_000
+
+
+def test_each_ping_is_sent_twice_before_it_counts_as_missed() -> None:
+    node = Lone(others=1)
+    node.wait(5_000)  # the news of the start are spread
+    out = node.wait(1_250, answering=set())  # two whole periods, wherever they begin
+    seqs = [o.message.seq for o in out if isinstance(o, Send) and isinstance(o.message, Ping)]
+    assert [seqs.count(seq) for seq in sorted(set(seqs))][:2] == [2, 2]
+
+
+def test_a_second_accuser_halves_the_suspects_time() -> None:
+    node = Lone(config=SwimConfig(bystander_ms=0))
+    node.tell(3, rumor(2, State.SUSPICIOUS, accusers=(3,)))
+    node.tell(4, rumor(2, State.SUSPICIOUS, accusers=(4,)))
+    node.wait(990)
+    assert node.state(2) is State.SUSPICIOUS
+    node.wait(20)
+    assert node.state(2) is State.FAILED
+
+
+def test_a_suspect_is_told_first() -> None:
+    node = Lone()
+    out = node.tell(3, rumor(2, State.SUSPICIOUS, accusers=(3,))) + node.wait(600)
+    to_suspect = [o.message for o in out if isinstance(o, Send) and o.address == address(2)]
+    assert any(isinstance(message, Ping) for message in to_suspect)
+    assert all(message.rumors[0].node == node_id(2) for message in to_suspect)
+    assert all(message.rumors[0].state is State.SUSPICIOUS for message in to_suspect)
+
+
+def test_an_answer_alone_does_not_refute_but_a_higher_incarnation_does() -> None:
+    node = Lone()
+    node.tell(3, rumor(2, State.SUSPICIOUS, accusers=(3,)))
+    node.say(2, Ack(0, "n2", address(2), incarnation=0))
+    assert node.state(2) is State.SUSPICIOUS
+    out = node.say(2, Ack(0, "n2", address(2), incarnation=1))
+    assert changes(out) == [("n2", State.ACTIVE)]
+
+
+def test_nobody_else_can_clear_a_suspect_at_the_same_incarnation() -> None:
+    node = Lone()
+    node.tell(3, rumor(2, State.SUSPICIOUS, accusers=(3,)))
+    node.tell(4, rumor(2, State.ACTIVE))
+    assert node.state(2) is State.SUSPICIOUS
+    node.tell(4, rumor(2, State.ACTIVE, incarnation=1))
+    assert node.state(2) is State.ACTIVE
+
+
+def test_the_accusations_and_verdicts_of_the_failed_are_not_heard() -> None:
+    node = Lone()
+    node.tell(2, rumor(3, State.FAILED))
+    node.tell(3, rumor(4, State.SUSPICIOUS, accusers=(3,)), rumor(5, State.FAILED))
+    assert (node.state(4), node.state(5)) == (State.ACTIVE, State.ACTIVE)
+    assert node.core.counters["accuser-not-alive"] == 2
+
+
+def test_a_timer_that_fired_late_discards_the_verdict_and_gives_suspects_the_time_back() -> None:
+    node = Lone(others=1)
+    node.wait(990, answering=set())
+    node.now_ms += 3_000  # held up: nothing was read, the answers may lie in the socket
+    node.feed(Tick())
+    assert node.state(2) is State.ACTIVE
+    assert node.core.counters["late-ticks"] == 1
+
+    suspecting = Lone()
+    suspecting.tell(3, rumor(2, State.SUSPICIOUS, accusers=(3,)))
+    suspecting.now_ms += 10_000
+    suspecting.feed(Tick())
+    assert suspecting.state(2) is State.SUSPICIOUS
+
+
+# -- being accused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [State.SUSPICIOUS, State.FAILED, State.STOPPED, State.LEFT])
+def test_the_accused_answers_at_once_with_the_next_incarnation(state: State) -> None:
+    node = Lone()
+    out = node.tell(3, rumor(1, state, accusers=(2,)))
+    assert node.core.incarnation == 1
+    told = [o for o in out if isinstance(o, Send) and o.address == address(3)]
+    assert told[0].message.incarnation == 1
+    assert rumor(1, State.ACTIVE, incarnation=1) in told[0].message.rumors
+
+
+def test_an_accusation_of_an_older_incarnation_or_boot_needs_no_answer() -> None:
+    node = Lone()
+    node.tell(3, rumor(1, State.SUSPICIOUS, accusers=(2,)))
+    node.tell(3, rumor(1, State.SUSPICIOUS, accusers=(4,)))
+    node.tell(3, rumor(1, State.FAILED, boot=0, incarnation=7))
+    assert node.core.incarnation == 1
+
+
+def test_a_packet_cannot_drive_an_incarnation_to_its_end() -> None:
+    node = Lone()
+    node.tell(3, rumor(1, State.SUSPICIOUS, incarnation=NUMBER_MAX - 1, accusers=(3,)))
+    assert node.core.incarnation == 0
+    node.tell(3, rumor(2, State.SUSPICIOUS, incarnation=NUMBER_MAX - 1, accusers=(3,)))
+    node.tell(3, rumor(2, State.FAILED, boot=1 + STEP_MAX + 1))
+    assert node.state(2) is State.ACTIVE
+    assert node.core.counters["implausible"] == 3
+    # Believed once (nothing was known to compare with), it still falls when the member speaks for itself.
+    node.tell(3, rumor(9, State.FAILED, incarnation=NUMBER_MAX - 1))
+    assert node.state(9) is State.FAILED
+    node.say(9, Gossip("n9", address(9), incarnation=3))
+    assert (node.state(9), node.core.members[node_id(9)].version) == (State.ACTIVE, (1, 3))
+
+
+def test_how_far_hearsay_may_run_ahead() -> None:
+    assert not runs_ahead((1, STEP_MAX), (1, 0))
+    assert runs_ahead((1, STEP_MAX + 1), (1, 0))
+    assert not runs_ahead((2, NUMBER_MAX), (1, 0))
+    assert runs_ahead((STEP_MAX + 2, 0), (1, 0))
+
+
+# -- boots, members, roster -------------------------------------------------------------------------------------------
+
+
+def test_a_process_of_the_past_is_not_heard() -> None:
+    node = Lone()
+    node.say(2, Gossip("n2", address(2)), boot=3)
+    out = node.say(2, Ping(7, "n2", address(2)), boot=2)
+    assert out == []
+    assert node.core.counters["older-boot"] == 1
+
+
+def test_rumours_about_those_who_are_not_in_the_roster_are_ignored() -> None:
+    allowed = {node_id(1), node_id(2)}
+    core = Swim(Self(node_id(1), "n1", address(1), 1), SwimConfig(), random.Random(1), allowed.__contains__)
+    core.handle(Received(node_id(2), 1, address(2), Gossip("n2", address(2), 0, (rumor(3, State.ACTIVE),))), 0)
+    core.handle(Received(node_id(3), 1, address(3), Ping(1, "n3", address(3))), 0)
+    assert set(core.members) == {node_id(2)}
+    assert core.counters["not-allowed"] == 2
+
+
+def test_a_forgotten_member_comes_back_only_by_the_roster() -> None:
+    node = Lone()
+    node.feed(Forget(node_id(2)))
+    node.tell(3, rumor(2, State.ACTIVE, incarnation=5))
+    node.say(2, Ping(1, "n2", address(2)))
+    assert node_id(2) not in node.core.members
+    node.feed(Seeds((seed_of(2),)))
+    assert node.state(2) is State.UNKNOWN
+
+
+def test_a_newcomer_is_sent_the_list_at_most_once_a_second() -> None:
+    node = Lone(others=40)
+    asked = Ping(1, "n50", address(50), wants_list=True)
+
+    def told() -> set[NodeId]:
+        out = node.say(50, asked)
+        lists = [o.message for o in out if isinstance(o, Send) and isinstance(o.message, Gossip)]
+        assert all(len(encode(message)) <= PAYLOAD_BYTES_MAX for message in lists)
+        return {r.node for message in lists for r in message.rumors}
+
+    assert told() >= {node_id(number) for number in range(2, 42)}
+    assert told() == set()
+    node.now_ms += 1_000
+    assert told()
+
+
+def test_records_are_bounded() -> None:
+    node = Lone(others=0, config=SwimConfig(members_max=10))
+    for number in range(2, 100):
+        node.say(number, Gossip(f"n{number}", address(number)))
+    assert len(node.core.members) == 10
+    assert node.core.counters["no-room"] == 88
+
+
+def test_an_announced_end_is_carried_on_every_message_and_not_refuted() -> None:
+    node = Lone()
+    node.feed(Announce(State.STOPPED))
+    (answer,) = node.say(3, Ping(1, "n3", address(3), 0, False, (rumor(1, State.STOPPED),)))
+    assert isinstance(answer, Send)
+    assert rumor(1, State.STOPPED) in answer.message.rumors
+    assert node.core.incarnation == 0
+    assert node.core.view()[0].state == "stopped"
+
+
+# -- ring and gossip --------------------------------------------------------------------------------------------------
+
+
+def test_the_ring_watches_predecessor_successor_and_super_successor_across_the_dead() -> None:
+    states = dict.fromkeys((node_id(n) for n in range(2, 10)), State.ACTIVE)
+    ring = Ring(node_id(5))
+    for number in (9, 2, 8, 3, 7, 4, 6):
+        ring.add(node_id(number))
+    assert ring.watched(states.__getitem__) == ([node_id(4), node_id(6), node_id(7)], [])
+    states[node_id(4)] = states[node_id(6)] = State.FAILED
+    states[node_id(7)] = State.SUSPICIOUS
+    assert ring.watched(states.__getitem__) == ([node_id(3), node_id(8), node_id(9)], [node_id(7)])
+    for number in (3, 8, 9):
+        states[node_id(number)] = State.STOPPED
+    assert ring.watched(states.__getitem__) == ([node_id(2)], [node_id(7)])
+
+
+@given(st.sets(st.integers(2, 60), max_size=30))
+def test_every_active_member_is_watched_by_three_others(numbers: set[int]) -> None:
+    ids = [node_id(number) for number in sorted(numbers | {1})]
+    watchers = dict.fromkeys(ids, 0)
+    for me in ids:
+        ring = Ring(me)
+        for other in ids:
+            if other != me:
+                ring.add(other)
+        for target in ring.watched(lambda _: State.ACTIVE)[0]:
+            watchers[target] += 1
+    assert set(watchers.values()) == {min(3, len(ids) - 1)}
+
+
+def test_each_change_is_sent_three_log_n_times_least_sent_first() -> None:
+    assert [sends_wanted(others) for others in (1, 4, 9, 49)] == [6, 9, 12, 18]
+    news = News()
+    news.add(rumor(2, State.ACTIVE))
+    assert news.take(4)[0].node == node_id(2)
+    news.add(rumor(3, State.ACTIVE))
+    assert [r.node for r in news.take(4)] == [node_id(3), node_id(2)]  # less often sent goes first
+    for _ in range(7):
+        assert len(news.take(4)) == 2
+    assert [r.node for r in news.take(4)] == [node_id(3)]
+    assert not news
+    assert news.take(4) == ()
+
+
+def test_what_rides_on_a_message_fits_its_datagram() -> None:
+    news = News()
+    for number in range(200):
+        long = Rumor(node_id(number), 1, 1, State.ACTIVE, "n" * 63, "h" * 120 + ":65535")
+        news.add(long)
+    taken = news.take(200)
+    assert RUMOR_BYTES_BUDGET - 230 < sum(map(rumor_bytes, taken)) <= RUMOR_BYTES_BUDGET
+    assert len(encode(Ping(NUMBER_MAX - 1, "n" * 63, "h" * 128, NUMBER_MAX - 1, True, taken))) <= PAYLOAD_BYTES_MAX
+
+
+def test_a_contradictory_configuration_is_refused_with_its_numbers() -> None:
+    with pytest.raises(InvalidArgument, match="retry_ms=600"):
+        SwimConfig(retry_ms=600)
+    with pytest.raises(InvalidArgument, match="t_fail_ms=900"):
+        SwimConfig(t_fail_ms=900)
+
+
+# -- hostile input ----------------------------------------------------------------------------------------------------
+
+names = st.integers(1, 30).map(lambda number: f"n{number}")
+numbers = st.one_of(st.integers(0, 5), st.integers(0, NUMBER_MAX - 1))
+rumors = st.lists(
+    st.builds(
+        Rumor,
+        st.integers(1, 30).map(node_id),
+        numbers,
+        numbers,
+        st.sampled_from(ORDER),
+        names,
+        st.integers(1, 30).map(address),
+        st.lists(st.integers(1, 30).map(node_id), max_size=2).map(tuple),
+    ),
+    max_size=5,
+).map(tuple)
+messages = st.one_of(
+    st.builds(Ping, numbers, names, st.integers(1, 30).map(address), numbers, st.booleans(), rumors),
+    st.builds(Ack, numbers, names, st.integers(1, 30).map(address), numbers, rumors),
+    st.builds(Gossip, names, st.integers(1, 30).map(address), numbers, rumors),
+)
+events = st.one_of(
+    st.builds(Received, st.integers(1, 30).map(node_id), numbers, st.integers(1, 30).map(address), messages),
+    st.just(Tick()),
+    st.lists(st.integers(1, 30).map(seed_of), max_size=3).map(lambda seeds: Seeds(tuple(seeds))),
+    st.builds(Forget, st.integers(1, 30).map(node_id)),
+    st.builds(Announce, st.sampled_from([State.STOPPED, State.LEFT])),
+)
+
+
+@given(st.binary(max_size=1_500))
+def test_arbitrary_bytes_are_a_message_or_a_decode_error(payload: bytes) -> None:
+    try:
+        message = decode(payload)
+    except DecodeError:
+        return
+    assert decode(encode(message)) == message
+
+
+@given(messages)
+def test_every_message_survives_the_wire(message: Message) -> None:
+    if len(encode(message)) <= PAYLOAD_BYTES_MAX:
+        assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        encode(Gossip("n1", address(1))) + b"\x00",
+        encode(Gossip("", address(1))),
+        encode(Gossip("n\x1b[2J", address(1))),
+        encode(Gossip("n1", "h" * 129)),
+        encode(Gossip("n1", address(1), -1)),
+        encode(Gossip("n1", address(1), NUMBER_MAX)),
+        encode(Gossip("n1", address(1), 0, (rumor(1, State.ACTIVE),) * 33)),
+        encode(Gossip("n1", address(1), 0, (rumor(1, State.ACTIVE, accusers=(1, 2, 3)),))),
+        encode(Gossip("n1", address(1))).replace(b"\xa1g", b"\xa1x"),
+        b"\x91" * 1_300,
+    ],
+)
+def test_what_is_out_of_bounds_does_not_decode(payload: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode(payload)
+
+
+def test_a_state_nobody_may_speak_of_does_not_decode() -> None:
+    with pytest.raises(ValueError):
+        rumor(2, State.DELETED)
+    good = encode(Gossip("n1", address(1), 0, (rumor(2, State.FAILED),)))
+    assert decode(good)
+    with pytest.raises(DecodeError):
+        decode(good.replace(b"\xa6failed", b"\xa7deleted"))
+
+
+def test_a_newer_versions_fields_are_ignored() -> None:
+    plain = encode(Gossip("n1", address(1)))
+    assert decode(bytes([plain[0] + 1]) + plain[1:] + b"\xa3new\x07") == Gossip("n1", address(1))
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.one_of(st.integers(0, 400), st.integers(0, 5_000)), events), max_size=40))
+def test_no_sequence_of_events_raises_or_grows_beyond_the_bounds(story: list[tuple[int, Input]]) -> None:
+    core = Swim(Self(node_id(1), "n1", address(1), 1), SwimConfig(members_max=8), random.Random(1))
+    now_ms = 0
+    for after_ms, event in story:
+        now_ms += after_ms
+        for output in core.handle(event, now_ms):
+            if isinstance(output, Send):
+                assert len(encode(output.message)) <= PAYLOAD_BYTES_MAX
+        assert len(core.members) <= 8
+        assert len(core.view()) == len(core.members) + 1
+        assert len(core._news) <= 9
+        assert core._listed.keys() | core._open.keys() | core._timed.keys() <= core.members.keys()
+        assert core._away.keys() | core._unknown.keys() <= core.members.keys()
+        assert core.incarnation <= STEP_MAX * len(story) * 5 + 1
+        due = core.due_ms()
+        assert due is None or due <= now_ms + 5_000

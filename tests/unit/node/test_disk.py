@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from idunno.base.errors import Corrupt, DiskFailed, NotFound
+from idunno.node import disk as real
+from idunno.node.disk import RealDisk, ThreadOffload, replace_file
+
+Run = Callable[[Callable[[RealDisk], Coroutine[Any, Any, Any]]], Any]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    offload = ThreadOffload(1, "test")
+    yield lambda story: asyncio.run(story(RealDisk(str(tmp_path), offload)))
+    offload.close()
+
+
+def test_what_is_written_is_read(run: Run) -> None:
+    async def story(disk: RealDisk) -> None:
+        file = await disk.open("a", create=True)
+        parts = [bytes([i % 256]) * (i % 7) for i in range(2000)]  # more buffers than one call takes, some empty
+        await file.write(3, parts, sync=True)
+        whole = b"".join(parts)
+        assert await file.read(3, len(whole)) == whole
+        assert await file.read(3, len(whole) + 100) == whole  # short only at the end of the file
+        assert await file.size() == 3 + len(whole)
+        await file.truncate(10)
+        assert await file.size() == 10
+        await file.allocate(4096)
+        assert await file.size() == 4096
+        await file.close()
+
+    run(story)
+
+
+def test_a_short_write_is_continued(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_most_five_bytes(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        return os.pwrite(descriptor, b"".join(buffers)[:5], offset)
+
+    monkeypatch.setattr(real.os, "pwritev", at_most_five_bytes)
+
+    async def story(disk: RealDisk) -> None:
+        file = await disk.open("a", create=True)
+        await file.write(0, [b"abc", b"", b"defghij", b"klmno"])
+        assert await file.read(0, 100) == b"abcdefghijklmno"
+        await file.close()
+
+    run(story)
+
+
+def test_errors_are_typed_and_carry_the_systems_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(disk: RealDisk) -> None:
+        with pytest.raises(NotFound, match="nothing: no such file"):
+            await disk.open("nothing")
+        with pytest.raises(NotFound):
+            await disk.remove("nothing")
+        assert await disk.list("nothing") == []
+        await disk.replace("small", b"12345")
+        with pytest.raises(Corrupt, match="4 bytes"):
+            await disk.read_all("small", bytes_max=4)
+
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(real.os, "pwritev", full)
+        with pytest.raises(DiskFailed, match=r"No space left on device; free some space"):
+            await disk.replace("small", b"6")
+
+    run(story)
+
+
+def test_replace_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = str(tmp_path / "file")
+    replace_file(target, b"old")
+    monkeypatch.setattr(real.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
+        replace_file(target, b"new, but never synced")
+    assert Path(target).read_bytes() == b"old"
+
+
+def test_directories_are_made_with_their_parents_and_listed_in_order(run: Run) -> None:
+    async def story(disk: RealDisk) -> None:
+        await disk.make_directory("x/y/z")
+        await disk.make_directory("x/y/z")
+        await disk.replace("x/y/b", b"1")
+        await disk.replace("x/y/a", b"22")
+        found = [(entry.name, entry.size) for entry in await disk.list("x/y") if not entry.is_directory]
+        assert found == [("a", 2), ("b", 1)]
+        await disk.rename("x/y/a", "x/y/c")
+        assert [entry.name for entry in await disk.list("x/y")] == ["b", "c", "z"]
+        assert (await disk.space()).free_bytes > 0
+
+    run(story)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../b", "a//b", ""])
+def test_a_path_never_leaves_the_data_directory(run: Run, path: str) -> None:
+    async def story(disk: RealDisk) -> None:
+        with pytest.raises(AssertionError):
+            await disk.open(path, create=True)
+
+    run(story)
