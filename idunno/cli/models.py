@@ -29,17 +29,23 @@ def _seconds_since(began: float) -> float:
 @command("deploy", example="idunno deploy digits digits.onnx --workers 3")
 @click.argument("name", type=MODEL)
 @click.argument("path", type=LOCAL)
-@click.option("--workers", type=click.IntRange(min=1), default=0, metavar="N", help="How many. [default: all]")
-@click.option("--batch-size", type=BATCH, default=0, metavar="B", help="Queries a task. [default: by measured cost]")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="How many. [default: all]")
+@click.option("--batch-size", type=BATCH, metavar="B", help="Queries a task. [default: by measured cost]")
 @click.option("--weight", type=click.FloatRange(min=0.001, max=1000), default=1.0, metavar="W", help="Share of rate.")
 @click.option("--min-workers", type=click.IntRange(min=0), default=0, metavar="N", help="Never fewer than these.")
-@click.option("--max-workers", type=click.IntRange(min=1), default=0, metavar="N", help="Never more than these.")
+@click.option("--max-workers", type=click.IntRange(min=1), metavar="N", help="Never more than these.")
 def deploy(
-    name: str, path: str, workers: int, batch_size: int, weight: float, min_workers: int, max_workers: int
+    name: str,
+    path: str,
+    workers: int | None,
+    batch_size: int | None,
+    weight: float,
+    min_workers: int,
+    max_workers: int | None,
 ) -> None:
     """Deploy the model file PATH (.onnx) as NAME, and wait until every assigned worker is ready."""
-    if max_workers and max(workers, min_workers) > max_workers:
-        raise usage(f"--max-workers {max_workers} is less than the {max(workers, min_workers)} workers asked for")
+    if max_workers and max(workers or 0, min_workers) > max_workers:
+        raise usage(f"--max-workers {max_workers} is less than the {max(workers or 0, min_workers)} workers asked for")
     began = time.monotonic()
     shown: dict[str, str] = {}
 
@@ -54,11 +60,11 @@ def deploy(
             return await cluster.deploy(
                 name,
                 path,
-                workers=workers,
-                batch_size=batch_size,
+                workers=workers or 0,
+                batch_size=batch_size or 0,
                 weight=weight,
                 workers_min=min_workers,
-                workers_max=max_workers,
+                workers_max=max_workers or 0,
                 sent=sent,
                 progress=progress,
             )
@@ -129,10 +135,10 @@ def _model_json(info: ModelInfo) -> dict[str, Any]:
 @command("infer", example="idunno infer digits images.zip --output answers.jsonl")
 @click.argument("model", type=MODEL)
 @click.argument("data", type=LOCAL, metavar="INPUT")
-@click.option("--batch-size", type=BATCH, default=0, metavar="B", help="Queries a task. [default: the model's]")
+@click.option("--batch-size", type=BATCH, metavar="B", help="Queries a task. [default: the model's]")
 @click.option("--output", type=LOCAL, metavar="FILE", help="Write the results here, one JSON line a query.")
 @click.option("--no-wait", is_flag=True, help="Submit only.")
-def infer(model: str, data: str, batch_size: int, output: str | None, no_wait: bool) -> None:
+def infer(model: str, data: str, batch_size: int | None, output: str | None, no_wait: bool) -> None:
     """Run INPUT through MODEL as a job: a folder, archive, image or array, or sdfs:NAME for a file stored already."""
     if no_wait and output:
         raise usage("--output needs the results: leave out --no-wait, or fetch them later by `idunno results`")
@@ -142,7 +148,7 @@ def infer(model: str, data: str, batch_size: int, output: str | None, no_wait: b
 
     async def body(cluster: Cluster) -> JobInfo:
         with render.bar(f"{data}: sending", in_bytes=True) as sent:
-            job = await cluster.infer(model, data, batch_size=batch_size, sent=sent)
+            job = await cluster.infer(model, data, batch_size=batch_size or 0, sent=sent)
         if no_wait:
             return await job.info()
         note(f"job {job.id}")

@@ -139,6 +139,7 @@ class Log:
         while count:
             buffers, taken, tail, previous, where = self._encode(count)
             if not taken:
+                assert self._tail > SEGMENT_HEADER_BYTES, "an entry larger than a segment"
                 await self._begin_segment(self._segment + 1)
                 continue
             file = self._file or await self._open_segment()

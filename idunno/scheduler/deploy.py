@@ -22,10 +22,11 @@ SCHEDULER_WORKS: Final = ("auto", "always", "never")
 
 
 def eligible(nodes: Iterable[NodeRecord], scheduler: NodeId, setting: str) -> list[NodeId]:
-    """Present nodes that may hold models, in roster order. `setting`: one of SCHEDULER_WORKS."""
+    """Present nodes that may hold models, in roster order, the scheduler last. `setting`: one of SCHEDULER_WORKS."""
     present = [record.node for record in nodes if record.presence == "present"]
     works = setting == "always" or (setting == "auto" and len(present) < FEW_NODES)
-    return [node for node in present if works or node != scheduler]
+    workers = [node for node in present if node != scheduler]
+    return [*workers, scheduler] if works and scheduler in present else workers
 
 
 def workers_wanted(wanted: int, workers_min: int, workers_max: int, able: int) -> int:

@@ -203,7 +203,7 @@ class Dispatch:
         if worker is None:
             worker = self.workers[polled.node] = Worker(polled.node, polled.name, polled.boot, polled.slots, now_ms)
         worker.heard_ms, worker.slots, worker.name = now_ms, max(1, polled.slots), polled.name
-        worker.ready, worker.free = dict(polled.ready), max(0, min(LEASES_MAX, polled.free))
+        worker.ready, worker.free = dict(sorted(polled.ready)), max(0, min(LEASES_MAX, polled.free))
         drop = self._reconcile(worker, polled.held, now_ms)
         outputs += self._heard_from(worker.node, now_ms)
         worker.waiting = True  # only now: its answer must carry `drop`

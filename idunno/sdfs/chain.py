@@ -15,7 +15,7 @@ from idunno.base.ids import NodeId
 from idunno.sdfs.blocks import BlockStore, BlockWriter
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.messages import WRITE_BLOCK, CopyFailure, WriteBlock, WriteBlockAnswer
-from idunno.wire.calls import Actor, Lane, Peers, Stream
+from idunno.wire.calls import Lane, Peers, Stream
 
 log = logging.getLogger("idunno.sdfs")
 
@@ -74,8 +74,8 @@ class LocalCopy:
 class RemoteCopies:
     """The copies further down the chain: `request.chain` are those nodes, the next one first."""
 
-    def __init__(self, peers: Peers, request: WriteBlock, config: SdfsConfig, timeout_s: float, actor: Actor) -> None:
-        self._peers, self._request, self._timeout_s, self._actor = peers, request, timeout_s, actor
+    def __init__(self, peers: Peers, request: WriteBlock, config: SdfsConfig, timeout_s: float) -> None:
+        self._peers, self._request, self._timeout_s = peers, request, timeout_s
         self._stall_s = config.stall_s * len(request.chain)
         self._answer_s = config.answer_s * len(request.chain)
         self._stream: Stream[WriteBlockAnswer] | None = None
@@ -85,7 +85,7 @@ class RemoteCopies:
         caller = self._peers.to(self._request.chain[0], Lane.BULK)
         try:
             async with asyncio.timeout(self._stall_s):
-                stream = caller.open(WRITE_BLOCK, self._request, timeout_s=self._timeout_s, actor=self._actor)
+                stream = caller.open(WRITE_BLOCK, self._request, timeout_s=self._timeout_s)
                 self._stream = await stream.__aenter__()
         except (IdunnoError, TimeoutError) as error:
             await self._fail(error, f"could not be reached in {self._stall_s:.0f} s")

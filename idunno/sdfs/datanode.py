@@ -162,7 +162,7 @@ class DataNode:
             onward = WriteBlock(request.put, request.block, request.size, rest, request.term)
             # A second less than we have ourselves, so that the answer about them still gets back.
             timeout_s = max(0.1, call.remaining_s() - 1.0)
-            copies.append(RemoteCopies(self._peers, onward, self._config, timeout_s, call.actor))
+            copies.append(RemoteCopies(self._peers, onward, self._config, timeout_s))
         try:
             await asyncio.gather(*(copy.begin() for copy in copies))
             await self._receive(call, copies)
@@ -277,9 +277,7 @@ class DataNode:
     ) -> AsyncGenerator[memoryview, None]:
         request = ReadBlock(call.request.block, at, end - at, local_only=True)
         timeout_s = max(0.1, call.remaining_s() - 1.0)
-        async with self._peers.to(node, Lane.BULK).open(
-            READ_BLOCK, request, timeout_s=timeout_s, actor=call.actor
-        ) as stream:
+        async with self._peers.to(node, Lane.BULK).open(READ_BLOCK, request, timeout_s=timeout_s) as stream:
             while True:
                 try:
                     async with asyncio.timeout(self._config.stall_s):

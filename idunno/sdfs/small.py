@@ -50,6 +50,7 @@ class SmallStore:
         self._queue_bytes = 0
         self._segment, self._end = 0, 0  # where the next record goes
         self._file: File | None = None  # of that segment
+        self._writing = asyncio.Lock()  # `flush` and the task write alike
         self._wake = asyncio.Event()
         self._closing = False
         self._task: asyncio.Task[None] | None = None
@@ -121,8 +122,9 @@ class SmallStore:
         """Everything kept so far is on the disk and synced when this returns. Raises DiskFailed."""
         while self._queue:
             await self._write_batch()
-        if self._file is not None:
-            await self._file.sync()
+        async with self._writing:
+            if self._file is not None:
+                await self._file.sync()
 
     async def close(self) -> None:
         """Write what is queued, sync, let go. Raises DiskFailed."""
@@ -153,6 +155,11 @@ class SmallStore:
                 loop.call_later(RETRY_S, self._wake.set)
 
     async def _write_batch(self) -> None:
+        async with self._writing:
+            if self._queue:
+                await self._write_records()
+
+    async def _write_records(self) -> None:
         assert self._file is not None, "the store is not open"
         if self._end >= SEGMENT_BYTES_MAX:
             full = self._file

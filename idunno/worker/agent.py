@@ -19,7 +19,7 @@ from typing import Final, Protocol, TypeVar
 import msgspec
 
 from idunno.base.disk import Buffer, Disk
-from idunno.base.errors import Exhausted, IdunnoError, InternalError, NotReady
+from idunno.base.errors import Exhausted, IdunnoError, InternalError, NotReady, StaleTerm
 from idunno.base.ids import NodeId, Term
 from idunno.scheduler.messages import (
     POLL,
@@ -45,6 +45,8 @@ POLL_S: Final = 10.0
 POLL_MARGIN_S: Final = 5.0
 """For the answer of a poll to arrive."""
 REPORT_S: Final = 10.0
+GOODBYE_S: Final = 1.0
+"""For the last poll: the node has 10 s to stop in all. Without it the scheduler finds out by itself, a little later."""
 AHEAD: Final = 1
 """Tasks whose input is fetched while the slots compute."""
 HELD_PER_SLOT: Final = 4
@@ -131,14 +133,16 @@ class Agent:
         self._polling.add_done_callback(_look)
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more, let what runs end for `grace_s` seconds, then end all processes. What is not done by then is given
-        back by the scheduler, as soon as it hears that this node stopped."""
+        """Take no more, let what runs end for `grace_s` seconds, then give the rest back and end all processes."""
         self._stopping = True
         await _cancel([self._polling] if self._polling is not None else [])
         works = [work.task for work in self._works.values() if work.task is not None]
         if works:
             await asyncio.wait(works, timeout=grace_s)
-        await _cancel(works)
+        left = [task for task in works if not task.done()]
+        await _cancel(left)
+        if left:
+            await self._give_back()
         await _cancel([*self._reports.values()])
         if self._closing:
             await asyncio.wait(self._closing)
@@ -146,6 +150,13 @@ class Agent:
             await host.close()
         await self._warm.close()
         await self._cache.close()
+
+    async def _give_back(self) -> None:
+        """A last poll that names nothing held: by rule 2 no attempt is counted for what we did not finish."""
+        try:
+            await self._call(POLL, Poll(self._me, self._boot, 0, [], [], self._mark, 0.0), timeout_s=GOODBYE_S)
+        except IdunnoError as error:
+            log.info("tasks not given back", extra={"error": str(error)})
 
     def leader_changed(self) -> None:
         """There is another leader (or one again): whoever waits to try again does it now."""
@@ -170,14 +181,14 @@ class Agent:
         while True:
             try:
                 answer = await self._poll()
+                if answer is not None:
+                    self._take(answer)
             except IdunnoError as error:
                 log.debug("poll failed", extra={"error": str(error)})
                 await self._pause(tries)
                 tries += 1
                 continue
             tries = 0
-            if answer is not None:
-                self._take(answer)
 
     def _free(self) -> int:
         if self._stopping:
@@ -208,9 +219,9 @@ class Agent:
             self._poll_news.set()
 
     def _take(self, answer: PollAnswer) -> None:
+        """Raises StaleTerm for the answer of a deposed scheduler."""
         if answer.term < self._term:
-            log.warning("answer of a deposed scheduler ignored", extra={"term": answer.term, "seen": self._term})
-            return
+            raise StaleTerm(f"the answer is of term {answer.term}, term {self._term} was seen")
         if answer.term > self._term:
             self._term, self._mark = Term(answer.term), 0
         if answer.assignments is not None:
@@ -321,6 +332,7 @@ class Agent:
             await self.insist(WORKER_REPORT, WorkerReport(self._me, model, version, error))
         except IdunnoError as refusal:
             log.info("report of a model not taken", extra={"model": model, "error": str(refusal)})
+            return
         if error and self._hosts.get(host.key) is host:
             # It may be assigned here again at once, as the last worker left: ask anew what is to be held.
             del self._hosts[host.key]

@@ -50,11 +50,11 @@ def moves(record: ModelRecord, able: list[int], present: list[int], load: dict[i
     ("present", "setting", "expected"),
     [
         (5, "auto", "n1 n2 n3 n4"),  # n0 is the scheduler
-        (4, "auto", "n0 n1 n2 n3"),
+        (4, "auto", "n1 n2 n3 n0"),
         (1, "auto", "n0"),
         (1, "never", ""),
         (3, "never", "n1 n2"),
-        (6, "always", "n0 n1 n2 n3 n4 n5"),
+        (6, "always", "n1 n2 n3 n4 n5 n0"),
     ],
 )
 def test_who_may_work(present: int, setting: str, expected: str) -> None:

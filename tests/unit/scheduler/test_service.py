@@ -1,0 +1,595 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from idunno.base.errors import (
+    Conflict,
+    IdunnoError,
+    InvalidArgument,
+    NoQuorum,
+    NotFound,
+    NotLeader,
+    NotReady,
+    PermissionDenied,
+)
+from idunno.coordinator import commands as c
+from idunno.scheduler.config import SchedulerConfig
+from idunno.scheduler.messages import (
+    ASSIGNMENTS,
+    ATTEMPT_FAILED,
+    BATCH_SIZE,
+    CANCEL,
+    DEPLOY,
+    EXPLAIN,
+    FORGET,
+    GET_JOB,
+    GET_MODEL,
+    JOBS,
+    MODELS,
+    OUTPUTS,
+    PLAN_DONE,
+    RATES,
+    SUBMIT,
+    TASK_DONE,
+    TIMES,
+    UNDEPLOY,
+    WORKER_REPORT,
+    AttemptFailed,
+    BatchSize,
+    ByModel,
+    DeployModel,
+    Explain,
+    FileVersion,
+    GetJob,
+    GetModel,
+    JobInfo,
+    JobRequest,
+    Lease,
+    ListJobs,
+    ModelInfo,
+    PlanDone,
+    Submit,
+    TaskDone,
+    UndeployModel,
+    WorkerReport,
+)
+from idunno.wire.calls import Actor, Empty, Role
+from tests.unit.coordinator.world import block, timing
+from tests.unit.scheduler.cluster import ANN, BOB, ROOT, World, node_id, until
+
+RITA = Actor("rita", Role.READER)
+
+
+def story(test: Callable[[World], Awaitable[None]], nodes: int = 5, config: SchedulerConfig | None = None) -> None:
+    async def run() -> None:
+        world = World(nodes, config)
+        try:
+            await test(world)
+        finally:
+            await world.stop()
+
+    asyncio.run(run())
+
+
+def put(world: World, name: str, actor: Actor = ANN) -> None:
+    world.do(c.BeginPut(f"put-{name}", name), actor)
+    world.do(c.CommitPut(f"put-{name}", name, 10, (block(name),)), actor)
+
+
+async def deploy(world: World, model: str = "digits", **more: int) -> ModelInfo:
+    put(world, f"models/{model}")
+    request = DeployModel(model, "onnx", [FileVersion("m.onnx", f"models/{model}", 1)], f"deploy-{model}", **more)
+    info = await world.call(DEPLOY, request)
+    assert isinstance(info, ModelInfo)
+    return info
+
+
+async def ready(world: World, model: str = "digits") -> None:
+    record = world.machine.registry.get(model)
+    for worker in record.workers:
+        await world.at_leader(
+            WORKER_REPORT, WorkerReport(worker.node, model, record.version), int(worker.node, 16)
+        )
+
+
+async def deployed(world: World, model: str = "digits", **more: int) -> None:
+    await deploy(world, model, **more)
+    await ready(world, model)
+
+
+async def submitted(world: World, job: str = "j1", actor: Actor = ANN, model: str = "digits", batch: int = 0) -> JobInfo:
+    name = f".idunno/jobs/{job}/input"
+    put(world, name, actor)
+    info = await world.call(SUBMIT, Submit(job, model, name, 1, "npy", batch), actor)
+    assert isinstance(info, JobInfo)
+    return info
+
+
+async def planned(world: World, queries: int, job: str = "j1", batch: int = 10, actor: Actor = ANN) -> None:
+    await submitted(world, job, actor, batch=batch)
+    world.do(c.PlanJob(job, queries, batch), world.node)
+
+
+async def info(world: World, job: str = "j1", actor: Actor = ANN, at: int = 3) -> JobInfo:
+    found = await world.call(GET_JOB, GetJob(job), actor, at=at)
+    assert isinstance(found, JobInfo)
+    return found
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_deploy_is_undeployed_until_all_workers_are_ready_and_the_long_poll_sees_each_step() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        first = await deploy(world)
+        assert (first.state, [w.node for w in first.workers]) == ("undeployed", ["n2", "n3", "n4", "n5"])
+        seen = [first]
+        while seen[-1].state != "deployed":
+            waiting = asyncio.ensure_future(world.call(GET_MODEL, GetModel("digits", 5.0, seen[-1]), at=4))
+            await until(lambda: len(world.nodes[node_id(4)].service._waiters) == 1)
+            worker = next(w for w in world.machine.registry.get("digits").workers if w.state == "assigned")
+            await world.at_leader(WORKER_REPORT, WorkerReport(worker.node, "digits", 1), int(worker.node, 16))
+            seen.append(await waiting)
+        assert [sum(w.state == "ready" for w in i.workers) for i in seen] == [0, 1, 2, 3, 4]
+        again = await deploy_again(world)
+        assert again.version == 1  # a retry of the same request
+
+    async def deploy_again(world: World) -> ModelInfo:
+        request = DeployModel("digits", "onnx", [FileVersion("m.onnx", "models/digits", 1)], "deploy-digits")
+        found = await world.call(DEPLOY, request)
+        assert isinstance(found, ModelInfo)
+        return found
+
+    story(test)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"model": "a b"}, InvalidArgument),
+        ({"runtime": "cobol"}, InvalidArgument),
+        ({"batch_size": 5_000}, InvalidArgument),
+        ({"batch_size": -1}, InvalidArgument),
+        ({"weight": 0.0}, InvalidArgument),
+        ({"weight": float("nan")}, InvalidArgument),
+        ({"workers": -1}, InvalidArgument),
+        ({"workers_min": 3, "workers_max": 2}, InvalidArgument),
+        ({"request": ""}, InvalidArgument),
+        ({"files": [FileVersion("m.onnx", "models/digits", 7)]}, NotFound),
+        ({"files": []}, InvalidArgument),
+    ],
+)
+def test_a_deploy_that_makes_no_sense_is_refused(change: dict[str, object], error: type[IdunnoError]) -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        put(world, "models/digits")
+        fields: dict[str, object] = {
+            "model": "digits",
+            "runtime": "onnx",
+            "files": [FileVersion("m.onnx", "models/digits", 1)],
+            "request": "r",
+        }
+        with pytest.raises(error):
+            await world.call(DEPLOY, DeployModel(**{**fields, **change}))  # type: ignore[arg-type]
+        assert world.machine.registry.models() == []
+
+    story(test)
+
+
+def test_a_worker_that_fails_is_replaced_and_three_failures_are_the_end() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deploy(world, workers=1)
+        tried = []
+        for _ in range(3):
+            await until(lambda: any(w.state == "assigned" for w in world.machine.registry.get("digits").workers))
+            [worker] = [w for w in world.machine.registry.get("digits").workers if w.state == "assigned"]
+            tried.append(worker.node)
+            report = WorkerReport(worker.node, "digits", 1, "no memory")
+            await world.at_leader(WORKER_REPORT, report, int(worker.node, 16))
+        assert len(set(tried)) == 3
+        [found] = (await world.call(MODELS, Empty())).models
+        assert found.state == "failed"
+        assert found.reason.count("no memory") == 3
+
+    story(test)
+
+
+def test_a_worker_that_dies_is_replaced_and_says_why() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world, workers=2)
+        assert [w.node for w in world.machine.registry.get("digits").workers] == [node_id(2), node_id(3)]
+        world.member(2, "failed")
+        await until(lambda: {w.node for w in world.machine.registry.get("digits").workers} == {node_id(3), node_id(4)})
+        assert world.machine.roster.node(node_id(2)).presence == "failed"
+        told = await world.call(EXPLAIN, Explain("digits"))
+        assert any("n4 replaces n2, which is away" in d.why for d in told.decisions)
+
+    story(test)
+
+
+def test_what_a_worker_is_to_hold_comes_with_its_poll_and_a_waiting_poll_is_told() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        answer = await world.poll(2, seen=0)
+        assert answer.assignments == []
+        waiting = asyncio.ensure_future(world.poll(2, seen=answer.assignments_mark, wait_s=5))
+        await until(lambda: world.leader is not None and bool(world.leader.service.leading()._polls))  # type: ignore[union-attr]
+        await deploy(world)
+        told = await waiting
+        assert [(a.model, a.version, a.files[0].path) for a in told.assignments or []] == [("digits", 1, "m.onnx")]
+        assert (await world.poll(2, seen=told.assignments_mark)).assignments is None
+        world.lead(3)  # the mark stands for the content, whoever leads
+        assert (await world.poll(2, seen=told.assignments_mark)).assignments is None
+
+    story(test)
+
+
+def test_batch_size_and_undeploy() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        assert (await world.call(BATCH_SIZE, BatchSize("digits", 17, "b"))).batch_size == 17
+        with pytest.raises(InvalidArgument, match="4096"):
+            await world.call(BATCH_SIZE, BatchSize("digits", 4_097, "b"))
+        with pytest.raises(PermissionDenied):
+            await world.call(UNDEPLOY, UndeployModel("digits", "u"), BOB)
+        await world.call(UNDEPLOY, UndeployModel("digits", "u"))
+        with pytest.raises(NotFound):
+            await world.call(GET_MODEL, GetModel("digits"))
+
+    story(test)
+
+
+# -- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_from_submit_to_its_outputs() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        with pytest.raises(NotFound):
+            await submitted(world, "j0")
+        await deploy(world)
+        with pytest.raises(NotReady):
+            await submitted(world, "j00")
+        await ready(world)
+        assert (await submitted(world)).state == "planning"
+        [plan] = (await world.poll(2)).leases
+        assert (plan.task, plan.input_name, plan.input_blocks[0].size) == (-1, ".idunno/jobs/j1/input", 10)
+        assert (await info(world)).reason == "planning: n2 counts the input's queries"
+        await world.at_leader(PLAN_DONE, PlanDone(node_id(2), "j1", 100), 2)
+        found = await info(world)
+        assert (found.state, found.queries, found.tasks.ready) == ("running", 100, 4)  # 32 queries a task, unmeasured
+        for worker in (2, 3, 4, 5):
+            [lease] = (await world.poll(worker)).leases
+            if worker == 5:
+                found = await info(world)
+                assert (found.tasks.ready, found.tasks.waiting, found.tasks.success, found.done) == (0, 1, 3, 96)
+                assert (lease.first, lease.last) == (96, 100)
+            await world.finish(worker, lease)
+        found = await info(world)
+        assert (found.state, found.done, found.tasks.success) == ("success", 100, 4)
+        outputs = await world.call(OUTPUTS, JobRequest("j1"))
+        assert [(o.first, o.last) for o in outputs.outputs] == [(0, 32), (32, 64), (64, 96), (96, 100)]
+        assert all(o.name.startswith(".idunno/jobs/j1/") and o.size == 3 * (o.last - o.first) for o in outputs.outputs)
+        assert [o.first for o in (await world.call(OUTPUTS, JobRequest("j1", first=70))).outputs] == [64, 96]
+        [rate] = (await world.call(RATES, Empty())).models
+        assert (rate.rate, rate.queries_done, rate.workers, rate.waiting) == (10.0, 100, 4, 0)
+        assert (await world.call(TIMES, ByModel("digits"))).count == 100
+        await world.call(FORGET, JobRequest("j1", "f"))
+        with pytest.raises(NotFound):
+            await info(world)
+
+    story(test)
+
+
+def test_jobs_are_their_clients_unless_an_admin_or_reader_looks() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 10)
+        await planned(world, 10, "j2", actor=BOB)
+        with pytest.raises(PermissionDenied):
+            await info(world, "j1", BOB)
+        with pytest.raises(PermissionDenied):
+            await world.call(OUTPUTS, JobRequest("j1"), BOB)
+        with pytest.raises(PermissionDenied):
+            await world.call(CANCEL, JobRequest("j1", "x"), BOB)
+        with pytest.raises(PermissionDenied):
+            await world.call(JOBS, ListJobs(True), BOB)
+        with pytest.raises(PermissionDenied):
+            await world.call(EXPLAIN, Explain("j1"), BOB)
+        assert [j.job for j in (await world.call(JOBS, ListJobs(), BOB)).jobs] == ["j2"]
+        assert [j.job for j in (await world.call(JOBS, ListJobs(True), ROOT)).jobs] == ["j1", "j2"]
+        assert (await info(world, "j1", RITA)).job == "j1"
+
+    story(test)
+
+
+def test_a_long_poll_about_a_job_ends_with_its_change_and_not_before() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 10)
+        seen = await info(world)
+        waiting = asyncio.ensure_future(world.call(GET_JOB, GetJob("j1", 5.0, seen), at=4))
+        [lease] = (await world.poll(2)).leases  # leases come and go without ending it
+        assert not waiting.done()
+        await world.finish(2, lease)
+        assert (await waiting).state == "success"
+        same = await world.call(GET_JOB, GetJob("j1", 0.01, await info(world)))
+        assert same.state == "success"  # nothing changed: answered when the time was over
+
+    story(test)
+
+
+def test_why_a_job_waits_is_said() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world, workers=2)
+        await planned(world, 100)
+        assert (await info(world)).reason == (
+            "no worker has model digits loaded: n2: has not polled this scheduler yet; "
+            "n3: has not polled this scheduler yet"
+        )
+        held = {n: (await world.poll(n)).leases for n in (2, 3)}
+        assert (await info(world)).reason == "all 2 workers of digits are busy"
+        for n in (2, 3):
+            report = WorkerReport(node_id(n), "digits", 1, "child died")
+            await world.at_leader(WORKER_REPORT, report, n)
+        await until(lambda: len(world.machine.registry.get("digits").workers) >= 3)
+        told = await world.call(EXPLAIN, Explain("digits"))
+        assert "model digits is undeployed: 0 of 4 workers ready; n2: child died" in told.waits_for
+        assert "n4: loading" in told.waits_for
+        assert held
+
+    story(test)
+
+
+def test_cancel_stops_the_work_at_once() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 100)
+        [lease] = (await world.poll(2)).leases
+        waiting = asyncio.ensure_future(world.poll(2, lease, free=0, wait_s=5))
+        await until(lambda: world.leader is not None and bool(world.leader.service.leading()._polls))  # type: ignore[union-attr]
+        assert (await world.call(CANCEL, JobRequest("j1", "c"))).state == "cancelled"
+        assert [(h.job, h.task) for h in (await waiting).drop] == [("j1", lease.task)]
+        assert (await world.poll(3)).leases == []
+        await world.finish(2, lease)  # too late, and harmless
+        assert world.machine.ledger.counts("j1").done == 0
+
+    story(test)
+
+
+def test_an_input_that_cannot_be_planned_fails_the_job_with_the_reason() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await submitted(world, batch=1)
+        await world.poll(2)
+        await world.at_leader(PLAN_DONE, PlanDone(node_id(2), "j1", 2_000_000), 2)
+        found = await info(world)
+        assert found.state == "failed"
+        assert "at most 1000000" in found.reason
+
+    story(test)
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_worker_gives_its_task_back_and_poison_is_counted_across_leaders() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 10)
+        for attempt, worker in enumerate((2, 3, 4)):
+            [lease] = (await world.poll(worker)).leases
+            assert lease.attempt == attempt
+            world.member(worker, "failed")
+            await until(lambda n=attempt: len(attempts(world)) == n + 1)  # type: ignore[misc]
+            world.lead(1 if attempt else 5)
+            for other in (2, 3, 4, 5):  # all workers that live tell the new leader that they hold nothing
+                if world.states[node_id(other)] == "active":
+                    await world.poll(other, free=0)
+        found = await info(world)
+        assert (found.state, found.tasks.failed) == ("failed", 1)
+        assert [a.node for a in attempts(world)] == [node_id(2), node_id(3), node_id(4)]
+        [output] = (await world.call(OUTPUTS, JobRequest("j1"))).outputs
+        assert "failed 3 times, last: worker n4 is failed: no answer" in output.error
+
+    def attempts(world: World) -> tuple[c.Record, ...]:
+        return world.machine.ledger.task("j1", 0).attempts
+
+    story(test, config=SchedulerConfig(scheduler_works="always"))
+
+
+def test_a_new_leader_takes_over_and_hands_nothing_out_twice() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 30)
+        held = {n: (await world.poll(n)).leases for n in (2, 3)}
+        world.lead(4)
+        service = world.nodes[node_id(4)].service
+        assert service.recovering
+        assert (await info(world)).reason.startswith("recovering: the new scheduler waits for n2, n3, n4, n5")
+        assert (await world.poll(5)).leases == []
+        assert (await world.poll(4)).leases == []
+        assert (await world.poll(2, *held[2], free=0)).drop == []
+        answer = await world.poll(3, *held[3], free=0)
+        assert (answer.drop, answer.term) == ([], 2)
+        assert not service.recovering
+        assert service.waiting == 2
+        [last] = (await world.poll(5)).leases
+        assert {lease.task for lease in [last, *held[2], *held[3]]} == {0, 1, 2}
+        await world.finish(2, held[2][0])
+        await world.finish(3, held[3][0])
+        await world.finish(5, last)
+        assert (await info(world)).done == 30
+        assert all(not world.machine.ledger.task("j1", n).attempts for n in range(3))
+
+    story(test)
+
+
+def test_a_leader_that_is_deposed_answers_its_polls_and_refuses_new_ones() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        old = world.leader
+        assert old is not None
+        waiting = asyncio.ensure_future(world.poll(2, wait_s=5))
+        await until(lambda: bool(old.service.leading() and old.service.leading()._polls))  # type: ignore[union-attr]
+        world.lead(3)
+        with pytest.raises(NotLeader):
+            await waiting
+        world.leader = old
+        with pytest.raises(NotLeader):
+            await world.poll(2)
+        with pytest.raises(NotLeader):
+            await world.call(GET_JOB, GetJob("j1"), at=1, forwarded=True)
+
+    story(test)
+
+
+def test_what_could_not_be_written_is_written_when_the_log_takes_it_again() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 10)
+        await world.poll(2)
+        world.failing = NoQuorum("a majority is away")
+        world.member(2, "failed")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert world.machine.ledger.task("j1", 0).attempts == ()
+        assert (await world.poll(3)).leases == []  # not handed out before its attempt is counted
+        world.failing = None
+        leading = world.nodes[node_id(1)].service.leading()
+        assert leading is not None
+        leading._tick()
+        await until(lambda: len(world.machine.ledger.task("j1", 0).attempts) == 1)
+        await until(lambda: world.machine.roster.node(node_id(2)).presence == "failed")
+        assert [lease.attempt for lease in (await world.poll(3)).leases] == [1]
+
+    story(test)
+
+
+def test_a_result_that_is_refused_ends_the_attempt() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 10)
+        for attempt in range(3):
+            [lease] = (await world.poll(2)).leases
+            assert lease.attempt == attempt
+            wrong = TaskDone(node_id(2), "j1", lease.task, "", 2, [], 7, 0, timing(7))  # 7 answers to 10 queries
+            with pytest.raises(InvalidArgument):
+                await world.at_leader(TASK_DONE, wrong, 2, b"{}")
+            await until(lambda n=attempt: len(world.machine.ledger.task("j1", 0).attempts) == n + 1)  # type: ignore[misc]
+        assert (await info(world)).state == "failed"
+
+    story(test)
+
+
+def test_an_attempt_reported_failed_is_tried_elsewhere_and_a_fatal_one_is_not() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 20)
+        [first] = (await world.poll(2)).leases
+        await world.at_leader(ATTEMPT_FAILED, AttemptFailed(node_id(2), "j1", first.task, 0, "child died"), 2)
+        [again] = (await world.poll(3)).leases
+        assert (again.task, again.attempt) == (first.task, 1)
+        fatal = AttemptFailed(node_id(3), "j1", again.task, 1, "wrong shape", fatal=True)
+        await world.at_leader(ATTEMPT_FAILED, fatal, 3)
+        assert (await info(world)).tasks.failed == 1
+        [other] = (await world.poll(4)).leases
+        assert other.task == 1
+
+    story(test)
+
+
+def test_workers_speak_for_themselves_only() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        with pytest.raises(PermissionDenied, match="for itself"):
+            await world.at_leader(WORKER_REPORT, WorkerReport(node_id(3), "digits", 1), 2)
+        await world.poll(2, boot=3)
+        with pytest.raises(Conflict, match="in use twice"):
+            await world.poll(2, boot=2)
+
+    story(test)
+
+
+def test_a_second_poll_of_a_worker_ends_its_first() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        first = asyncio.ensure_future(world.poll(2, wait_s=5))
+        leading = world.nodes[node_id(1)].service.leading()
+        assert leading is not None
+        await until(lambda: bool(leading._polls))
+        second = asyncio.ensure_future(world.poll(2, wait_s=5))
+        assert (await first).leases == []
+        await deployed(world)
+        assert (await second).assignments is not None
+        assert leading._polls == {}
+
+    story(test)
+
+
+def test_a_poll_that_is_cut_leaves_its_worker_out_of_what_is_handed_out() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        waiting = asyncio.ensure_future(world.poll(2, wait_s=5))
+        leading = world.nodes[node_id(1)].service.leading()
+        assert leading is not None
+        await until(lambda: bool(leading._polls))
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await planned(world, 10)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert leading.dispatch.leases == {}
+
+    story(test)
+
+
+def test_three_nodes_work_with_their_scheduler_and_five_without() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        assert [w.node for w in (await deploy(world)).workers] == ["n1", "n2", "n3"]
+        rows = (await world.call(ASSIGNMENTS, Empty())).workers
+        assert [(r.node, r.role, r.state) for r in rows] == [
+            ("n1", "scheduler", "active"),
+            ("n2", "worker", "active"),
+            ("n3", "worker", "active"),
+        ]
+
+    story(test, nodes=3)
+
+
+def test_assignments_say_what_runs_where_since_when() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 100)
+        [lease] = (await world.poll(3)).leases
+        assert isinstance(lease, Lease)
+        row = next(r for r in (await world.call(ASSIGNMENTS, Empty(), at=5)).workers if r.node == "n3")
+        assert (row.models, row.task) == (["digits"], f"j1/{lease.task}")
+        assert row.since is not None
+        assert row.since.startswith("2023-11-14T22:13:2")
+        told = await world.call(EXPLAIN, Explain("n3"))
+        assert "went to n3" in told.decisions[0].why
+        with pytest.raises(NotFound):
+            await world.call(EXPLAIN, Explain("nobody"))
+
+    story(test)

@@ -1,0 +1,170 @@
+# Small contents: at once readable, behind on the disk, again there after any crash.
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from idunno.base.errors import Exhausted
+from idunno.sdfs.hashing import block_id
+from idunno.sdfs.small import QUEUE_BYTES_MAX, SEGMENT_MAGIC, SmallStore
+from tests.unit.sdfs.world import ToldDisk, inline, run, until
+
+FIRST = "small/0000000001.seg"
+
+
+async def opened(disk: ToldDisk) -> SmallStore:
+    store = SmallStore(disk, inline)
+    await store.open()
+    return store
+
+
+def contents(count: int, size: int = 50) -> list[bytes]:
+    return [f"{i:06}".encode() * (size // 6) for i in range(count)]
+
+
+def keep_all(store: SmallStore, all_of: list[bytes]) -> None:
+    for content in all_of:
+        store.keep(block_id(content), content)
+
+
+async def missing(store: SmallStore, all_of: list[bytes]) -> list[bytes]:
+    return [content for content in all_of if await store.get(block_id(content)) != content]
+
+
+def test_a_content_is_readable_at_once_and_after_a_restart() -> None:
+    async def story() -> None:
+        disk, all_of = ToldDisk(), contents(1000)
+        store = await opened(disk)
+        keep_all(store, all_of)
+        assert await missing(store, all_of) == []  # before anything was written
+        assert disk.used_bytes == len(SEGMENT_MAGIC)
+        await until(lambda: disk.used_bytes > 50_000)
+        assert await missing(store, all_of) == []
+        await store.close()
+        disk.crash()
+        again = await opened(disk)
+        assert await missing(again, all_of) == []
+        await again.close()
+
+    run(story)
+
+
+def test_kept_twice_is_written_once() -> None:
+    async def story() -> None:
+        disk, all_of = ToldDisk(), contents(10)
+        store = await opened(disk)
+        for _ in range(3):
+            keep_all(store, all_of)
+            await store.flush()
+        size = disk.used_bytes
+        await store.close()
+        again = await opened(disk)
+        keep_all(again, all_of)  # the log is replayed
+        await again.close()
+        assert disk.used_bytes == size
+
+    run(story)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_a_crash_tore_is_not_believed_and_comes_again_with_the_log(seed: int) -> None:
+    async def story() -> None:
+        disk, all_of = ToldDisk(), contents(400, 600)
+        store = await opened(disk)
+        keep_all(store, all_of[:100])
+        await store.flush()
+        keep_all(store, all_of[100:])
+        await until(lambda: disk.used_bytes > 400 * 600)  # written, not synced
+        disk.crash(random.Random(seed))
+        again = await opened(disk)
+        assert await missing(again, all_of[:100]) == []
+        lost = await missing(again, all_of)
+        assert all([await again.get(block_id(content)) is None for content in lost])
+        keep_all(again, all_of)
+        await again.close()
+        third = await opened(disk)
+        assert await missing(third, all_of) == []
+        await third.close()
+
+    run(story)
+
+
+def test_a_rotten_record_is_not_handed_out_and_can_be_kept_anew() -> None:
+    async def story() -> None:
+        disk, all_of = ToldDisk(), contents(3)
+        store = await opened(disk)
+        keep_all(store, all_of)
+        await store.flush()
+        disk.flip(FIRST, disk.content(FIRST).index(all_of[1]) + 3)
+        assert await missing(store, all_of) == [all_of[1]]
+        assert block_id(all_of[1]) not in store
+        keep_all(store, all_of)
+        assert await missing(store, all_of) == []
+        await store.close()
+        again = await opened(disk)
+        assert await missing(again, all_of) == []
+        await again.close()
+
+    run(story)
+
+
+def test_a_full_disk_fills_the_queue_to_its_bound_and_no_further() -> None:
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        disk.faults["write"] = "No space left on device"
+        all_of = contents(QUEUE_BYTES_MAX // 4096 + 50, 4096)
+        keep_all(store, all_of)
+        await asyncio.sleep(5)
+        with pytest.raises(Exhausted, match="wait for the disk"):
+            store.check_room()
+        assert store.dropped > 0
+        assert sum(map(len, store._queue.values())) <= QUEUE_BYTES_MAX
+        disk.faults.clear()
+        await until(lambda: not store._queue)
+        store.check_room()
+        assert len(await missing(store, all_of)) == store.dropped
+        await store.close()
+
+    run(story)
+
+
+def test_segments_roll_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idunno.sdfs.small.SEGMENT_BYTES_MAX", 10_000)
+    monkeypatch.setattr("idunno.sdfs.small.BATCH_BYTES", 5_000)
+
+    async def story() -> None:
+        disk, all_of = ToldDisk(), contents(200, 600)
+        store = await opened(disk)
+        keep_all(store, all_of)
+        await store.flush()
+        assert len(disk.paths()) > 5
+        assert await missing(store, all_of) == []
+        await store.close()
+        again = await opened(disk)
+        assert await missing(again, all_of) == []
+        await again.close()
+
+    run(story)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=300), st.booleans())
+def test_any_bytes_in_a_segment_are_survived(junk: bytes, with_magic: bool) -> None:
+    async def story() -> None:
+        disk, all_of = ToldDisk(), contents(3)
+        await disk.make_directory("small")
+        file = await disk.open(FIRST, create=True)
+        await file.write(0, [SEGMENT_MAGIC if with_magic else b"", junk], sync=True)
+        store = await opened(disk)
+        keep_all(store, all_of)
+        await store.close()
+        again = await opened(disk)
+        assert await missing(again, all_of) == []
+        await again.close()
+
+    run(story)
