@@ -82,8 +82,8 @@ def free_ports(count: int) -> int:
 
 def kill_the_scheduler_half_way(directory: Path, work: Path) -> None:
     output = work / "second.jsonl"
-    job = idunno_json("infer", "digits", str(HERE / "digits.zip"), "--batch-size", "4", "--no-wait")["job"]
-    print(f"   job {job} is submitted, in batches of 4 images")
+    job = idunno_json("infer", "digits", str(HERE / "digits.zip"), "--batch-size", "2", "--no-wait")["job"]
+    print(f"   job {job} is submitted, in batches of 2 images")
     began = time.monotonic()
     scheduler = next(member for member in idunno_json("members") if member["role"] == "scheduler")
     while True:

@@ -1,7 +1,6 @@
 # idunno/cli/models.py: models, jobs, and the operator's questions about them.
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from contextlib import aclosing
@@ -147,6 +146,8 @@ def infer(model: str, data: str, batch_size: int | None, output: str | None, no_
     began = time.monotonic()
 
     async def body(cluster: Cluster) -> JobInfo:
+        from asyncio import CancelledError
+
         with render.bar(f"{data}: sending", in_bytes=True) as sent:
             job = await cluster.infer(model, data, batch_size=batch_size or 0, sent=sent)
         if no_wait:
@@ -156,7 +157,7 @@ def infer(model: str, data: str, batch_size: int | None, output: str | None, no_
             info = await _wait(cluster, job.id)
             if output is not None and info.state != "cancelled":
                 await _write_results(cluster, job.id, output)
-        except asyncio.CancelledError:
+        except CancelledError:
             note(f"job {job.id} goes on: `idunno results {job.id}`, or `idunno cancel {job.id}`")
             raise
         return info

@@ -6,7 +6,6 @@
 # Rule 3: results go to standard output, everything else to standard error.
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -40,10 +39,17 @@ async def connect(where: str | None, timeout_s: float | None) -> Cluster:
 
 def work(body: Callable[[Cluster], Awaitable[T]]) -> T:
     """Run a command's body on a connection to the cluster that its options name."""
-    return asyncio.run(_work(body))
+    import asyncio
+
+    try:
+        return asyncio.run(_work(body))
+    except asyncio.CancelledError:  # by SIGTERM
+        raise KeyboardInterrupt from None
 
 
 async def _work(body: Callable[[Cluster], Awaitable[T]]) -> T:
+    import asyncio
+
     chosen = settings()
     if threading.current_thread() is threading.main_thread():
         task = asyncio.current_task()
@@ -68,7 +74,7 @@ def run(arguments: list[str], command: click.Command, *, where: str = "") -> int
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (KeyboardInterrupt, asyncio.CancelledError, click.Abort):
+    except (KeyboardInterrupt, click.Abort):
         report("interrupted", where)
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - every failure ends here, as one line and a status

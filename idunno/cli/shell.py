@@ -6,7 +6,6 @@
 # Rule 4: completion only helps: it asks the cluster with a short time limit, and when that fails it offers nothing.
 from __future__ import annotations
 
-import asyncio
 import os
 import shlex
 import time
@@ -237,6 +236,8 @@ class ClusterNames:
         self._known: dict[str, tuple[float, list[str]]] = {}  # by kind; files are asked by prefix, and not kept
 
     def __call__(self, kind: str, prefix: str) -> list[str]:
+        import asyncio
+
         until, known = self._known.get(kind, (0.0, []))
         if time.monotonic() >= until:
             try:

@@ -31,6 +31,11 @@ class RaftConfig:
     """Apply this long, then let the loop breathe: a fraction of a heartbeat."""
 
     @property
+    def silent_heartbeats_max(self) -> int:
+        """Heartbeats without an answer after which a voter no longer counts for the leader: one election timeout."""
+        return -(-self.election_timeout_ms // self.heartbeat_ms)
+
+    @property
     def election_ms_max(self) -> int:
         """The longest silence after which a follower stands for election."""
         return self.election_timeout_ms + self.election_spread_ms

@@ -200,8 +200,8 @@ class RaftDriver:
         return {node: self.last_index - p.match for node, p in self._core.peers.items()}
 
     def answering(self) -> int:
-        """Of a leader: how many voters, itself included, answered within three heartbeats."""
-        return self._core.answering(self._now_ms(), 3 * self.config.heartbeat_ms)
+        """Of a leader: how many voters, itself included, answered one of its last three heartbeats."""
+        return self._core.answering(3)
 
     # -- what the node tells it -------------------------------------------------------------------------------------
 
@@ -296,17 +296,21 @@ class RaftDriver:
 
     def _check_leads(self) -> None:
         """Raises NotLeader; NoQuorum from a leader, or a node that hears no leader, if too few voters answer."""
-        if not self._running or not self._core.accepts_proposals:
-            why = self.problem or (
-                f"the leader is {self.leader}" if self.leader else "no leader is known; one is being elected"
-            )
+        lost = "start the others, or see `idunno recover` if they are lost for good"
+        voters, needed = len(self._voters), majority(len(self._voters))
+        if not self._running:
+            raise NotLeader(f"{self.me} is not running")
+        if not self._core.accepts_proposals:
+            silent_ms = self._core.leaderless_ms(self._now_ms())
+            if self.problem is None and silent_ms > 2 * self.config.election_ms_max:
+                raise NoQuorum(
+                    f"no leader for {silent_ms / 1000:.1f} s: fewer than {needed} of {voters} voters are up and reach "
+                    f"each other; {lost}"
+                )
+            why = self.problem or (f"the leader is {self.leader}" if self.leader else "a leader is being elected")
             raise NotLeader(f"{self.me} does not lead: {why}")
-        answering, needed = self.answering(), majority(len(self._voters))
-        if answering < needed:
-            raise NoQuorum(
-                f"{answering} of {len(self._voters)} voters answer, {needed} are needed; start the others, or see "
-                "`idunno recover` if they are lost for good"
-            )
+        if self.answering() < needed:
+            raise NoQuorum(f"{self.answering()} of {voters} voters answer, {needed} are needed; {lost}")
 
     def _check_applies(self) -> None:
         if self._stuck:

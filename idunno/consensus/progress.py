@@ -16,8 +16,8 @@ from idunno.consensus.terms import Terms
 @dataclass(slots=True)
 class Progress:
     next: int
-    heard_ms: int
     match: int = 0
+    unanswered: int = 0  # heartbeats since its last answer; counted, not timed, so that a pause of ours accuses nobody
     probing: bool = True
     probe_sent: bool = False
     round: int = 0  # the latest of the leader's rounds it answered

@@ -131,10 +131,11 @@ class Raft:
         """Of a leader: how many nodes have synced its log up to `index`."""
         return (self.synced >= index) + sum(p.match >= index for p in self.peers.values())
 
-    def answering(self, now_ms: int, within_ms: int) -> int:
-        """Of a leader: how many voters, itself included, answered within the last `within_ms`."""
-        heard = self._of_voters(now_ms, {n: p.heard_ms for n, p in self.peers.items()})
-        return sum(now_ms - at <= within_ms for at in heard)
+    def answering(self, heartbeats: int) -> int:
+        """Of a leader: how many voters, itself included, left at most so many heartbeats unanswered."""
+        return (self.me in self.voters) + sum(
+            p.unanswered <= heartbeats for node, p in self.peers.items() if node in self.voters
+        )
 
     # -- the one entrance -------------------------------------------------------------------------------------------
 
@@ -209,9 +210,11 @@ class Raft:
                     self._heartbeat(node, p)
         if self._now >= self._heartbeat_ms:
             self._heartbeat_ms = self._now + self.config.heartbeat_ms
-            if self.answering(self._now, self.config.election_timeout_ms) < majority(len(self.voters)):
+            if self.answering(self.config.silent_heartbeats_max) < majority(len(self.voters)):
                 self._follow(self.term, None)  # 6.2: a leader without a majority steps down after one election timeout
                 return
+            for p in self.peers.values():
+                p.unanswered += 1
             self._heartbeat_all()
 
     # -- elections (3.4, 4.2.3, 9.6, 3.10) --------------------------------------------------------------------------
@@ -301,7 +304,7 @@ class Raft:
         self.role, self.leader = RaftRole.LEADER, self.me
         last = self.terms.last
         others = sorted((self.voters | self.learners) - {self.me})
-        self.peers = {node: Progress(next=last + 1, heard_ms=self._now) for node in others}
+        self.peers = {node: Progress(next=last + 1) for node in others}
         self._round, self._heartbeat_ms = 0, self._now + self.config.heartbeat_ms
         self._term_start = last + 1
         self._append_own((b"",))  # 6.4 and the erratum: nothing is known committed before an entry of the own term is
@@ -354,7 +357,7 @@ class Raft:
         p = self.peers.get(sender)
         if p is None:
             return  # not a leader any more, or a learner that was removed
-        p.heard_ms = self._now
+        p.unanswered = 0
         p.round = max(p.round, answer.round)
         if answer.ok:
             p.acknowledged(answer.index)
@@ -391,7 +394,7 @@ class Raft:
         if self.is_leader:
             wanted = (self.voters | learners) - {self.me}
             for node in sorted(wanted - self.peers.keys()):
-                self.peers[node] = Progress(next=self.terms.last + 1, heard_ms=self._now)
+                self.peers[node] = Progress(next=self.terms.last + 1)
                 self._heartbeat(node, self.peers[node])
             self.peers = {node: p for node, p in self.peers.items() if node in wanted}
 

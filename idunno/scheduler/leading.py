@@ -68,7 +68,8 @@ class Leading:
         self._order = 0
         self._timer: asyncio.TimerHandle | None = None
         self._soon: asyncio.Handle | None = None
-        self._rearrange = True
+        # What a turn of the loop has to look at again; `_look` does it once for all changes of the turn.
+        self._rearrange = self._rejudge = self._retell = True
         self._marks: dict[NodeId, tuple[int, list[Assignment]]] = {}
         self._present = {record.node: (record.presence, record.boot) for record in cluster.machine.roster.nodes()}
         self._stopped = False
@@ -110,8 +111,10 @@ class Leading:
         record = self._cluster.machine.registry.find(model)
         if record is not None:
             self.dispatch.queues.set_weight(model, record.weight)
+        else:
+            self.dispatch.queues.drop_model(model)
         self._marks.clear()
-        self._rearrange = True
+        self._rearrange = self._retell = True
         self._soon_again()
 
     def roster_changed(self) -> None:
@@ -123,13 +126,14 @@ class Leading:
             elif worker is not None and worker.boot < boot:
                 self._lost(node, f"worker {worker.name} was restarted")
         self._present = now
-        self._rearrange = True
+        self._rearrange = self._rejudge = True
         self._soon_again()
 
     def member_changed(self, changed: Changed) -> None:
         """Membership's verdict: leases come back before the roster has it."""
         if changed.member.state in GONE:
             self._lost(changed.member.node, f"worker {changed.member.name} is {changed.member.state}: {changed.reason}")
+        self._rejudge = True
         self._soon_again()
 
     def job_changed(self, job: str) -> None:
@@ -343,25 +347,33 @@ class Leading:
     # -- periodic work ------------------------------------------------------------------------------------------------
 
     def _soon_again(self) -> None:
-        """Look at everything once in the next turn of the loop, however much changed in this one."""
+        """Look once in the next turn of the loop, however much changed in this one."""
         if self._soon is None and not self._stopped:
             self._soon = self._loop.call_soon(self._look)
 
     def _tick(self) -> None:
+        if self._stopped:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
         self._timer = self._loop.call_later(self._config.tick_s, self._tick)
         self._stamp()
         self._carry_out(self.dispatch.tick(self._now()))
         for key, end in list(self._ends.items()):
             self._spawn(("end", *key), self._end(end))
-        self._rearrange = True
+        self._rearrange = self._rejudge = True
         self._look()
 
     def _look(self) -> None:
         self._soon = None
         self._stamp()
         self._carry_out(self.dispatch.wake(self._now()))
-        self._tell_assignments()
-        self._write_presence()
+        if self._retell:
+            self._retell = False
+            self._tell_assignments()
+        if self._rejudge:
+            self._rejudge = False
+            self._write_presence()
         if self._rearrange:
             self._rearrange = False
             self._arrange()

@@ -34,7 +34,7 @@ class DeployModel(msgspec.Struct, frozen=True):
 
 class ModelWorker(msgspec.Struct, frozen=True):
     node: str  # name
-    state: str
+    state: str  # assigned | ready | failed | away
     error: str = ""
 
 

@@ -95,6 +95,12 @@ class Queues:
         if queue.ready:
             self.clock.wake(model, weight)
 
+    def drop_model(self, model: str) -> None:
+        """The model is gone; it has no jobs any more."""
+        known = self._models.get(model)
+        if known is not None and not known.ready:
+            del self._models[model]
+
     def add_job(self, head: JobHead, *, withheld: bool = False) -> None:
         """A job whose tasks will be put. Known already: its head is replaced (planning knew no task size)."""
         known = self._jobs.get(head.job)

@@ -68,6 +68,7 @@ class SchedulerService:
             self._count_job(record.job, record.model)
 
     async def stop(self) -> None:
+        """Long polls are answered, the scheduler's work is cancelled. Its handlers may be called on: they answer NotLeader."""
         self.role_changed(False, Term(0))
         self._waiters.close()
         await asyncio.gather(*self._ending, return_exceptions=True)
@@ -112,6 +113,7 @@ class SchedulerService:
             ending = self._loop.create_task(old.stop())
             self._ending.add(ending)
             ending.add_done_callback(self._ended)
+            self._waiters.close()  # who waits for what only the scheduler knows must look for the new one
         if is_leader:
             self._leading = Leading(self._cluster, self._me, term, self._members, self._config, self._machine_ms)
             self._leading.start()

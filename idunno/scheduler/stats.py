@@ -29,7 +29,7 @@ from idunno.scheduler.messages import (
 )
 from idunno.scheduler.queues import PLAN
 from idunno.scheduler.rates import RateWindow
-from idunno.scheduler.views import job_waits_for, model_waits_for
+from idunno.scheduler.views import job_waits_for, model_info, model_waits_for
 from idunno.wire.calls import Actor, Call, Empty, Registrar
 
 
@@ -58,7 +58,7 @@ class StatsCalls:
                 model=record.model,
                 rate=rates.get(record.model, 0.0),
                 queries_done=machine.registry.queries_done(record.model),
-                workers=sum(1 for worker in record.workers if worker.state == "ready"),
+                workers=sum(1 for worker in model_info(machine, record).workers if worker.state == "ready"),
                 waiting=waiting.get(record.model, 0),
             )
             for record in machine.registry.models()

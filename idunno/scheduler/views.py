@@ -9,7 +9,7 @@ from typing import Final
 from idunno.base.ids import NodeId
 from idunno.coordinator.ledger import FINISHED
 from idunno.coordinator.machine import Machine
-from idunno.coordinator.records import JobRecord, ModelRecord
+from idunno.coordinator.records import JobRecord, ModelRecord, WorkerRecord
 from idunno.coordinator.views import iso_time
 from idunno.scheduler.dispatch import Dispatch
 from idunno.scheduler.messages import JobInfo, ModelInfo, ModelWorker, TaskCounts
@@ -24,7 +24,7 @@ def model_info(machine: Machine, record: ModelRecord) -> ModelInfo:
         version=record.version,
         state=record.state,
         workers=[
-            ModelWorker(machine.roster.name(worker.node), worker.state, worker.error)
+            ModelWorker(machine.roster.name(worker.node), _state(machine, worker), worker.error)
             for worker in sorted(record.workers, key=lambda w: machine.roster.name(w.node))
         ],
         batch_size=record.batch_size,
@@ -33,6 +33,13 @@ def model_info(machine: Machine, record: ModelRecord) -> ModelInfo:
         reason=record.reason,
         failures=list(record.failures),
     )
+
+
+def _state(machine: Machine, worker: WorkerRecord) -> str:
+    """assigned | ready | failed, or away: it has a place, but its node is not present."""
+    found = machine.roster.find(worker.node)
+    away = found is None or found.presence != "present"
+    return "away" if away and worker.state != "failed" else worker.state
 
 
 def job_info(machine: Machine, record: JobRecord, dispatch: Dispatch | None, now_ms: int) -> JobInfo:

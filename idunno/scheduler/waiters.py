@@ -44,6 +44,7 @@ class Waiters:
         return True
 
     def close(self) -> None:
+        """Wake everybody."""
         for key in list(self._waiting):
             self.tell(key)
 

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
-import shutil
 import socket
 import zipfile
 from collections.abc import Iterator
@@ -80,14 +80,15 @@ def test_a_file_is_stored_four_times_and_every_version_is_kept(cluster: Cluster,
         assert (tmp_path / "out").read_bytes() == content
     assert [row["version"] for row in cluster.json("versions", "dir/versions")] == [5, 4, 3, 2, 1]
     where = cluster.json("where", "dir/versions")
-    assert (where["copies_wanted"], where["copies_found"], len(where["blocks"])) == (4, 4, 2)
+    assert where["copies"] == {"wanted": 4, "found": 4}
+    assert len(where["blocks"]) == 2
     holder = where["blocks"][0]["nodes"][0]
     assert "dir/versions" in json.dumps(cluster.json("store", holder))
     cluster.command("get-versions", "dir/versions", "3", str(tmp_path / "three"))
     assert (tmp_path / "three").read_bytes().startswith(b"=== dir/versions version 5 ===\n")
     assert "dir/versions" in {row["name"] for row in cluster.json("ls", "dir/")}
     cluster.command("delete", "dir/versions")
-    assert "not" in fails(cluster, "get", "dir/versions", str(tmp_path / "gone"))
+    assert "no file 'dir/versions'" in fails(cluster, "get", "dir/versions", str(tmp_path / "gone"))
     assert not (tmp_path / "gone").exists()
 
 
@@ -132,8 +133,8 @@ def test_a_file_that_is_no_model_fails_the_deployment_with_the_reason(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     error = fails(cluster, "deploy", "broken", str(tmp_path / name))
-    assert "broken" in error
-    assert "not deployed" in fails(cluster, "infer", "broken", str(DIGITS / "digits.zip")) or "failed" in error
+    assert "broken" in error or name in error
+    assert "broken" in fails(cluster, "infer", "broken", str(DIGITS / "digits.zip"))
 
 
 def test_wrong_shapes_are_told_row_by_row(cluster: Cluster, tmp_path: Path) -> None:
@@ -221,12 +222,15 @@ def test_users_do_what_their_role_allows_and_no_more(cluster: Cluster, tmp_path:
     assert "revoked" in fails(cluster, "login", address, "--token", homes["bob"]["token"], "--name", "mallory")
     short = cluster.json("token", "new", "--role", "user", "--ttl", "1s")["token"]
 
+    attempts = itertools.count()
+
     def expired() -> str | None:
-        with contextlib.suppress(CommandFailed):
-            cluster.json("login", address, "--token", short, "--name", "late")
-            shutil.rmtree(cluster.home, ignore_errors=True)
-            return None
-        return fails(cluster, "login", address, "--token", short, "--name", "late")
+        cluster.home = cluster.directory / f"home-late-{next(attempts)}"
+        try:
+            cluster.json("login", address, "--token", short, "--name", cluster.home.name)
+        except CommandFailed as failure:
+            return failure.error
+        return None
 
     assert "expired" in until(expired, "the token to expire")
 

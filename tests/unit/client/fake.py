@@ -193,9 +193,7 @@ def _list(world: World, call: Call[sdfs.List]) -> sdfs.ListAnswer:
         and (request.system or not name.startswith(".idunno/"))
     )
     page = names[: min(request.limit, 3)]  # small pages, so that paging is really used
-    rows = [
-        sdfs.ListRow(name, world.newest(name).version, len(world.newest(name).content), CREATED) for name in page
-    ]
+    rows = [sdfs.ListRow(name, world.newest(name).version, len(world.newest(name).content), CREATED) for name in page]
     return sdfs.ListAnswer(rows, len(names) > len(page))
 
 

@@ -49,11 +49,8 @@ def test_a_pipe_is_stored_as_it_comes() -> None:
     os.close(write)
     fake = FakeCluster()
 
-    async def body(cluster: Cluster) -> None:
-        with open(read, "rb", buffering=0) as pipe:
-            await cluster.put(pipe, "piped")
-
-    play(fake, body)
+    with open(read, "rb", buffering=0) as pipe:
+        play(fake, lambda cluster: _discard(cluster.put(pipe, "piped")))
     assert fake.world.newest("piped").content == content
 
 

@@ -91,9 +91,7 @@ def test_an_address_without_a_login_names_the_command_that_makes_one(tmp_path: P
 def test_a_login_knows_the_other_members_too(tmp_path: Path) -> None:
     login = tmp_path / "logins" / "10.0.0.1_7400"
     login.mkdir(parents=True)
-    members = [
-        {"node": "0" * 16, "name": f"n{i}", "address": f"10.0.0.{i}:7400", "fingerprint": ""} for i in (1, 2)
-    ]
+    members = [{"node": "0" * 16, "name": f"n{i}", "address": f"10.0.0.{i}:7400", "fingerprint": ""} for i in (1, 2)]
     about = {"cluster": "c", "name": "alice", "role": "user", "address": "10.0.0.1:7400", "members": members}
     (login / "cluster.json").write_text(json.dumps(about))
     place = locate("10.0.0.1:7400", {"IDUNNO_HOME": str(tmp_path)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import zipfile
 from collections.abc import Awaitable, Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def play(fake: FakeCluster, body: Callable[[Cluster], Awaitable[Any]], *, timeou
     return asyncio.run(story())
 
 
-@pytest.fixture()
+@pytest.fixture
 def onnx(tmp_path: Path) -> Path:
     path = tmp_path / "digits.onnx"
     path.write_bytes(b"not looked at here")
@@ -82,9 +83,9 @@ def test_only_onnx_files_are_models_in_this_version(tmp_path: Path) -> None:
     (tmp_path / "m.pt").write_bytes(b"x")
     (tmp_path / "e.onnx").write_bytes(b"")
     fake = FakeCluster()
-    for path, text in [("m.pt", "is a .pt file: only .onnx"), (".", "is a folder: only .onnx"), ("e.onnx", "is empty")]:
+    for path, text in [("m.pt", "is a .pt file: only"), (".", "is a folder: only"), ("e.onnx", "is empty")]:
         with pytest.raises(InvalidArgument, match=text):
-            play(fake, lambda cluster, path=path: cluster.deploy("m", tmp_path / path))
+            play(fake, partial(Cluster.deploy, model="m", path=tmp_path / path))
     with pytest.raises(FileNotFoundError):
         play(fake, lambda cluster: cluster.deploy("m", tmp_path / "gone.onnx"))
     with pytest.raises(InvalidArgument, match="cannot name a model"):
@@ -136,7 +137,7 @@ def test_a_file_that_is_stored_already_is_not_sent_again() -> None:
     (submitted,) = fake.world.submitted
     assert (submitted.input_name, submitted.input_version, submitted.input_kind) == ("in/a.zip", 2, "zip")
     assert fake.world.asked("file.put-small") == []
-    with pytest.raises(NotFound, match="no file gone.zip"):
+    with pytest.raises(NotFound, match=r"no file gone\.zip"):
         play(fake, lambda cluster: cluster.infer("digits", "sdfs:gone.zip"))
 
 
@@ -240,7 +241,11 @@ def test_many_parts_are_fetched_a_few_at_a_time_and_leaving_early_ends_the_other
 def test_waiting_reports_progress_and_ends_with_the_job() -> None:
     fake = ready()
     fake.world.jobs["j"] = job_info("j", "planning")
-    fake.world.job_story = [job_info("j", "planning"), job_info("j", "running", 10, 4), job_info("j", "success", 10, 10)]
+    fake.world.job_story = [
+        job_info("j", "planning"),
+        job_info("j", "running", 10, 4),
+        job_info("j", "success", 10, 10),
+    ]
     heard: list[int] = []
     info = play(fake, lambda cluster: cluster.wait("j", lambda info: heard.append(info.done)))
     assert (info.state, heard) == ("success", [0, 4, 10])
@@ -249,7 +254,7 @@ def test_waiting_reports_progress_and_ends_with_the_job() -> None:
 def test_waiting_too_long_says_how_far_the_job_is_and_that_it_goes_on() -> None:
     fake = ready()
     fake.world.jobs["j"] = job_info("j", "running", 10, 4, tasks=TaskCounts(ready=1))
-    with pytest.raises(DeadlineExceeded, match="job j is running after 0.4 s, 4 of 10 queries answered; it goes on"):
+    with pytest.raises(DeadlineExceeded, match=r"job j is running after 0\.4 s, 4 of 10 queries answered; it goes on"):
         play(fake, lambda cluster: cluster.wait("j"), timeout_s=0.4)
 
 

@@ -16,13 +16,18 @@ def test_the_suffix_says_the_kind() -> None:
     names |= {"a.csv": "csv", "a.png": "image", "a.JPEG": "image", "a.webp": "image"}
     assert {name: kind_of_name(name) for name in names} == names
     assert kind_of_name("a.txt") is None
-    with pytest.raises(InvalidArgument, match="its name must end in one of .zip"):
+    with pytest.raises(InvalidArgument, match=r"its name must end in one of \.zip"):
         kind_of_stored("a.txt")
 
 
 @pytest.mark.parametrize(
     ("content", "kind"),
-    [(b"PK\x03\x04...", "zip"), (b"\x93NUMPY\x01", "npy"), (b"\xff\xd8\xff\xe0", "image"), (b"\0" * 257 + b"ustar", "tar")],
+    [
+        (b"PK\x03\x04...", "zip"),
+        (b"\x93NUMPY\x01", "npy"),
+        (b"\xff\xd8\xff\xe0", "image"),
+        (b"\0" * 257 + b"ustar", "tar"),
+    ],
 )
 def test_without_a_suffix_the_first_bytes_say_it(tmp_path: Path, content: bytes, kind: str) -> None:
     (tmp_path / "input").write_bytes(content)

@@ -72,6 +72,8 @@ def test_every_method_is_mirrored_with_the_same_arguments(mirror: type, original
 
 
 def test_importing_idunno_is_light() -> None:
-    program = "import sys, idunno; print([m for m in sys.modules if m.split('.')[0] in ('asyncio', 'msgspec', 'numpy')])"
+    program = (
+        "import sys, idunno; print([m for m in sys.modules if m.split('.')[0] in ('asyncio', 'msgspec', 'numpy')])"
+    )
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"

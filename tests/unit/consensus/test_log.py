@@ -123,7 +123,7 @@ def test_what_was_flushed_survives_a_crash_across_segments_and_what_was_not_is_g
         log = await opened(disk)
         assert await content(log) == expected
         assert log.hard == HardState(Term(3), NodeId("n2"))
-        assert len([p for p in disk.paths() if p.endswith(".seg")]) > 2
+        assert len([p for p in disk.paths() if p.endswith(".seg")]) >= 2
 
     run(story())
 
@@ -238,7 +238,7 @@ def test_a_flipped_bit_before_a_later_write_in_the_last_segment_is_corrupt_and_s
         at = log._tail - 10  # inside entry 3
         await add(log, 4, (1, b"four"))
         disk.flip(SEGMENT, at)
-        with pytest.raises(Corrupt, match=r"log/00000001\.seg: damaged at offset \d+, entry 3 .* entry 4.*join again"):
+        with pytest.raises(Corrupt, match=r"log/00000001\.seg: damaged at offset \d+, entry 3 .*entry 4.*join again"):
             await opened(disk)
 
     run(story())
@@ -308,12 +308,13 @@ def test_a_full_disk_refuses_loses_nothing_and_goes_on_when_there_is_room() -> N
         disk = await made()
         log = await opened(disk)
         disk.capacity_bytes = disk.used_bytes
-        index = 1
+        index, refused = 1, ""
         try:
             for index in range(2, 100):
                 await add(log, index, (1, b"%03d" % index * 100))
         except DiskFailed as error:
-            assert "No space left" in str(error)
+            refused = str(error)
+        assert "No space left" in refused
         acknowledged = index - 1
         assert acknowledged > 5  # what was reserved before is used to its end
         with pytest.raises(DiskFailed):

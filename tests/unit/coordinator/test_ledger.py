@@ -67,7 +67,7 @@ def test_a_large_output_comes_from_its_open_put_which_it_closes() -> None:
     name = output_name("job1", 0)
     world.do(c.BeginPut("p1", name, node=N2), SYSTEM)
     large = done("job1", 0, 4, put="p1", size=10, blocks=(block("out"),), content=b"")
-    with pytest.raises(Conflict, match="p2 of .* is not open"):
+    with pytest.raises(Conflict, match=r"p2 of .* is not open"):
         world.do(msgspec.structs.replace(large, put="p2"), SYSTEM)
     with pytest.raises(InvalidArgument, match="the blocks hold 10 bytes, the version 11"):
         world.do(msgspec.structs.replace(large, size=11), SYSTEM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idunno.base.errors import IdunnoError, NoQuorum, NotLeader
 from idunno.base.ids import Index, NodeId, Term
@@ -19,6 +19,14 @@ from idunno.scheduler.service import SchedulerService
 from idunno.wire.calls import Actor, Item, Method, Peer, Role
 from tests.unit.coordinator.world import genesis, timing
 from tests.unit.coordinator.world import node as node_record
+
+if TYPE_CHECKING:
+    from idunno.coordinator.client import Coordinator
+    from idunno.scheduler.cluster import Cluster
+
+    def _fits(coordinator: Coordinator) -> Cluster:  # the real one is what the scheduler needs
+        return coordinator
+
 
 ANN, BOB, ROOT = Actor("ann", Role.USER), Actor("bob", Role.USER), Actor("root", Role.ADMIN)
 
@@ -68,7 +76,9 @@ class Node:
     def machine(self) -> Machine:
         return self.world.machine
 
-    async def propose(self, command: c.Command, *, actor: Actor, request: str = "", timeout_s: float) -> tuple[Any, int]:
+    async def propose(
+        self, command: c.Command, *, actor: Actor, request: str = "", timeout_s: float
+    ) -> tuple[Any, int]:
         await asyncio.sleep(0)
         if self.world.failing is not None:
             raise self.world.failing
@@ -156,7 +166,13 @@ class World:
         return await self.leader.registered.handlers[method.name](call)
 
     async def poll(
-        self, worker: int, *held: Lease | Held, free: int = 1, wait_s: float = 0.0, seen: int | None = None, boot: int = 0
+        self,
+        worker: int,
+        *held: Lease | Held,
+        free: int = 1,
+        wait_s: float = 0.0,
+        seen: int | None = None,
+        boot: int = 0,
     ) -> PollAnswer:
         """A poll with all models loaded that are assigned to it."""
         ready = [

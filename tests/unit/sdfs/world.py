@@ -15,7 +15,6 @@ from idunno.base.disk import Buffer
 from idunno.base.errors import ConnectionLost, NoQuorum, Unavailable
 from idunno.base.ids import BlockId, Index, NodeId, Term
 from idunno.coordinator.commands import AddUser, Command, Entry, SetPresence, encode_entry
-from idunno.coordinator.effects import KeepSmall
 from idunno.coordinator.machine import Machine
 from idunno.sdfs.blocks import BlockStore
 from idunno.sdfs.client import FileClient, source_of
@@ -236,6 +235,8 @@ class Node:
         self.id = NodeId(f"{number:016x}")
         self.name = f"n{number}"
         self.alive = True
+        self.running = asyncio.Event()  # clear it to freeze the node (SIGSTOP): its connections stay, nothing moves
+        self.running.set()
         self.server = Server(lambda _: None, name=self.name)
         self.blocks = BlockStore(disk, inline, world.config)
         self.small = SmallStore(disk, inline)
@@ -273,6 +274,7 @@ class Node:
             self.world.before(self, doing, path)
         if not self.alive:
             await asyncio.Event().wait()  # a dead process does nothing more
+        await self.running.wait()
 
     def to(self, node: NodeId, lane: Lane = Lane.CALLS) -> Caller:
         if not self.alive:
@@ -290,7 +292,9 @@ class Node:
 class World:
     """`size` nodes; alice and bob are users. `before(node, doing, path)` may kill and is told before each step."""
 
-    def __init__(self, size: int, *, config: SdfsConfig = CONFIG, capacity_bytes: int = 1 << 40) -> None:
+    def __init__(
+        self, size: int, *, config: SdfsConfig = CONFIG, capacity_bytes: int = 1 << 40, disk: type[ToldDisk] = ToldDisk
+    ) -> None:
         self.config = config
         self.rng = random.Random(size)
         self.machine = Machine()
@@ -306,7 +310,7 @@ class World:
             user = coordinator.user(actor.name, "user", 50 + number)
             self.apply(AddUser(user, "t-user"), coordinator.SYSTEM)
         for number in range(1, size + 1):
-            node = Node(self, number, ToldDisk(capacity_bytes=capacity_bytes))
+            node = Node(self, number, disk(capacity_bytes=capacity_bytes))
             self.nodes[node.id] = node
 
     async def __aenter__(self) -> World:
@@ -319,6 +323,7 @@ class World:
     async def __aexit__(self, *_: object) -> None:
         self.before = None
         for node in self.nodes.values():
+            node.running.set()
             if node.alive:
                 await node.stop()
         for task in self._ended:
@@ -350,7 +355,6 @@ class World:
         for effect in applied.effects:
             for node in self.living:
                 node.files.follow(index, effect)
-            assert isinstance(effect, KeepSmall) or effect is not None
         return applied.result
 
     def lead(self, node: NodeId | None) -> None:
