@@ -75,7 +75,7 @@ def _put_json(answer: PutAnswer) -> dict[str, Any]:
 
 def _warn_degraded(answer: PutAnswer) -> None:
     if answer.degraded:
-        note(f"degraded: {answer.name} version {answer.version} has {answer.copies} copies: {answer.why}")
+        note(f"degraded: {answer.name} version {answer.version}: {answer.why or f'{answer.copies} copies'}")
 
 
 def _put_folder(local: str, name: str, write_quorum: int | None, listed: bool) -> None:

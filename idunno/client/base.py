@@ -49,7 +49,7 @@ class Deadline:
         left_s = self._end_s - self._loop.time()
         if left_s <= 0:
             raise DeadlineExceeded(f"{what} took more than {self.total_s:g} s: give a larger --timeout")
-        return left_s
+        return max(0.001, round(left_s, 3))  # it is shown to people
 
 
 class Base:

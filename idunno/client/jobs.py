@@ -19,7 +19,7 @@ import msgspec
 
 from idunno.base.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, NotReady
 from idunno.client.base import JOB_S, POLL_PAUSE_S, TRANSFER_S, Deadline, new_request
-from idunno.client.models import Models
+from idunno.client.models import Models, shortened
 from idunno.client.packing import is_array, kind_of_file, kind_of_stored, pack_array, pack_folder, pack_paths
 from idunno.scheduler.messages import (
     CANCEL,
@@ -118,8 +118,9 @@ class Jobs(Models):
             names = ", ".join(known[:20]) if known else "none"
             raise NotFound(f"no model {model!r}; known are: {names}; see `idunno deploy --help`") from None
         if info.state != "deployed":
-            why = f" ({info.reason})" if info.reason else ""
-            raise NotReady(f"model {model} is {info.state}{why}: see `idunno explain {model}`")
+            why = f" ({shortened(info.reason)})" if info.reason else ""
+            state = "has failed" if info.state == "failed" else f"is {info.state}"
+            raise NotReady(f"model {model} {state}{why}: see `idunno explain {model}`")
 
     async def jobs(self, *, all: bool = False) -> list[JobInfo]:
         """This user's jobs, or everybody's."""

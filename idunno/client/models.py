@@ -36,6 +36,8 @@ from idunno.scheduler.messages import (
 )
 from idunno.wire.calls import Empty
 
+REASON_CHARS: Final = 240
+"""Of a reason within an error, which stays readable as one line."""
 RUNTIMES: Final = {".onnx": "onnx"}
 """Which runtime serves a file of that suffix."""
 
@@ -93,7 +95,9 @@ class Models(Files):
             if info.state == "deployed":
                 return info
             if info.state == "failed":
-                raise ModelFailed(f"{info.model} version {version} failed: {_why(info)}")
+                raise ModelFailed(
+                    f"{info.model} version {version} failed: {shortened(_why(info))}; see `idunno explain {info.model}`"
+                )
             new = await self._poll(GET_MODEL, _changed_since(info), deadline)
             if new is None:
                 raise DeadlineExceeded(
@@ -144,6 +148,11 @@ def _model_file(model: str, path: Path) -> tuple[Path, str]:
 
 def _changed_since(seen: ModelInfo) -> Callable[[float], GetModel]:
     return lambda wait_s: GetModel(seen.model, wait_s, seen)
+
+
+def shortened(reason: str) -> str:
+    """For one line: the whole story is in `idunno explain`."""
+    return reason if len(reason) <= REASON_CHARS else reason[:REASON_CHARS].rstrip() + " ..."
 
 
 def _why(info: ModelInfo) -> str:

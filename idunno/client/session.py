@@ -25,6 +25,8 @@ CONNECT_TIMEOUT_S: Final = 3.0
 """For one door. A handshake takes milliseconds; a machine that is off would otherwise hold us for minutes."""
 ATTEMPT_S: Final = 10.0
 """For one attempt, beyond what a long poll waits: a node that is frozen is left for another after this."""
+LAST_ATTEMPT_S: Final = 0.1
+"""With less time than this left nothing more is tried: it could only hide the error that says why."""
 PAUSE_MIN_S: Final = 0.05
 PAUSE_MAX_S: Final = 1.0
 """Between attempts, doubling: an election takes about a second, so a few attempts fall into it."""
@@ -108,7 +110,9 @@ class Session:
         again = asks or _has_id(request)
         unsure, pause_s = False, PAUSE_MIN_S
         last: IdunnoError = DeadlineExceeded(f"no time left for {name}: give a larger --timeout")
-        while (left_s := end_s - loop.time()) > 0:
+        tried = False
+        while (left_s := end_s - loop.time()) > (LAST_ATTEMPT_S if tried else 0):
+            tried = True
             reached = self._reached
             index = self._now
             try:

@@ -32,8 +32,9 @@ class RaftConfig:
 
     @property
     def silent_heartbeats_max(self) -> int:
-        """Heartbeats without an answer after which a voter no longer counts for the leader: one election timeout."""
-        return -(-self.election_timeout_ms // self.heartbeat_ms)
+        """Heartbeats a voter may leave unanswered and still count for the leader: the next one but one is due within an
+        election timeout."""
+        return self.election_timeout_ms // self.heartbeat_ms - 1
 
     @property
     def election_ms_max(self) -> int:

@@ -151,8 +151,10 @@ class Roster:
             return NodeAdded(old, changed=False)
         self._check_token(token, Role.NODE.value, now_ms)
         self._check_new_node(node)
-        # A newcomer has not run yet; it is counted present from now on because it asks for its certificate to start.
-        new = msgspec.structs.replace(node, presence="present", voter=False, since_ms=now_ms, reason="")
+        # It has a certificate, but nobody runs it yet. Counted present now, every reply would wait for its copy until it starts.
+        new = msgspec.structs.replace(
+            node, presence="stopped", boot=0, voter=False, since_ms=now_ms, reason="has not been started yet"
+        )
         self._keep_node(new)
         return NodeAdded(new)
 

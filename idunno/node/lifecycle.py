@@ -103,8 +103,7 @@ def make_cluster(directories: list[Path], configs: list[NodeConfig]) -> dict[str
     peers = KnownPeers([_address(record) for record in records])
     for directory, config, (record, held) in zip(directories, configs, made, strict=True):
         make_directory(directory, config, held, peers)
-        if record.voter:
-            run_async(_create_log(directory, payload))
+        run_async(_create_log(directory, payload if record.voter else None))
     # Only now do the directories count: a crash before this line leaves nothing that could run.
     for directory, (record, _) in zip(directories, made, strict=True):
         write_identity(directory, Identity(1, cluster, record.node))
@@ -115,7 +114,8 @@ def _address(record: NodeRecord) -> MemberAddress:
     return MemberAddress(record.node, record.name, record.address, record.fingerprint, record.voter)
 
 
-async def _create_log(directory: Path, payload: bytes) -> None:
+async def _create_log(directory: Path, payload: bytes | None) -> None:
+    """A log that begins with the genesis, or an empty one that the leader will fill."""
     offload = ThreadOffload(1, "log")
     try:
         disk = RealDisk(str(directory), offload)
@@ -177,6 +177,7 @@ async def _join(address: str, token: str, directory: Path, config: NodeConfig) -
             await second.close()
     held = Secrets(hello.ca_pem, answer.certificate_pem, key_pem, answer.cluster_key)
     make_directory(directory, config, held, KnownPeers(answer.members))
+    await _create_log(directory, None)
     write_identity(directory, Identity(1, answer.cluster, node))
     return {"cluster": answer.cluster, "node": node, "name": config.name, "directory": str(directory)}
 

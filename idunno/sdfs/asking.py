@@ -25,6 +25,7 @@ class Asker:
 
     def __init__(self, caller: Callable[[], Caller], what: str, timeout_s: float, rng: random.Random) -> None:
         self.caller, self.what, self.timeout_s = caller, what, timeout_s
+        self.problem = ""  # what keeps the operation from going on; part of the error when the time is over
         self._rng = rng
         self._loop = asyncio.get_running_loop()
         self._end_s = self._loop.time() + timeout_s
@@ -34,7 +35,7 @@ class Asker:
         left_s = self._end_s - self._loop.time()
         if left_s <= 0:
             raise DeadlineExceeded(
-                f"{self.what}: not done in {self.timeout_s:g} s, {waiting_for}; give a larger --timeout"
+                f"{self.what}: not done in {self.timeout_s:g} s, {self.problem or waiting_for}; give a larger --timeout"
             )
         return left_s
 

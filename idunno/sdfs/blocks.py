@@ -41,6 +41,7 @@ class BlockStore:
         self._names = asyncio.Lock()  # over renames: quarantine must not move away what was just published
         self._directories: set[str] = set()  # of blocks/, at most 256
         self._reserved_bytes = 0  # of writers under way
+        self.buffered_bytes = 0  # received and not yet written
         self._serial = 0
         self.on_change: Callable[[BlockId, bool], None] | None = None
 
@@ -212,6 +213,7 @@ class BlockWriter:
             raise InvalidArgument(f"block {self.block[:16]} was announced with {self.size} bytes, more came")
         self._pieces.append(data)
         self._pieces_bytes += len(data)
+        self._store.buffered_bytes += len(data)
         if self._pieces_bytes >= WRITE_BYTES:
             await self._flush()
 
@@ -219,8 +221,11 @@ class BlockWriter:
         pieces, self._pieces = self._pieces, []
         length, self._pieces_bytes = self._pieces_bytes, 0
         offset, self._written = self._written, self._written + length
-        await self._store._hash(self._digest, pieces)
-        await self._file.write(offset, pieces)
+        try:
+            await self._store._hash(self._digest, pieces)
+            await self._file.write(offset, pieces)
+        finally:
+            self._store.buffered_bytes -= length
 
     async def finish(self) -> None:
         """Verify, sync, publish. On return the block survives a loss of power. Raises DecodeError when the bytes are not
@@ -242,7 +247,8 @@ class BlockWriter:
             return
         published, self._state = self._state == "published", "closed"
         self._store._reserved_bytes -= self.size
-        self._pieces = []
+        self._store.buffered_bytes -= self._pieces_bytes
+        self._pieces, self._pieces_bytes = [], 0
         try:
             await self._file.close()
             if not published:

@@ -150,7 +150,7 @@ class FileService:
             command, actor=call.actor, request=request.put, timeout_s=_left_s(call)
         )
         assert isinstance(done, PutDone)
-        if made_before:
+        if made_before and fewest == 0:  # who asks knows no holders: he asks for a put that an earlier process made
             copies, _ = await self._where.known(list(copies), _left_s(call))
             fewest = min((len(nodes) for nodes in copies.values()), default=0)
         else:

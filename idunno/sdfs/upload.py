@@ -115,10 +115,12 @@ class Upload:
                     if len(stored) < self._quorum() and self._choose(stored):
                         continue
             if len(stored) >= self._quorum():  # perhaps by a new placement: fewer nodes are present than before
+                self._asker.problem = ""
                 self._sent(len(content))
                 return
             why = why or "; ".join(f"{node}: {error}" for node, error in self._failed.items())
-            self._asker.left_s(self._story(block, stored, why))
+            self._asker.problem = self._story(block, stored, why)
+            self._asker.left_s("sending blocks")
             await self._asker.pause(attempt)
             attempt += 1
             await self._renew(generation)

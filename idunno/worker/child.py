@@ -18,7 +18,7 @@ from typing import IO, Final
 
 import msgspec
 
-from idunno.base.errors import IdunnoError, InvalidArgument, ModelFailed
+from idunno.base.errors import DiskFailed, IdunnoError, InvalidArgument, ModelFailed
 from idunno.coordinator.timing import TimingTotal
 from idunno.worker import protocol
 from idunno.worker.data import Bad, Budget, Chunk, Source, open_source
@@ -54,6 +54,8 @@ class Child:
                     return self._run(request)
         except IdunnoError as error:
             return Refused(error.code, one_line(str(error)))
+        except OSError as error:
+            return Refused(DiskFailed.code, one_line(f"the worker's disk refused: {error.strerror or error}"))
         except MemoryError:
             return Refused(ModelFailed.code, "out of memory in the model's process: use a smaller batch")
 

@@ -80,8 +80,10 @@ class ChildFactory:
         self._environment = child_environment(os.environ if environment is None else environment)
 
     async def __call__(self) -> Runner:
+        loop = asyncio.get_running_loop()
         try:
-            process = await asyncio.create_subprocess_exec(
+            transport, protocol = await loop.subprocess_exec(
+                lambda: _Pipes(loop),
                 sys.executable,
                 "-P",  # never import from the working directory
                 "-m",
@@ -96,9 +98,22 @@ class ChildFactory:
             )
         except OSError as error:
             raise ModelFailed(f"no process for a model can be started: {error}") from error
-        runner = ChildRunner(process)
+        runner = ChildRunner(transport, protocol)
         await runner.started()
         return runner
+
+
+class _Pipes(asyncio.subprocess.SubprocessStreamProtocol):
+    """The process's pipes as streams, and its exit at the moment it happens: `Process.wait` may wait for a grandchild
+    that holds a pipe open."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(limit=64 * 1024, loop=loop)
+        self.exited = asyncio.Event()
+
+    def process_exited(self) -> None:
+        super().process_exited()
+        self.exited.set()
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -116,20 +131,28 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
 class ChildRunner:
     """Implements Runner over a child process (child.py)."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self, transport: asyncio.SubprocessTransport, pipes: _Pipes) -> None:
+        self._transport, self._exited = transport, pipes.exited
+        stdin, stdout, stderr = pipes.stdin, pipes.stdout, pipes.stderr
+        assert stdin is not None and stdout is not None and stderr is not None, "all three are pipes"
+        self._stdin, self._stdout, self._stderr = stdin, stdout, stderr
         self._state = "starting"
         self._model = ""
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
-        self._listening = asyncio.create_task(self._listen())
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._end_group())]
 
     @property
     def alive(self) -> bool:
-        return self._state != "dead" and self._process.returncode is None
+        return self._state != "dead" and not self._exited.is_set()
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._transport.get_pid()
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs, negative for a signal."""
+        return self._transport.get_returncode()
 
     async def started(self) -> None:
         """Raises ModelFailed when the process does not come up within START_S."""
@@ -149,12 +172,9 @@ class ChildRunner:
         return await self._ask(Run(path, kind, first, last, out_path), Ran, "finish a task", timeout_s)
 
     async def close(self) -> None:
-        if self._state == "idle" and self._process.stdin is not None:
-            self._process.stdin.close()
-            try:
-                async with asyncio.timeout(END_S):
-                    await self._process.wait()
-            except TimeoutError:
+        if self._state == "idle":
+            self._stdin.close()
+            if not await self._ends(END_S):
                 log.info("model process killed at its end", extra={"model": self._model, "pid": self.pid})
         await self._bury()
 
@@ -171,9 +191,8 @@ class ChildRunner:
             await self._bury()
             raise ModelFailed(self._epitaph())
         self._step("asked")
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(protocol.encode(request))  # a few hundred bytes: the pipe takes them at once
+            self._stdin.write(protocol.encode(request))  # a few hundred bytes: the pipe takes them at once
         except (BrokenPipeError, ConnectionResetError):
             await self._bury()
             raise ModelFailed(self._epitaph()) from None
@@ -187,11 +206,10 @@ class ChildRunner:
 
     async def _answer(self, what: str, timeout_s: float) -> Answer:
         """The next answer. However this ends without one, the process is gone."""
-        assert self._process.stdout is not None
         try:
             async with asyncio.timeout(timeout_s):
-                head = await self._process.stdout.readexactly(protocol.LENGTH.size)
-                return protocol.decode_answer(await self._process.stdout.readexactly(protocol.frame_length(head)))
+                head = await self._stdout.readexactly(protocol.LENGTH.size)
+                return protocol.decode_answer(await self._stdout.readexactly(protocol.frame_length(head)))
         except TimeoutError:
             await self._bury()
             slow = f"model {self._name} did not {what} within {timeout_s:g} s and was killed"
@@ -212,33 +230,41 @@ class ChildRunner:
 
     def _kill(self) -> None:
         try:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             return  # the whole group is gone
 
+    async def _ends(self, within_s: float) -> bool:
+        try:
+            async with asyncio.timeout(within_s):
+                await self._exited.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _end_group(self) -> None:
+        """What the process forked dies with it, and lets go of the pipes."""
+        await self._exited.wait()
+        self._kill()
+
     async def _bury(self) -> None:
         """Kill what is left of the group and wait until the process is reaped and its last lines are read."""
-        if self._process.returncode is None and self._process.stdout is not None and self._process.stdout.at_eof():
-            # It is ending by itself: its own exit status is the better story.
-            try:
-                async with asyncio.timeout(END_S):
-                    await self._process.wait()
-            except TimeoutError:
-                pass
-        self._kill()
-        await self._process.wait()
+        if self._stdout.at_eof():
+            await self._ends(END_S)  # it is ending by itself: its own exit status is the better story
+        if not self._exited.is_set():
+            self._kill()
+        await self._exited.wait()
         self._step("died")
         # A grandchild that left the group may hold the pipe open: what was said so far is enough.
-        done, _ = await asyncio.wait([self._listening], timeout=END_S)
-        if not done:
-            self._listening.cancel()
+        _, pending = await asyncio.wait(self._tasks, timeout=END_S)
+        for task in pending:
+            task.cancel()
+        self._transport.close()
 
     async def _listen(self) -> None:
         """Keep the last lines that the process said. What came before is gone: a model may print without end."""
-        stderr = self._process.stderr
-        assert stderr is not None
         rest = ""
-        while piece := await stderr.read(64 * 1024):
+        while piece := await self._stderr.read(64 * 1024):
             *lines, rest = (rest + piece.decode("utf-8", "replace")).splitlines() or [""]
             self._lines.extend(one_line(line, characters_max=LINE_CHARACTERS_MAX) for line in lines[-LINES_KEPT:])
             rest = rest[-LINE_CHARACTERS_MAX:]
@@ -258,7 +284,7 @@ class ChildRunner:
         return f"; last lines: {' | '.join(said)[-600:]}" if said else ""
 
     def _epitaph(self) -> str:
-        return f"model {self._name} died: {ending(self._process.returncode)}{self._last()}"
+        return f"model {self._name} died: {ending(self.returncode)}{self._last()}"
 
 
 def ending(returncode: int | None) -> str:

@@ -59,7 +59,9 @@ class World:
         maker: Callable[..., Raft] = Raft,
         sync_first: bool = True,
         sync_ms: int = 8,
+        config: RaftConfig = CONFIG,
     ) -> None:
+        self.config = config
         self.seed, self.rng, self.now_ms, self.loss, self.maker = seed, random.Random(seed), 0, loss, maker
         self.sync_first, self.sync_ms = sync_first, sync_ms
         names = [NodeId(f"n{i}") for i in range(1, voters + learners + 1)]
@@ -114,7 +116,7 @@ class World:
             self.learners,
             terms,
             node.store.hard,
-            CONFIG,
+            self.config,
             random.Random(self.rng.random()),
             self.now_ms,
         )

@@ -28,7 +28,9 @@ async def opened(disk: ToldDisk, config: SdfsConfig = CONFIG) -> BlockStore:
     return store
 
 
-async def keep(store: BlockStore, content: bytes = CONTENT, *, named: BlockId | None = None, step: int = 100_000) -> None:
+async def keep(
+    store: BlockStore, content: bytes = CONTENT, *, named: BlockId | None = None, step: int = 100_000
+) -> None:
     writer = await store.begin(named or block_id(content), len(content))
     try:
         for at in range(0, len(content), step):
@@ -264,7 +266,12 @@ def test_a_start_finds_blocks_and_only_blocks() -> None:
         disk = ToldDisk()
         await keep(await opened(disk))
         await disk.make_directory("blocks/zz")
-        for path in ("blocks/zz/readme.txt", f"blocks/zz/{'a' * 64}", f"blocks/{BLOCK[:2]}/{'0' * 63}", "tmp/other.part"):
+        for path in (
+            "blocks/zz/readme.txt",
+            f"blocks/zz/{'a' * 64}",
+            f"blocks/{BLOCK[:2]}/{'0' * 63}",
+            "tmp/other.part",
+        ):
             file = await disk.open(path, create=True)
             await file.write(0, [b"x"])
         again = await opened(disk)

@@ -24,7 +24,17 @@ from idunno.coordinator.records import Block
 from idunno.sdfs.client import source_of
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.hashing import block_id
-from idunno.sdfs.messages import BEGIN, COMMIT, READ_BLOCK, WRITE_BLOCK, Begin, BlockCopies, Commit, ReadBlock, WriteBlock
+from idunno.sdfs.messages import (
+    BEGIN,
+    COMMIT,
+    READ_BLOCK,
+    WRITE_BLOCK,
+    Begin,
+    BlockCopies,
+    Commit,
+    ReadBlock,
+    WriteBlock,
+)
 from idunno.wire.calls import Peer
 from tests.unit.sdfs.world import CONFIG, MB, OTHER, USER, Node, World, content_of, run
 
@@ -175,10 +185,10 @@ def test_a_full_node_is_passed_over_and_named_when_it_is_missed() -> None:
     async def story() -> None:
         config = SdfsConfig(floor_bytes=20 * MB, floor_percent=0)
         async with World(5, config=config, capacity_bytes=1000 * MB) as world:
-            world.node(2).disk.capacity_bytes = 22 * MB  # fills up after it has reported
+            world.node(2).disk.capacity_bytes = 20 * MB  # fills up after it has reported
             answer = await world.put(CONTENT, "f")
             assert (answer.copies, "n2" in answer.replicas) == (4, False)
-            world.node(3).disk.capacity_bytes = 22 * MB
+            world.node(3).disk.capacity_bytes = 20 * MB
             await asyncio.sleep(30)  # both have reported it since
             with pytest.raises(Exhausted, match=r"4 copies.*3 nodes can take.*n2: .* bytes free.*--write-quorum"):
                 await world.put(content_of(9 * MB, 1), "g")
@@ -194,7 +204,15 @@ def test_a_full_node_is_passed_over_and_named_when_it_is_missed() -> None:
 
 @pytest.mark.parametrize(
     ("size", "away", "copies", "degraded"),
-    [(1, 0, 1, False), (2, 0, 2, False), (3, 0, 3, False), (4, 0, 4, False), (4, 1, 3, True), (5, 1, 4, False), (7, 3, 4, False)],
+    [
+        (1, 0, 1, False),
+        (2, 0, 2, False),
+        (3, 0, 3, False),
+        (4, 0, 4, False),
+        (4, 1, 3, True),
+        (5, 1, 4, False),
+        (7, 3, 4, False),
+    ],
 )
 @pytest.mark.parametrize("content", [SMALL, CONTENT], ids=["small", "large"])
 def test_a_put_needs_the_smaller_of_four_and_the_nodes_present(
@@ -282,7 +300,9 @@ async def uploaded(world: World, content: bytes) -> tuple[str, list[BlockCopies]
     begun = await caller.call(BEGIN, Begin("p1", "f"), timeout_s=5)
     block = block_id(content)
     chain = [replica.node for replica in begun.replicas]
-    async with caller.open(WRITE_BLOCK, WriteBlock("p1", block, len(content), chain, begun.term), timeout_s=5) as stream:
+    async with caller.open(
+        WRITE_BLOCK, WriteBlock("p1", block, len(content), chain, begun.term), timeout_s=5
+    ) as stream:
         await stream.send(content)
         await stream.end()
         answer = await stream.answer()
@@ -528,9 +548,7 @@ def test_a_small_content_that_rotted_is_fetched_from_another_node_and_kept_again
     run(story)
 
 
-@pytest.mark.parametrize(
-    ("offset", "length"), [(-1, 10), (0, 8 * MB + 1), (8 * MB, 1), (10, -5), (0, 1001), (1000, 1)]
-)
+@pytest.mark.parametrize(("offset", "length"), [(-1, 10), (0, 8 * MB + 1), (8 * MB, 1), (10, -5), (0, 1001), (1000, 1)])
 def test_a_range_outside_the_block_is_refused(offset: int, length: int) -> None:
     async def story() -> None:
         async with World(1) as world:

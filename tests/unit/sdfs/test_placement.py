@@ -23,9 +23,7 @@ def node(i: int, *, free: int | None = 100, zone: str = "", presence: str = "pre
 
 
 nodes = st.lists(
-    st.builds(
-        lambda free, zone: (free, zone), st.integers(60, 1000) | st.none(), st.sampled_from(["", "a", "b", "c"])
-    ),
+    st.builds(lambda free, zone: (free, zone), st.integers(60, 1000) | st.none(), st.sampled_from(["", "a", "b", "c"])),
     min_size=1,
     max_size=12,
 ).map(lambda given_: [node(i, free=free, zone=zone) for i, (free, zone) in enumerate(given_)])

@@ -167,7 +167,7 @@ class MemoryFiles:
         return Uploaded(put, len(content), self.add(content))
 
 
-async def until(condition: Callable[[], bool], *, within_s: float = 3.0) -> None:
+async def until(condition: Callable[[], bool], *, within_s: float = 20.0) -> None:
     """Let others run until `condition` holds."""
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 - conditions of real processes, which tell nobody

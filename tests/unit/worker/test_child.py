@@ -187,7 +187,7 @@ def test_the_child_ends_when_its_stdin_does(tmp_path: Path) -> None:
         runner = await ChildFactory(str(tmp_path))()
         assert isinstance(runner, ChildRunner)
         await runner.close()
-        assert runner._process.returncode == 0
+        assert runner.returncode == 0
 
     asyncio.run(run())
 
