@@ -1,6 +1,6 @@
 # bench/wire.py: what a call and a byte cost on the wire, plain and with TLS, beside the limit of the loopback itself.
 #
-# Two processes on loopback, uvloop: one serves, one asks. Small calls: 64 in flight on one connection. Bulk: one stream of
+# Two processes on one machine, uvloop: one serves, one asks. Small calls: 64 in flight on one connection. Bulk: one stream of
 # 256 KiB items. The limit of bulk is a bare socket that sends the same bytes, measured in the same run.
 from __future__ import annotations
 
@@ -60,8 +60,7 @@ def serve(folder: str, pipe: multiprocessing.connection.Connection) -> None:
             str(home / "node.pem"), str(home / "node.key"), (home / "ca.pem").read_bytes()
         )
         await server.listen_unix(str(home / "node.sock"))
-        ports = (await server.listen_tcp("127.0.0.1", 0, None), await server.listen_tcp("127.0.0.1", 0, context))
-        pipe.send(ports)
+        pipe.send(await server.listen_tcp("127.0.0.1", 0, context))
         await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
         await server.close(0)
 
@@ -122,21 +121,20 @@ def bare_socket() -> float:
     return BULK_BYTES / (time.perf_counter() - begun) / 1e6
 
 
-async def measure(folder: str, plain_port: int, tls_port: int, limit: float) -> None:
+async def measure(folder: str, tls_port: int, limit: float) -> None:
     home = Path(folder)
     context = security.client_context(str(home / "node.pem"), str(home / "node.key"), (home / "ca.pem").read_bytes())
     print(f"bare socket: {limit:.0f} MB/s")
     for name, connection in (
-        ("plain TCP", await connect_tcp("127.0.0.1", plain_port, None, timeout_s=5)),
-        ("Unix socket", await connect_unix(str(home / "node.sock"), 5)),
+        ("plain (Unix socket)", await connect_unix(str(home / "node.sock"), 5)),
         ("TLS 1.3", await connect_tcp("127.0.0.1", tls_port, context, timeout_s=5)),
     ):
         rate = await small_calls(connection)
-        line = f"{name}: {rate:,.0f} round trips/s"
-        if name != "plain TCP":  # there every peer is anonymous and may send no bodies
-            to, back = await bulk(connection)
-            line += f"; bulk {to:.0f} MB/s to the node ({to / limit:.2f} of the limit), {back:.0f} from it ({back / limit:.2f})"
-        print(line)
+        to, back = await bulk(connection)
+        print(
+            f"{name}: {rate:,.0f} round trips/s; bulk {to:.0f} MB/s to the node ({to / limit:.2f} of the limit), "
+            f"{back:.0f} from it ({back / limit:.2f})"
+        )
         await connection.close()
 
 
@@ -149,10 +147,10 @@ def main() -> int:
         (home / "node.key").write_bytes(key)
         (home / "node.pem").write_bytes(security.sign(ca, ca_key, csr, common_name="bench", role=Role.NODE))
         ours, theirs = multiprocessing.Pipe()
-        server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, theirs))
+        server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, theirs), daemon=True)
         server.start()
-        plain_port, tls_port = ours.recv()
-        uvloop.run(measure(folder, plain_port, tls_port, bare_socket()))
+        tls_port = ours.recv()
+        uvloop.run(measure(folder, tls_port, bare_socket()))
         ours.send("done")
         server.join()
     return 0

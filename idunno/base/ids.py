@@ -15,6 +15,18 @@ RequestId = NewType("RequestId", str)  # made by the client once per intention; 
 NAME_BYTES_MAX: Final = 512
 """A file's name, in UTF-8. Long enough for paths, short enough that a listing of 1,000 stays under 1 MiB."""
 
+# C0, DEL and C1 controls; line and paragraph separators; marks that reorder or hide text on a terminal; surrogates. Fixed
+# ranges, because the replicated machine must answer alike on every node: `str.isprintable` follows the interpreter's tables.
+_REFUSED: Final = (
+    (0x00, 0x1F),
+    (0x7F, 0x9F),
+    (0x200B, 0x200F),
+    (0x2028, 0x202E),
+    (0x2060, 0x206F),
+    (0xD800, 0xDFFF),
+    (0xFEFF, 0xFEFF),
+)
+
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62})?")
 
 
@@ -30,6 +42,11 @@ def check_label(kind: str, label: str) -> str:
     return label
 
 
+def printable(text: str) -> bool:
+    """Whether `text` holds no control character, by ranges that never change."""
+    return (text.isascii() and text.isprintable()) or not any(lo <= ord(c) <= hi for c in text for lo, hi in _REFUSED)
+
+
 def check_file_name(name: str, *, system: bool = False) -> str:
     """`name` itself if it can name a file in SDFS.
 
@@ -37,14 +54,11 @@ def check_file_name(name: str, *, system: bool = False) -> str:
     (unless `system`) anything below `.idunno/`, which is the system's own. Raises InvalidArgument.
     """
     shown = name[:80]
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        raise InvalidArgument(f"{shown!r} is no file name: it is not valid Unicode") from None
+    if not printable(name):
+        raise InvalidArgument(f"{shown!r} is no file name: it holds control characters")
+    size = len(name.encode())
     if not 1 <= size <= NAME_BYTES_MAX:
         raise InvalidArgument(f"a file name has 1 to {NAME_BYTES_MAX} bytes, this one has {size}: {shown!r}")
-    if not name.isprintable():
-        raise InvalidArgument(f"{shown!r} is no file name: it holds control characters")
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise InvalidArgument(f"{shown!r} is no file name: every part between '/' must be a plain name")

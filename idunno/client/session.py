@@ -141,26 +141,31 @@ class Session:
             self._now = (self._now + 1) % len(self.place.doors)
 
     async def _link(self, end_s: float) -> Link:
-        loop = asyncio.get_running_loop()
-        async with self._lock:
-            last: IdunnoError | None = None
-            for _ in self.place.doors:
-                link = self._links.get(self._now)
-                if link is not None and not link.closed:
-                    return link
-                door = self.place.doors[self._now]
-                try:
-                    link = await self._dial(door, min(CONNECT_TIMEOUT_S, max(0.001, end_s - loop.time())))
-                except (Unavailable, Unconfirmed) as error:
-                    last = error
-                    self._now = (self._now + 1) % len(self.place.doors)
-                else:
-                    self._links[self._now] = link
-                    self._reached = True
-                    return link
-            count = len(self.place.doors)
-            tried = "its node does not answer" if count == 1 else f"none of its {count} nodes answers"
-            raise Unavailable(f"{self.place.where}: {tried} ({last}): {self.place.next_step}")
+        """A living connection. Raises Unavailable when no door opens, or none before `end_s`."""
+        try:
+            async with asyncio.timeout_at(end_s), self._lock:
+                return await self._open_door()
+        except TimeoutError:
+            raise Unavailable(f"{self.place.where}: no node was reached in time: {self.place.next_step}") from None
+
+    async def _open_door(self) -> Link:
+        last: IdunnoError | None = None
+        for _ in self.place.doors:
+            link = self._links.get(self._now)
+            if link is not None and not link.closed:
+                return link
+            try:
+                link = await self._dial(self.place.doors[self._now], CONNECT_TIMEOUT_S)
+            except (Unavailable, Unconfirmed) as error:
+                last = error
+                self._now = (self._now + 1) % len(self.place.doors)
+            else:
+                self._links[self._now] = link
+                self._reached = True
+                return link
+        count = len(self.place.doors)
+        tried = "its node does not answer" if count == 1 else f"none of its {count} nodes answers"
+        raise Unavailable(f"{self.place.where}: {tried} ({last}): {self.place.next_step}")
 
 
 def _has_id(request: msgspec.Struct) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, Final
 from idunno.base.disk import Disk
 from idunno.base.errors import (
     DeadlineExceeded,
+    DiskFailed,
     Exhausted,
     IdunnoError,
     InternalError,
@@ -32,6 +33,7 @@ from idunno.consensus.config import RaftConfig
 from idunno.consensus.events import (
     Committed,
     Halt,
+    HardState,
     Input,
     Output,
     PeerLost,
@@ -54,6 +56,7 @@ from idunno.consensus.log import Log
 from idunno.consensus.messages import PAYLOAD_BYTES_MAX, RaftMessage
 from idunno.consensus.quorum import majority
 from idunno.consensus.raft import Raft
+from idunno.consensus.terms import Terms
 from idunno.consensus.waiting import IndexWaiters, Proposal
 
 log = logging.getLogger("idunno.consensus")
@@ -68,7 +71,7 @@ APPLY_ENTRIES_MAX: Final = 1024
 
 class RaftDriver:
     """One node's replicated log. `send` must not block; it may lose messages. `apply` gets every committed entry once, in
-    order, from index 1 at each start; the empty payloads of new terms are not shown to it."""
+    order, from index 1 at each start; an empty payload is the no-op of a new term."""
 
     def __init__(
         self,
@@ -85,12 +88,15 @@ class RaftDriver:
     ) -> None:
         self.me, self.config, self.copies_needed = me, config, copies_needed
         self.on_role: list[Callable[[bool, Term], None]] = []
+        """Told (True, term) when this node leads and has applied the no-op of its term, (False, term) when it leads no more."""
         self.on_leader: list[Callable[[NodeId | None, Term], None]] = []
         """Told whenever this node's role, its term or the leader it knows are others than before."""
         self.problem: str | None = None
         """Why this node takes no part at the moment (its disk refuses, an entry could not be applied); None if it does."""
         self._disk, self._send, self._apply, self._rng = disk, send, apply, rng
         self._voters, self._learners = frozenset(voters), frozenset(learners)
+        # Until `start` opens the log: a core that knows nothing and is asked nothing.
+        self._core = Raft(me, self._voters, self._learners, Terms(), HardState(Term(0)), config, rng, 0)
         self._running = self._busy = self._announced = False
         self._disk_refuses = self._stuck = False  # why it is halted; `_stuck` is for good
         self._inbox: deque[Input] = deque()
@@ -153,7 +159,10 @@ class RaftDriver:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._log.close()
+        try:
+            await self._log.close()
+        except DiskFailed as error:
+            log.warning("log not closed cleanly", extra={"problem": str(error)})  # as after a crash: nothing is lost
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task: asyncio.Task[None] = self._loop.create_task(work, name=name)
@@ -333,8 +342,8 @@ class RaftDriver:
                     self._carry_out(output)
         finally:
             self._busy = False
+            self._arm()
         self._settle()
-        self._arm()
 
     def _carry_out(self, output: Output) -> None:
         match output:
@@ -442,7 +451,7 @@ class RaftDriver:
     def _apply_slice(self, payloads: list[bytes]) -> None:
         end = self._loop.time() + self.config.apply_slice_ms / 1000
         for index, payload in enumerate(payloads, self._applied + 1):
-            value = self._apply(Index(index), payload) if payload else None
+            value = self._apply(Index(index), payload)
             self._applied = Index(index)
             proposal = self._proposals.get(self._applied)
             if proposal is not None:

@@ -54,7 +54,8 @@ class Log:
     """The entries 1..last with their payloads, and the hard state. One flush at a time; `stage` and `cached` any time."""
 
     def __init__(self, disk: Disk, hard: HardState, found: Recovered, segment_bytes: int, cache_bytes_max: int) -> None:
-        self.hard, self.terms = hard, found.terms  # as found at open; kept up to date by the core, not here
+        self.hard = hard  # as it is on disk
+        self.terms = found.terms  # as found at open; kept up to date by the core, not here
         self._disk, self._segment_bytes, self._cache_bytes_max = disk, segment_bytes, cache_bytes_max
         self._where: array[int] = found.where  # segment << 32 | offset of each entry on disk, from index 1
         self._segment, self._tail, self._previous = found.segment, found.tail, found.previous
@@ -81,32 +82,46 @@ class Log:
         if first_payload is not None:
             log.stage(Index(1), [Entry(Term(1), first_payload)])
         await log.flush()
-        # The state file comes last: it says that the log is whole.
-        await disk.replace(STATE_PATH, encode_state(HardState(Term(0 if first_payload is None else 1))))
-        await log.close()
+        log.hard = HardState(Term(0 if first_payload is None else 1))
+        await log.close()  # the state file comes last: it says that the log is whole
 
     @classmethod
     async def open(
         cls, disk: Disk, *, segment_bytes: int = SEGMENT_BYTES, cache_bytes_max: int = CACHE_BYTES_MAX
     ) -> Log:
         """Read and validate everything. Raises NotFound (never created), Corrupt, Incompatible, DiskFailed."""
-        hard = await _state(disk)
+        state = await _state(disk)
         segments = sorted(e.name for e in await disk.list(DIRECTORY) if e.name.endswith(".seg"))
-        if hard is None:
+        if state is None:
             if len(segments) > 1:
                 raise Corrupt(f"{STATE_PATH} is missing beside {len(segments)} segments; {REJOIN}")
             raise NotFound(
                 "this node has no log: it was never initialised, or its set-up was interrupted; run it again"
             )
+        hard, end = state
         found = await recover(disk, DIRECTORY, segments)
         if found.terms.last_term > hard.term:
             raise Corrupt(
                 f"{STATE_PATH} is of term {hard.term}, but the log reaches term {found.terms.last_term}: "
                 f"an old copy was restored; {REJOIN}"
             )
+        if found.segment << 32 | found.tail < end:
+            raise Corrupt(
+                f"{segment_path(found.segment)}: the log ends or is damaged at offset {found.tail}, but was synced up to "
+                f"offset {end & 0xFFFFFFFF} of {segment_path(end >> 32)}; {REJOIN}"
+            )
         return cls(disk, hard, found, segment_bytes, cache_bytes_max)
 
     async def close(self) -> None:
+        """What was flushed is final: damage in it will be noticed, the last write included. Raises DiskFailed."""
+        await self._close_file()
+        await self._save_state(self.hard)
+
+    async def _save_state(self, hard: HardState) -> None:
+        await self._disk.replace(STATE_PATH, encode_state(hard, self._segment << 32 | self._tail))
+        self.hard = hard
+
+    async def _close_file(self) -> None:
         if self._file is not None:
             file, self._file = self._file, None
             await file.close()
@@ -133,7 +148,7 @@ class Log:
         """Make durable what was staged before the call. Raises DiskFailed; then nothing staged is lost, try again."""
         hard, count = self._staged_hard, len(self._staged)
         if hard is not None:
-            await self._disk.replace(STATE_PATH, encode_state(hard))
+            await self._save_state(hard)
             if self._staged_hard is hard:
                 self._staged_hard = None
         while count:
@@ -190,7 +205,7 @@ class Log:
         except DiskFailed:
             await file.close()
             raise
-        await self.close()
+        await self._close_file()
         self._file, self._segment, self._tail = file, segment, SEGMENT_HEADER_BYTES
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -255,7 +270,7 @@ class Log:
             self._cache_first += 1
 
 
-async def _state(disk: Disk) -> HardState | None:
+async def _state(disk: Disk) -> tuple[HardState, int] | None:
     try:
         data = await disk.read_all(STATE_PATH, bytes_max=STATE_BYTES_MAX)
     except NotFound:

@@ -28,7 +28,7 @@ _CRC: Final = struct.Struct("<I")
 _PLACE: Final = struct.Struct("<II")
 _RECORD: Final = struct.Struct("<4sIIIIQQ")  # magic, checksum, previous checksum, payload length, batch, index, term
 _COVERED: Final = struct.Struct("<IIIQQ")  # the part of it behind the checksum
-_STATE: Final = struct.Struct("<8sHHQ")  # magic, format, length of voted_for, term
+_STATE: Final = struct.Struct("<8sHHIQQ")  # magic, format, length of voted_for, zero, term, end
 
 SEGMENT_HEADER_BYTES: Final = _SEGMENT.size + _CRC.size
 RECORD_HEADER_BYTES: Final = _RECORD.size
@@ -98,22 +98,23 @@ def decode_segment_header(data: bytes, path: str) -> SegmentHeader | None:
     return SegmentHeader(segment, Index(first), previous)
 
 
-def encode_state(state: HardState) -> bytes:
+def encode_state(state: HardState, end: int = 0) -> bytes:
+    """`end` (segment << 32 | offset) is a place up to which the log was surely synced: it may never again end before."""
     voted = (state.voted_for or "").encode()
-    data = _STATE.pack(STATE_MAGIC, FORMAT, len(voted), state.term) + voted
+    data = _STATE.pack(STATE_MAGIC, FORMAT, len(voted), 0, state.term, end) + voted
     return data + _CRC.pack(zlib.crc32(data))
 
 
-def decode_state(data: bytes, path: str) -> HardState:
-    """Raises Corrupt, Incompatible."""
+def decode_state(data: bytes, path: str) -> tuple[HardState, int]:
+    """The hard state, and `end` as above. Raises Corrupt, Incompatible."""
     if len(data) < _STATE.size + _CRC.size or data[:8] != STATE_MAGIC:
         raise Corrupt(f"{path} is no state file of the log ({len(data)} bytes); {REJOIN}")
     if _CRC.unpack_from(data, len(data) - _CRC.size)[0] != zlib.crc32(data[: -_CRC.size]):
         raise Corrupt(f"{path}: wrong checksum over {len(data)} bytes; {REJOIN}")
-    _, format_, length, term = _STATE.unpack_from(data)
+    _, format_, length, _, term, end = _STATE.unpack_from(data)
     _check_format(format_, path)
     voted = data[_STATE.size : _STATE.size + length].decode()
-    return HardState(Term(term), NodeId(voted) if voted else None)
+    return HardState(Term(term), NodeId(voted) if voted else None), end
 
 
 def _check_format(format_: int, path: str) -> None:

@@ -264,15 +264,16 @@ class Machine:
         return self._told(self.ledger.plan(command, self.now_ms), e.JobChanged(command.job))
 
     def _complete_task(self, command: c.CompleteTask, asked: _Asked) -> msgspec.Struct:
+        name = output_name(command.job, command.task)
+        put = self.namespace.open_put(command.put)
         late = self.ledger.refused(command.job, command.task)
         if late is not None:
-            self.namespace.abort(command.put)  # the blocks of a result that nobody wants need not stay pinned
+            if put is not None and put.name == name:
+                self.namespace.abort(command.put)  # the blocks of a result that nobody wants need not stay pinned
             return late
         self.ledger.check_completion(command)
         check_timing(command.timing)
-        name = output_name(command.job, command.task)
         if command.put:
-            put = self.namespace.open_put(command.put)
             if put is None or put.name != name:
                 raise Conflict(f"put {command.put[:128]} of {name} is not open: it was aborted, or never begun")
             check_blocks(command.blocks, command.size)

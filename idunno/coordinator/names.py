@@ -1,48 +1,16 @@
 # idunno/coordinator/names.py: which names the machine itself accepts.
 #
-# Rule 1: apply must answer alike on every node, whatever Python it runs on. `str.isprintable` follows the Unicode tables of the
-#         interpreter, so a name with a character of a newer table would be a file on one node and an error on another.
-#         Here only fixed ranges count. Newcomers are held to the stricter `check_file_name` before a command is proposed.
+# Rule 1: apply must answer alike on every node, whatever Python it runs on: only fixed ranges of characters count.
 from __future__ import annotations
 
 from typing import Final
 
 from idunno.base.errors import InvalidArgument
-from idunno.base.ids import NAME_BYTES_MAX, BlockId
+from idunno.base.ids import BlockId
 
 SYSTEM: Final = ".idunno/"
 REQUEST_BYTES_MAX: Final = 128
 """A request or put id: a UUID four times over, and short enough to stand in every version."""
-
-# C0, DEL and C1 controls; line and paragraph separators; marks that reorder or hide text on a terminal; surrogates.
-_REFUSED: Final = (
-    (0x00, 0x1F),
-    (0x7F, 0x9F),
-    (0x200B, 0x200F),
-    (0x2028, 0x202E),
-    (0x2060, 0x206F),
-    (0xD800, 0xDFFF),
-    (0xFEFF, 0xFEFF),
-)
-
-
-def printable(text: str) -> bool:
-    """Whether `text` holds no control character, by ranges that never change."""
-    return (text.isascii() and text.isprintable()) or not any(lo <= ord(c) <= hi for c in text for lo, hi in _REFUSED)
-
-
-def check_stored_name(name: str) -> str:
-    """`name` itself if the machine may hold it (system's own included). Raises InvalidArgument."""
-    shown = name[:80]
-    if not printable(name):
-        raise InvalidArgument(f"{shown!r} is no file name: it holds control characters")
-    size = len(name.encode())
-    if not 1 <= size <= NAME_BYTES_MAX:
-        raise InvalidArgument(f"a file name has 1 to {NAME_BYTES_MAX} bytes, this one has {size}: {shown!r}")
-    if any(part in ("", ".", "..") for part in name.split("/")):
-        raise InvalidArgument(f"{shown!r} is no file name: every part between '/' must be a plain name")
-    return name
-
 
 def check_request(kind: str, request: str) -> str:
     """`request` itself if it can be a request's or put's id. Raises InvalidArgument."""

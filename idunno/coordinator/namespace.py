@@ -14,9 +14,9 @@ from typing import Final
 from blake3 import blake3
 
 from idunno.base.errors import Conflict, Exhausted, InvalidArgument, NotFound
-from idunno.base.ids import BlockId
+from idunno.base.ids import BlockId, check_file_name
 from idunno.coordinator.commands import BeginPut, CommitPut, PutSmall
-from idunno.coordinator.names import SYSTEM, check_request, check_stored_name, is_block_id
+from idunno.coordinator.names import SYSTEM, check_request, is_block_id
 from idunno.coordinator.records import BLOCK_BYTES_MAX, SMALL_BYTES_MAX, Block, OpenPut, Record, VersionRecord
 from idunno.coordinator.results import Done, FileGone, PutDone, PutOpen
 
@@ -189,7 +189,7 @@ class Namespace:
                 raise Conflict(f"put {command.put} is open already for {open_put.name}; a new put needs a new id")
             return PutOpen(command.put, command.name)
         check_request("put", command.put)
-        check_stored_name(command.name)
+        check_file_name(command.name, system=True)
         self._check_expected(command.name, command.if_version)
         if len(self._puts) >= OPEN_PUTS_MAX:
             raise Exhausted(f"{OPEN_PUTS_MAX} puts are open, the bound; try again when some have ended")
@@ -216,7 +216,7 @@ class Namespace:
         if made is not None:
             return PutDone(command.name, made.version, made.size, made.created_ms)
         check_request("put", command.put)
-        check_stored_name(command.name)
+        check_file_name(command.name, system=True)
         block = small_block(command.content)
         if block.block != command.block:
             raise InvalidArgument(

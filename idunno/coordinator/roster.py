@@ -10,9 +10,9 @@ from typing import Final
 import msgspec
 
 from idunno.base.errors import Conflict, Exhausted, Incompatible, InvalidArgument, NotFound, Unauthenticated
-from idunno.base.ids import NodeId, check_label
+from idunno.base.ids import NodeId, check_label, printable
 from idunno.coordinator.commands import Genesis, UpdateNode
-from idunno.coordinator.names import check_request, printable
+from idunno.coordinator.names import check_request
 from idunno.coordinator.records import (
     COPIES_WANTED,
     MACHINE_VERSION,

@@ -8,10 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
-import secrets
 import signal
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -35,10 +32,10 @@ from idunno.membership.config import SwimConfig
 from idunno.membership.events import Changed, Self
 from idunno.membership.transport import Membership
 from idunno.node.config import NodeConfig, parse_address
-from idunno.node.disk import RealDisk, ThreadOffload
-from idunno.node.identity import DirectoryLock, Identity, load_peers, load_secrets, next_boot
+from idunno.node.identity import DirectoryLock, Identity
 from idunno.node.known import Known
 from idunno.node.logs import start_logging
+from idunno.node.platform import Platform, real_platform
 from idunno.node.seat import Seat
 from idunno.scheduler.config import SchedulerConfig
 from idunno.scheduler.service import SchedulerService
@@ -53,15 +50,11 @@ from idunno.wire.local import LocalCaller
 from idunno.wire.peers import PeerPool
 from idunno.wire.rpc import connect_tcp
 from idunno.wire.sealed import Opener, Sealer
-from idunno.wire.security import client_context, server_context
 from idunno.wire.server import Server
 from idunno.worker.agent import Agent, WorkerConfig
-from idunno.worker.runner import ChildFactory
 
 log = logging.getLogger("idunno.node")
 
-DATA_THREADS: Final = 4
-"""For blocks, hashing and everything but the log: two cores hash while two writes wait for the disk."""
 TASKS_GRACE_S: Final = 3.0
 """What runs may end for so long when the node stops; the rest is given back. Part of the 10 s that a stop may take."""
 STEP_S: Final = 2.5
@@ -71,16 +64,13 @@ INTRODUCE_S: Final = 10.0
 SEED_S: Final = 5.0
 
 
-def now_ms() -> int:
-    return int(time.time() * 1000)
-
-
 class Node:
-    """One node, in a directory that belongs to it. `start`, then `stop`."""
+    """One node in the world that `platform` is. `start`, then `stop`."""
 
-    def __init__(self, directory: Path, config: NodeConfig, identity: Identity, seed: str | None) -> None:
-        self.directory, self.config, self.me, self._cluster_id = directory, config, identity.node, identity.cluster
-        self._seed = seed
+    def __init__(self, config: NodeConfig, platform: Platform, seed: str | None = None) -> None:
+        self.config, self.platform, self._seed = config, platform, seed
+        self.me, self.boot = platform.identity.node, platform.boot
+        self.disk = platform.disk
         self._tasks: set[asyncio.Task[None]] = set()
         self._stops: list[tuple[str, Callable[[], Awaitable[None]]]] = []
         self.problem = ""
@@ -90,29 +80,20 @@ class Node:
     # -- making ---------------------------------------------------------------------------------------------------
 
     def _make(self) -> None:
-        directory, config, me = self.directory, self.config, self.me
-        held = load_secrets(directory)
-        rng = random.Random(secrets.randbits(256))
-        self.boot = next_boot(directory)
-        self._log_offload, self.offload = ThreadOffload(1, "log"), ThreadOffload(DATA_THREADS, "data")
-        log_disk, self.disk = RealDisk(str(directory), self._log_offload), RealDisk(str(directory), self.offload)
-        certificate, key = str(directory / "node.pem"), str(directory / "node.key")
-        self._server_tls = server_context(certificate, key, held.ca_pem)
-        self._client_tls = client_context(certificate, key, held.ca_pem)
-
+        config, me, platform, rng = self.config, self.me, self.platform, self.platform.rng
+        held, remembered = platform.secrets, platform.remembered
         self.machine = Machine()
-        remembered = load_peers(directory)
         self.known = Known(lambda: self.machine.roster, remembered, self.disk)
         self.server = Server(self.known.identify, name=config.name)
         self.local: Caller = LocalCaller(self.server, Peer(Actor(me, Role.NODE), node=me, local=True))
-        self.peers = PeerPool(self.known.endpoint, lambda: self._client_tls, me=me, local=self.local)
+        self.peers = PeerPool(self.known.endpoint, lambda: platform.client_tls, me=me, local=self.local)
 
         voters = [member.node for member in remembered.members if member.voter]
         learners = [member.node for member in remembered.members if not member.voter]
         applier = Applier(self.machine)
         self.driver = RaftDriver(
             me,
-            log_disk,
+            platform.log_disk,
             send=self._send_raft,
             apply=applier,
             config=RaftConfig(),
@@ -121,7 +102,7 @@ class Node:
             learners=learners,
             copies_needed=min(4, max(1, len(remembered.members))),
         )
-        sealer = Sealer([held.cluster_key], me, self.boot, secrets.token_bytes(16))
+        sealer = Sealer([held.cluster_key], me, self.boot, platform.boot_salt)
         self.membership = Membership(
             Self(me, config.name, config.address, self.boot),
             SwimConfig(),
@@ -129,11 +110,11 @@ class Node:
             sealer.seal,
             Opener([held.cluster_key]).open,
             self.known.is_member,
-            now_ms,
+            platform.now_ms,
         )
-        self.coordinator = Coordinator(self.driver, self.machine, self.peers, me, now_ms)
+        self.coordinator = Coordinator(self.driver, self.machine, self.peers, me, platform.now_ms)
         CoordinatorService(self.coordinator, self.server, ca_pem=held.ca_pem, ca_key_pem=lambda: held.ca_key_pem)
-        self._make_files(rng)
+        self._make_files()
         self.scheduler = SchedulerService(
             self.coordinator,
             self.server,
@@ -145,27 +126,27 @@ class Node:
             me,
             self.boot,
             self._call_scheduler,
-            FileClient(lambda: self.local, offload=self.offload, rng=rng),
+            FileClient(lambda: self.local, offload=platform.offload, rng=rng),
             self.disk,
-            ChildFactory(str(directory)),
+            platform.spawn_runner,
             rng=rng,
             config=WorkerConfig(
                 slots=config.slots,
-                threads=config.threads or max(1, (os.cpu_count() or 1) // config.slots),
+                threads=config.threads or max(1, platform.cores // config.slots),
                 cache_bytes=config.cache_bytes,
                 task_limit_s=float(config.task_limit_s),
                 warm_runner=config.warm_runner,
             ),
         )
-        GrepService(self.server, self.peers, self.membership.view, me, self.disk)
+        GrepService(self.server, self.peers, self.membership.view, me, self.disk, spawn=platform.spawn_search)
         self.seat = Seat(self)
         self.server.register(RAFT, self._receive_raft)
         self._connect(applier)
 
-    def _make_files(self, rng: random.Random) -> None:
+    def _make_files(self) -> None:
         sdfs = SdfsConfig(floor_bytes=self.config.disk_reserve_bytes)
-        self.blocks = BlockStore(self.disk, self.offload, sdfs)
-        self.small = SmallStore(self.disk, self.offload)
+        self.blocks = BlockStore(self.disk, self.platform.offload, sdfs)
+        self.small = SmallStore(self.disk, self.platform.offload)
         self.files = FileService(self.me, self.coordinator, self.blocks, self.small, self.peers, config=sdfs)
         self.datanode = DataNode(
             self.me,
@@ -208,7 +189,7 @@ class Node:
         await self.blocks.open()
         if self._seed is not None:
             await self._ask_seed(self._seed)
-        await self.server.listen_tcp(host, port, self._server_tls)
+        await self.server.listen_tcp(host, port, self.platform.server_tls)
         self._on_stop("server", lambda: self.server.close(grace_s=0.5))
         self._on_stop("peers", self.peers.close)
         self.membership.seeds(self.known.members())
@@ -228,7 +209,8 @@ class Node:
         self._spawn(self._introduce(), "introduce")
         self._on_stop("tasks", self._cancel_tasks)
         # The socket comes last: who can connect to it finds a node that works.
-        await self.server.listen_unix(str(self.directory / "node.sock"))
+        if self.platform.socket_path is not None:
+            await self.server.listen_unix(self.platform.socket_path)
         log.info(
             "node started",
             extra={"node_id": self.me, "boot": self.boot, "address": self.config.address, "version": VERSION},
@@ -261,8 +243,7 @@ class Node:
             log.exception("step of stop failed", extra={"step": what})
 
     async def _close_threads(self) -> None:
-        self._log_offload.close()
-        self.offload.close()
+        self.platform.close()
 
     async def _cancel_tasks(self) -> None:
         for task in self._tasks:
@@ -289,13 +270,10 @@ class Node:
 
     def _roster_changed(self) -> None:
         roster = self.machine.roster
-        if roster.cluster != self._cluster_id:
-            self.fail(
-                Incompatible(
-                    f"{self.directory} is of cluster {self._cluster_id[:8]}, but its log is of {roster.cluster[:8]}: "
-                    "restore the directory that belongs together"
-                )
-            )
+        mine = self.platform.identity.cluster
+        if roster.cluster != mine:
+            text = f"this directory is of cluster {mine[:8]}, but its log is of {roster.cluster[:8]}"
+            self.fail(Incompatible(f"{text}: restore files that belong together"))
             return
         nodes = roster.nodes()
         voters = [record.node for record in nodes if record.voter]
@@ -385,7 +363,7 @@ class Node:
         """Learn the members' present addresses from one that is where `seed` says."""
         host, port = parse_address(seed)
         try:
-            connection = await connect_tcp(host, port, self._client_tls, expect=None, timeout_s=SEED_S)
+            connection = await connect_tcp(host, port, self.platform.client_tls, expect=None, timeout_s=SEED_S)
         except IdunnoError as error:
             log.warning("seed did not answer", extra={"seed": seed, "error": str(error)})
             return
@@ -422,7 +400,7 @@ async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signalled)
-    node = Node(directory, config, identity, seed)
+    node = Node(config, real_platform(directory, config, identity), seed)
     await node.start()
     ends = [asyncio.create_task(wanted.wait()), asyncio.create_task(node.failed.wait())]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -39,12 +39,14 @@ from idunno.scheduler.messages import (
 from idunno.scheduler.models import check_batch_size
 from idunno.scheduler.views import job_info
 from idunno.scheduler.waiters import Waiters
-from idunno.wire.calls import Actor, Call, Empty, Registrar, Role
+from idunno.wire.calls import HEADER_BYTES_MAX, Actor, Call, Empty, Registrar, Role
 
 JOBS_SHOWN: Final = 1_000
 """In one answer: below 0.5 MiB."""
-OUTPUTS_SHOWN: Final = 2_000
-"""In one answer: names of 100 bytes; errors are cut so that it stays below 1 MiB."""
+OUTPUTS_BYTES_MAX: Final = HEADER_BYTES_MAX - 64 * 1024
+"""Of one answer's rows: about 7,000 tasks; what comes after them is asked for with `first`."""
+OUTPUT_ROW_BYTES: Final = 80
+"""A row without its texts: six keys and four numbers in MessagePack."""
 OUTPUT_ERROR_MAX: Final = 300
 INPUT_BLOCKS_MAX: Final = 2_000
 """A lease names all blocks of the input: 16 GiB of it are 200 KiB of lease."""
@@ -156,10 +158,13 @@ class JobCalls:
         size = machine.ledger.task_queries(request.job)
         tasks = machine.ledger.counts(request.job).tasks
         task = max(0, request.first) // size if size else 0
-        while task < tasks and len(found) < OUTPUTS_SHOWN:
+        left_bytes = OUTPUTS_BYTES_MAX
+        while task < tasks and left_bytes > 0:
             row = machine.ledger.task(request.job, task)
             if row.state != "ready":
-                found.append(_output(row))
+                output = _output(row)
+                left_bytes -= OUTPUT_ROW_BYTES + len(output.name) + len(output.error.encode())
+                found.append(output)
             task += 1
         return Outputs(self._info(machine, record), found, more=task < tasks)
 

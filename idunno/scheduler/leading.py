@@ -317,12 +317,16 @@ class Leading:
         """What `node` is to hold, and a number that stands for it: the same under every leader."""
         found = self._marks.get(node)
         if found is None:
-            rows = [
-                Assignment(record.model, record.version, record.runtime, list(record.files))
-                for record in self._cluster.machine.registry.models()
-                if any(w.node == node and w.state != "failed" for w in record.workers)
-            ]
-            digest = blake3(msgspec.msgpack.encode([(row.model, row.version) for row in rows])).digest(length=6)
+            rows, marks = [], []
+            for record in self._cluster.machine.registry.models():
+                for worker in record.workers:
+                    if worker.node == node and worker.state != "failed":
+                        rows.append(Assignment(record.model, record.version, record.runtime, list(record.files)))
+                        # An assignment that waits for a report is a new one each time it is made, also to who holds the
+                        # model from before: unassigned and assigned again between two polls, it must report again.
+                        waiting_since_ms = worker.since_ms if worker.state == "assigned" else 0
+                        marks.append((record.model, record.version, waiting_since_ms))
+            digest = blake3(msgspec.msgpack.encode(marks)).digest(length=6)
             found = self._marks[node] = (int.from_bytes(digest, "big") + 1, rows)
         return found
 

@@ -9,9 +9,8 @@ import logging
 from typing import Final
 
 from idunno.base.errors import Conflict, IdunnoError, InvalidArgument, NotReady, PermissionDenied
-from idunno.base.ids import BlockId, Index, NodeId, Term, check_file_name
+from idunno.base.ids import BlockId, NodeId, Term, check_file_name
 from idunno.coordinator.commands import AbortPut, BeginPut, CommitPut, DeleteFile, PutSmall
-from idunno.coordinator.effects import Effect, KeepSmall
 from idunno.coordinator.records import SMALL_BYTES_MAX, Block, VersionRecord
 from idunno.coordinator.results import FileGone, PutDone, PutOpen
 from idunno.sdfs.blocks import BlockStore
@@ -85,11 +84,6 @@ class FileService:
     def role_changed(self, is_leader: bool, term: Term) -> None:
         """For RaftDriver.on_role."""
         self.leading.role_changed(is_leader, term)
-
-    def follow(self, index: Index, effect: Effect) -> None:
-        """For coordinator.applier.Applier.subscribe: contents of small files come with the log."""
-        if isinstance(effect, KeepSmall):
-            self._small.keep(effect.block, effect.content)
 
     # -- for DataNode -------------------------------------------------------------------------------------------------
 

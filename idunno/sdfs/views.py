@@ -43,7 +43,7 @@ from idunno.sdfs.ports import Coordination
 from idunno.sdfs.rules import iso
 from idunno.sdfs.small import SmallStore
 from idunno.sdfs.where import Where
-from idunno.wire.calls import Call, Lane, Peers, Registrar
+from idunno.wire.calls import Call, Lane, Peers, Registrar, Role
 
 log = logging.getLogger("idunno.sdfs")
 
@@ -194,7 +194,8 @@ class Views:
         if node.node != self._me:
             onward = Store(node.node, request.after, request.limit)
             left_s = max(0.05, call.remaining_s() - 0.2)
-            return await self._peers.to(node.node).call(STORE, onward, timeout_s=left_s, actor=call.actor)
+            actor = None if call.actor.role is Role.NODE else call.actor  # nodes act for users, not for each other
+            return await self._peers.to(node.node).call(STORE, onward, timeout_s=left_s, actor=actor)
         limit = max(1, min(request.limit, ROWS_MAX))
         rows: list[StoreRow] = []
         after, more = request.after, True

@@ -20,6 +20,7 @@ from idunno.base.errors import (
     Exhausted,
     IdunnoError,
     Unavailable,
+    Unconfirmed,
 )
 from idunno.wire.calls import A, Actor, Empty, Item, Method, Q, Stream
 from idunno.wire.codec import DEADLINE_MS_MAX, Greeting, RequestHead, decode, decode_error, encode
@@ -31,6 +32,7 @@ CALLS_MAX: Final = 1024
 """Calls under way on one connection; the serving side has the same bound."""
 NOTIFY_BYTES_MAX: Final = 4 * 1024 * 1024
 """Notifications are refused while this much is unsent: 32 ms at 1 Gbit/s, after which they would be stale anyway."""
+NAME_MAX: Final = 80  # characters of the other side's name that messages show
 _REQUESTS: Final = 2**32
 
 
@@ -91,13 +93,13 @@ class Connection:
         self, method: Method[Q, A], request: Q, *, timeout_s: float, body: Buffer = b"", actor: Actor | None = None
     ) -> A:
         frame = await self._exchange(method, request, timeout_s, body, actor)
-        return decode(frame.header, method.answer)
+        return self.read_answer(method, frame)
 
     async def call_with_body(
         self, method: Method[Q, A], request: Q, *, timeout_s: float, body: Buffer = b"", actor: Actor | None = None
     ) -> tuple[A, bytes]:
         frame = await self._exchange(method, request, timeout_s, body, actor)
-        return decode(frame.header, method.answer), bytes(frame.body)
+        return self.read_answer(method, frame), bytes(frame.body)
 
     def open(self, method: Method[Q, A], request: Q, *, timeout_s: float, actor: Actor | None = None) -> Stream[A]:
         return ClientStream(self, method, request, timeout_s, actor)
@@ -208,6 +210,13 @@ class Connection:
         self._pending[number] = pending
         link.send(Kind.REQUEST, number, header, content)
 
+    def read_answer(self, method: Method[Q, A], frame: Frame) -> A:
+        """Raises Unconfirmed for an answer that cannot be read: the request was carried out all the same."""
+        try:
+            return decode(frame.header, method.answer)
+        except DecodeError as error:
+            raise Unconfirmed(f"{method.name}: the answer of {self.label} cannot be read: {error}") from None
+
     def abandon(self, pending: _Pending) -> None:
         """Nobody waits for this call any more: cancel it at the other end, unless it has ended."""
         if self._pending.pop(pending.number, None) is not None and self._link is not None:
@@ -243,9 +252,8 @@ class Connection:
         await self.begin(pending, method, request, asyncio.get_running_loop().time() + timeout_s, body, actor)
         try:
             return await pending.future
-        except asyncio.CancelledError:
+        finally:
             self.abandon(pending)
-            raise
 
     def _expire(self, pending: _Pending, what: str) -> None:
         self.abandon(pending)
@@ -260,7 +268,7 @@ class Connection:
 
     def _greeting(self, greeting: Greeting) -> None:
         if greeting.name and not self._greeted:
-            self.label = f"{greeting.name} at {self.label}"
+            self.label = f"{greeting.name[:NAME_MAX]} at {self.label}"
         self._greeted = True
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
@@ -331,7 +339,7 @@ class ClientStream(_Pending, Generic[A]):
         if self._error is not None:
             raise self._error
         assert self._answer is not None
-        return decode(self._answer.header, self._method.answer)
+        return self._connection.read_answer(self._method, self._answer)
 
     # -- what the connection calls --------------------------------------------------------------------------------------
 

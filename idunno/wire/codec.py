@@ -71,4 +71,4 @@ def encode_error(error: IdunnoError) -> bytes:
 def decode_error(data: bytes) -> IdunnoError:
     """The error that the other side raised. Raises DecodeError."""
     head = decode(data, ErrorHead)
-    return from_code(head.code, head.text)
+    return from_code(head.code[:_ERROR_TEXT_MAX], head.text[:_ERROR_TEXT_MAX])

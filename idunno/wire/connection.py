@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from typing import Final, Protocol, cast
 
@@ -22,6 +23,9 @@ _FLUSH_BYTES: Final = 64 * 1024  # past this there is nothing to gain from waiti
 _JOIN_BYTES: Final = 16 * 1024  # smaller pieces are joined into one, larger ones handed over as they are
 CLOSE_S: Final = 2.0
 """What is still unsent when a connection is closed has this long to leave."""
+DEAD_S: Final = 30
+"""A machine that says nothing at all for this long is gone. Membership notices in seconds and drops the connection itself;
+this is for clients, whom nobody watches."""
 
 
 class Link(Protocol):
@@ -93,6 +97,7 @@ class Wire(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        _notice_dead_peers(transport)
         self._session.opened(self, transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -155,7 +160,11 @@ class Wire(asyncio.BufferedProtocol):
 
     def flush(self) -> None:
         """Hand what has gathered to the transport now."""
-        if not self._out or self._transport is None or self._transport.is_closing():
+        if not self._out or self._transport is None:
+            return
+        if self._transport.is_closing():  # `lost` comes soon; until then nothing may gather
+            self._out.clear()
+            self._out_bytes = 0
             return
         if self._out_bytes < _JOIN_BYTES:
             self._transport.write(b"".join(self._out))
@@ -219,6 +228,19 @@ class Wire(asyncio.BufferedProtocol):
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _notice_dead_peers(transport: asyncio.BaseTransport) -> None:
+    """Let TCP find out within DEAD_S when the other machine is gone without a word (Unix sockets know by themselves)."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    third_s = DEAD_S // 3
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("KEEPIDLE", third_s), ("KEEPINTVL", third_s), ("KEEPCNT", 2), ("USER_TIMEOUT", DEAD_S * 1000)):
+        option = getattr(socket, f"TCP_{name}", None)  # not every system has each of them
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _grouped(pieces: list[bytes | memoryview]) -> list[bytes | memoryview]:

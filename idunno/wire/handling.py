@@ -29,7 +29,7 @@ from idunno.wire.calls import Actor, Handler, Item, Method, Peer, Q_co, Reply, R
 from idunno.wire.codec import RequestHead, decode, encode, encode_error
 from idunno.wire.connection import Link
 from idunno.wire.frames import Frame, Kind, frozen
-from idunno.wire.streams import Inbox, Outbox, check_sizes, cost
+from idunno.wire.streams import Inbox, Outbox, check_sizes, cost, frame_fits
 
 log = logging.getLogger("idunno.wire")
 
@@ -37,6 +37,8 @@ CALLS_MAX: Final = 1024
 """Requests under way on one connection."""
 CALLS_ANONYMOUS_MAX: Final = 4
 """The same for a peer without a certificate, who has two methods to call, one after the other."""
+ANONYMOUS_S: Final = 60.0
+"""The longest deadline of a peer without a certificate: joining takes a second, or an election."""
 HELD_BYTES_MAX: Final = 64 * 1024 * 1024
 """Request bytes and untaken items of one connection: 32 streams that stand still at their full window."""
 NOTIFY_S: Final = 10.0
@@ -177,6 +179,8 @@ class Serving:
             return
         loop = asyncio.get_running_loop()
         left_s = head.left_ms / 1000
+        if self.peer.actor.role is Role.ANYONE:
+            left_s = min(left_s, ANONYMOUS_S)
         if frame.kind is Kind.NOTIFY:
             call.silent = call.answered = True
             left_s = NOTIFY_S
@@ -187,9 +191,8 @@ class Serving:
         self.calls[number] = call
         self.held += call.size
         call.task = loop.create_task(self._run(call, handler))
-        call.task.add_done_callback(
-            call.ended
-        )  # not `finally` in _run: a task cancelled before its first step never runs it
+        # Not `finally` in _run: a task that is cancelled before its first step never runs it.
+        call.task.add_done_callback(call.ended)
 
     def _prepare(self, frame: Frame) -> tuple[ServerCall[Any], Handler[Any, Any], RequestHead]:
         """Raises IdunnoError when the request is not to be run."""
@@ -250,7 +253,7 @@ class Serving:
         answer, body = (result.answer, frozen(result.body)) if isinstance(result, Reply) else (result, b"")
         assert isinstance(answer, call.method.answer), f"{call.method.name} answered with {type(answer).__name__}"
         header = encode(answer)
-        check_sizes(f"{call.method.name}'s answer", header, body)
+        assert frame_fits(header, body), f"{call.method.name}: {len(header)} + {len(body)} bytes; answer with a stream"
         while self.link.paused:
             await self.link.writable()
         if not call.answered:

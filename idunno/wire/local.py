@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
-from idunno.base.errors import ConnectionLost, IdunnoError
+from idunno.base.errors import ConnectionLost, DecodeError, IdunnoError
 from idunno.wire.caller import Connection
 from idunno.wire.calls import Peer
 from idunno.wire.connection import Session
@@ -62,8 +62,12 @@ class LocalLink:
         self._due = False
         assert self.far is not None
         assert self.far.near is not None
-        for _ in range(len(self._frames)):
-            self.far.near.received(self._frames.popleft())
+        try:
+            for _ in range(len(self._frames)):
+                self.far.near.received(self._frames.popleft())
+        except DecodeError as error:
+            self._frames.clear()
+            self.close(error)
 
 
 class LocalCaller(Connection):

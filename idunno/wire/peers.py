@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from ssl import SSLContext
 from types import TracebackType
-from typing import Final, Generic
+from typing import Any, Final, Generic
 
 from idunno.base.disk import Buffer
 from idunno.base.errors import IdunnoError, Unauthenticated, Unavailable
@@ -55,6 +55,7 @@ class PeerPool:
         self._lines: dict[tuple[NodeId, Lane], _Line] = {}
         self._lost: list[Callable[[NodeId, Lane], None]] = []
         self._closed = False
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def to(self, node: NodeId, lane: Lane = Lane.CALLS) -> Caller:
         if node == self._me and self._local is not None:
@@ -79,9 +80,8 @@ class PeerPool:
         self._lines.clear()
         for line in lines:
             line.drop()
-        tasks = [task for line in lines for task in line.tasks]
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     # -- for callers ----------------------------------------------------------------------------------------------------
 
@@ -116,6 +116,18 @@ class PeerPool:
             return await connect_tcp(endpoint.host, endpoint.port, None, timeout_s=CONNECT_S)
         return await connect_tcp(endpoint.host, endpoint.port, context, expect=expect, timeout_s=CONNECT_S)
 
+    def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run it as a task that is kept referenced, and whose error is seen."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("connecting failed", exc_info=error)
+
     def tell_lost(self, node: NodeId, lane: Lane) -> None:
         if not self._closed:
             for callback in self._lost:
@@ -128,7 +140,6 @@ class _Line:
     def __init__(self, pool: PeerPool, node: NodeId, lane: Lane) -> None:
         self._pool, self._node, self._lane = pool, node, lane
         self.connection: Connection | None = None
-        self.tasks: set[asyncio.Task[None]] = set()
         self._attempt: asyncio.Task[None] | None = None
         self._dropped = False
         self._error: IdunnoError | None = None  # of the last attempt
@@ -151,8 +162,7 @@ class _Line:
         loop = asyncio.get_running_loop()
         if self._attempt is None and not self._dropped and loop.time() >= self._not_before:
             self._error = None
-            self._attempt = loop.create_task(self._connect())
-            self._keep(self._attempt)
+            self._attempt = self._pool.keep(self._connect())
         return self._attempt
 
     def drop(self) -> None:
@@ -161,16 +171,7 @@ class _Line:
         if self._attempt is not None:
             self._attempt.cancel()
         if self.connection is not None:
-            self._keep(asyncio.get_running_loop().create_task(self.connection.close()))
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self.tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("connecting failed", extra={"node": self._node}, exc_info=error)
+            self._pool.keep(self.connection.close())
 
     async def _connect(self) -> None:
         try:
@@ -191,6 +192,7 @@ class _Line:
 
     def _gone(self) -> None:
         self.connection = None
+        self._error = Unavailable("the connection was lost")
         self._pool.tell_lost(self._node, self._lane)
 
 

@@ -26,9 +26,13 @@ def cost(note: bytes, body: bytes | memoryview) -> int:
     return len(note) + len(body) + ITEM_OVERHEAD_BYTES
 
 
+def frame_fits(header: bytes, body: bytes | memoryview) -> bool:
+    return len(header) <= HEADER_BYTES_MAX and len(body) <= BODY_BYTES_MAX
+
+
 def check_sizes(what: str, header: bytes, body: bytes | memoryview) -> None:
     """Raises InvalidArgument when a frame could not carry them."""
-    if len(header) > HEADER_BYTES_MAX or len(body) > BODY_BYTES_MAX:
+    if not frame_fits(header, body):
         raise InvalidArgument(
             f"{what}: {len(header)} + {len(body)} bytes are too many for a frame, "
             f"at most {HEADER_BYTES_MAX} + {BODY_BYTES_MAX}; send larger content as a stream"

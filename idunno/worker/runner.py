@@ -82,8 +82,8 @@ class ChildFactory:
     async def __call__(self) -> Runner:
         loop = asyncio.get_running_loop()
         try:
-            transport, protocol = await loop.subprocess_exec(
-                lambda: _Pipes(loop),
+            transport, pipes = await loop.subprocess_exec(
+                lambda: Pipes(loop),
                 sys.executable,
                 "-P",  # never import from the working directory
                 "-m",
@@ -98,12 +98,12 @@ class ChildFactory:
             )
         except OSError as error:
             raise ModelFailed(f"no process for a model can be started: {error}") from error
-        runner = ChildRunner(transport, protocol)
+        runner = ChildRunner(transport, pipes)
         await runner.started()
         return runner
 
 
-class _Pipes(asyncio.subprocess.SubprocessStreamProtocol):
+class Pipes(asyncio.subprocess.SubprocessStreamProtocol):
     """The process's pipes as streams, and its exit at the moment it happens: `Process.wait` may wait for a grandchild
     that holds a pipe open."""
 
@@ -131,11 +131,11 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
 class ChildRunner:
     """Implements Runner over a child process (child.py)."""
 
-    def __init__(self, transport: asyncio.SubprocessTransport, pipes: _Pipes) -> None:
+    def __init__(self, transport: asyncio.SubprocessTransport, pipes: Pipes) -> None:
         self._transport, self._exited = transport, pipes.exited
-        stdin, stdout, stderr = pipes.stdin, pipes.stdout, pipes.stderr
-        assert stdin is not None and stdout is not None and stderr is not None, "all three are pipes"
-        self._stdin, self._stdout, self._stderr = stdin, stdout, stderr
+        if pipes.stdin is None or pipes.stdout is None or pipes.stderr is None:
+            raise AssertionError("a model's process has three pipes")
+        self._stdin, self._stdout, self._stderr = pipes.stdin, pipes.stdout, pipes.stderr
         self._state = "starting"
         self._model = ""
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)

@@ -54,12 +54,16 @@ class Cluster:
         await asyncio.gather(*(driver.stop(transfer=False) for driver in self.drivers.values()))
 
     async def start(self, name: NodeId) -> None:
-        machine = self.machines[name] = []
+        machine: list[tuple[Index, bytes]] = []
+        self.machines[name], last = machine, [0]
 
         def apply(index: Index, payload: bytes) -> Any:
             if payload == self.poison:
                 raise AssertionError("cannot apply")
-            machine.append((index, payload))
+            assert index == last[0] + 1, "every entry once, in order"
+            last[0] = index
+            if payload:  # else the no-op of a new term
+                machine.append((index, payload))
             return payload.upper()
 
         driver = RaftDriver(
@@ -89,9 +93,11 @@ class Cluster:
         """As kill -9: nothing more is written, and the others see the connection close."""
         driver = self.drivers.pop(name)
         self.disks[name].crash(random.Random(1))
+        self.disks[name].faults["replace"] = "dead"
         for other in self.drivers.values():
             other.peer_lost(name)
         await driver.stop(transfer=False)
+        self.disks[name].faults.clear()
 
     def leader(self) -> RaftDriver | None:
         leading = [d for n, d in self.drivers.items() if d.is_leader and n not in self.cut]
@@ -137,7 +143,7 @@ def test_a_proposal_is_applied_everywhere_in_the_same_order_and_answered_with_it
             await driver.applied(last, WAIT_S)
         machines = [machine[:51] for machine in cluster.machines.values()]
         assert machines == [machines[0]] * voters
-        assert machines[0][0] == (1, b"first")  # and the no-op is not shown to the machine
+        assert machines[0][0] == (1, b"first")
         assert len(machines[0]) == 51
 
     story(work, voters)
@@ -320,6 +326,42 @@ def test_the_role_is_told_when_the_no_op_of_the_term_is_applied_and_when_it_is_l
         assert told == [True, False]
 
     story(work, 3)
+
+
+def test_who_leads_is_told_on_every_node() -> None:
+    async def work(cluster: Cluster) -> None:
+        told: dict[NodeId, list[tuple[NodeId | None, Term]]] = {name: [] for name in cluster.voters}
+        for name, driver in cluster.drivers.items():
+            driver.on_leader.append(lambda leader, term, name=name: told[name].append((leader, term)))  # type: ignore[misc]
+        leader = await cluster.elected()
+        await until(lambda: all(seen and seen[-1] == (leader.me, leader.term) for seen in told.values()))
+
+    story(work, 3)
+
+
+def test_before_it_is_started_it_answers_that_it_is_not_running() -> None:
+    async def work() -> None:
+        driver = RaftDriver(
+            NodeId("n1"),
+            MemoryDisk(),
+            send=lambda to, message: None,
+            apply=lambda index, payload: None,
+            config=FAST,
+            rng=random.Random(1),
+            voters=[NodeId("n1")],
+        )
+        assert (driver.leader, driver.is_leader, driver.term, driver.last_index, driver.lag()) == (
+            None,
+            False,
+            0,
+            0,
+            {},
+        )
+        assert "is not running" in str(await outcome(driver.propose(b"x", WAIT_S)))
+        driver.peer_lost(NodeId("n1"))
+        await driver.stop(transfer=True)
+
+    asyncio.run(work())
 
 
 def test_stop_hands_the_leadership_over_before_it_ends() -> None:

@@ -244,6 +244,25 @@ def test_a_flipped_bit_before_a_later_write_in_the_last_segment_is_corrupt_and_s
     run(story())
 
 
+def test_a_flipped_bit_in_the_last_write_is_a_torn_tail_after_a_crash_and_corrupt_after_a_clean_end() -> None:
+    async def story() -> None:
+        disk = await made()
+        log = await opened(disk)
+        await add(log, 2, (1, b"two"))
+        disk.flip(SEGMENT, log._tail - 1)
+        assert (await opened(disk)).terms.last == 1  # a crash might have left this
+        log = await opened(disk)
+        await add(log, 2, (1, b"two"))
+        await log.close()
+        disk.flip(SEGMENT, log._tail - 1)
+        with pytest.raises(
+            Corrupt, match=r"00000001\.seg: the log ends or is damaged at offset \d+, but was synced up to"
+        ):
+            await opened(disk)
+
+    run(story())
+
+
 def test_a_record_of_the_log_inside_a_payload_is_no_record() -> None:
     async def story() -> None:
         disk = await made()

@@ -90,12 +90,14 @@ def test_a_second_completion_changes_nothing_and_ends_its_put() -> None:
     world.do(done("job1", 0, 4), SYSTEM)
     name = output_name("job1", 0)
     world.do(c.BeginPut("p2", name, node=N1), SYSTEM)
+    world.do(c.BeginPut("else", "a file"))
+    world.do(done("job1", 0, 4, put="else", size=10, blocks=(block("x"),), content=b""), SYSTEM)
     before = world.machine.ledger.state()
     second = world.apply(done("job1", 0, 4, put="p2", size=10, blocks=(block("other"),), content=b""), SYSTEM)
     assert second.result is not None
     assert (second.result.counted, second.result.duplicate) == (False, True)  # type: ignore[attr-defined]
     assert (second.effects, world.machine.ledger.state()) == ((), before)
-    assert world.machine.namespace.open_puts() == []
+    assert [put.put for put in world.machine.namespace.open_puts()] == ["else"]  # not its own to end
     assert world.machine.namespace.latest(name).version == 1
     assert world.machine.registry.queries_done("digits") == 4
 

@@ -10,8 +10,16 @@ import pytest
 from idunno.base.errors import IdunnoError
 from idunno.coordinator import commands as c
 from idunno.scheduler.config import SchedulerConfig
-from idunno.scheduler.messages import ATTEMPT_FAILED, DEPLOY, WORKER_REPORT, AttemptFailed, DeployModel, FileVersion
-from idunno.scheduler.messages import Lease, WorkerReport
+from idunno.scheduler.messages import (
+    ATTEMPT_FAILED,
+    DEPLOY,
+    WORKER_REPORT,
+    AttemptFailed,
+    DeployModel,
+    FileVersion,
+    Lease,
+    WorkerReport,
+)
 from tests.unit.coordinator.world import block
 from tests.unit.scheduler.cluster import ANN, World, node_id
 

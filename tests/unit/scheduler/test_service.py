@@ -57,7 +57,7 @@ from idunno.scheduler.messages import (
     UndeployModel,
     WorkerReport,
 )
-from idunno.wire.calls import Actor, Empty, Role
+from idunno.wire.calls import HEADER_BYTES_MAX, Actor, Empty, Role, pack
 from tests.unit.coordinator.world import block, timing
 from tests.unit.scheduler.cluster import ANN, BOB, ROOT, World, node_id, until
 
@@ -285,6 +285,29 @@ def test_a_job_from_submit_to_its_outputs() -> None:
         await world.call(FORGET, JobRequest("j1", "f"))
         with pytest.raises(NotFound):
             await info(world)
+
+    story(test)
+
+
+def test_outputs_of_a_long_job_come_in_pages_that_fit_a_frame() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 9_000, batch=1)
+        for task in range(9_000):
+            failed = c.FailAttempt("j1", task, node_id(2), 0, "a model's own long message " * 9, fatal=True)
+            world.do(failed, world.node)
+        first, pages, found = 0, 0, list[int]()
+        while True:
+            page = await world.call(OUTPUTS, JobRequest("j1", first=first))
+            assert len(pack(page)) < HEADER_BYTES_MAX
+            found += [output.task for output in page.outputs]
+            pages += 1
+            if not page.more:
+                break
+            first = page.outputs[-1].last
+        assert found == list(range(9_000))
+        assert pages == 3
 
     story(test)
 

@@ -284,8 +284,7 @@ def test_a_node_that_comes_during_a_put_gets_its_copies_before_the_commit() -> N
                 if read == 16 * MB:  # the first block is on its way to three
                     await asyncio.sleep(1)
                     world.set_presence(world.node(4).id, "present")
-                piece = CONTENT[read - length : read]
-                return piece
+                return CONTENT[read - length : read]
 
             answer = await world.client().put(source, "f")
             assert (answer.copies, answer.degraded) == (4, False)
@@ -359,7 +358,7 @@ def test_blocks_are_taken_only_for_an_open_put_of_the_writer_and_of_this_term() 
                 with pytest.raises(InvalidArgument):
                     await write(world, WriteBlock("p1", block, size, chain, term))
             for size in (999, 1001):
-                with pytest.raises(InvalidArgument, match="ended after|announced"):
+                with pytest.raises(InvalidArgument, match=r"ended after|announced"):
                     await write(world, WriteBlock("p1", block, size, chain, term))
 
     run(story)
@@ -476,7 +475,7 @@ def breaks(world: World, how: Callable[[Node], None], reads: int) -> None:
 def test_a_replica_lost_while_it_is_read_is_replaced_by_the_next(reads: int, how: str) -> None:
     async def story() -> None:
         async with World(6) as world:
-            holders, stranger = await stored(world)
+            _, stranger = await stored(world)
 
             def strike(node: Node) -> None:
                 if how == "dies":

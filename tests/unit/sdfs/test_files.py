@@ -179,17 +179,19 @@ def test_equal_blocks_are_sent_and_kept_once() -> None:
 def test_a_worker_uploads_blocks_and_reads_them_without_a_name() -> None:
     async def story() -> None:
         async with World(4) as world:
-            client, content = world.client(), content_of(9 * MB)
+            client, content = world.worker(2), content_of(9 * MB)
             uploaded = await client.upload(source_of(content), ".idunno/jobs/j1/input")
             assert (uploaded.size, len(uploaded.blocks)) == (len(content), 2)
             put = world.machine.namespace.open_put(uploaded.put)
             assert put is not None
+            assert (put.owner, put.node) == (world.node(2).id, world.node(2).id)
             got = bytearray()
 
             async def sink(offset: int, piece: object) -> None:
                 got.extend(memoryview(piece))  # type: ignore[arg-type]
 
-            await world.client(OTHER, entry=3).fetch(uploaded.blocks, sink, what="input of j1")
+            await world.worker(3).fetch(uploaded.blocks, sink, what="input of j1")
             assert got == content
+            assert (await world.worker(3).store("n2")).node == "n2"
 
     run(story)

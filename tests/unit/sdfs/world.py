@@ -15,6 +15,7 @@ from idunno.base.disk import Buffer
 from idunno.base.errors import ConnectionLost, NoQuorum, Unavailable
 from idunno.base.ids import BlockId, Index, NodeId, Term
 from idunno.coordinator.commands import AddUser, Command, Entry, SetPresence, encode_entry
+from idunno.coordinator.effects import KeepSmall
 from idunno.coordinator.machine import Machine
 from idunno.sdfs.blocks import BlockStore
 from idunno.sdfs.client import FileClient, source_of
@@ -180,9 +181,7 @@ class Coordination:
 
     async def _led(self, timeout_s: float) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
-                while self._world.leader is None:
-                    await asyncio.sleep(0.01)
+            await asyncio.wait_for(self._world.led.wait(), timeout_s)
         except TimeoutError:
             raise NoQuorum("no leader") from None
 
@@ -301,6 +300,7 @@ class World:
         self.now_ms = 1_000_000
         self.leader: NodeId | None = None
         self.term = Term(1)
+        self.led = asyncio.Event()  # somebody leads
         self.before: Callable[[Node, str, str], None] | None = None
         self.log: list[tuple[Index, bytes]] = []
         self.nodes: dict[NodeId, Node] = {}
@@ -353,14 +353,19 @@ class World:
         if applied.error is not None:
             raise applied.error
         for effect in applied.effects:
-            for node in self.living:
-                node.files.follow(index, effect)
+            if isinstance(effect, KeepSmall):
+                for node in self.living:
+                    node.small.keep(effect.block, effect.content)
         return applied.result
 
     def lead(self, node: NodeId | None) -> None:
         """`node` is elected; None: nobody leads for now."""
         self.term = Term(self.term + 1)
         self.leader = node
+        if node is None:
+            self.led.clear()
+        else:
+            self.led.set()
         for each in self.living:
             each.files.role_changed(each.id == node, self.term)
             each.data.leader_changed(node, self.term)
@@ -409,7 +414,8 @@ class World:
         await again.start()
         for index, entry in self.log:  # the log is replayed from its beginning
             for effect in _effects(self.log, index, entry):
-                again.files.follow(index, effect)
+                if isinstance(effect, KeepSmall):
+                    again.small.keep(effect.block, effect.content)
         if self.machine.roster.node(node.id).presence != "present":
             self.set_presence(node.id, "present")
         return again
@@ -428,6 +434,12 @@ class World:
             return self.caller(order[0].id, Peer(actor)) if order else Dead(NodeId("nobody"))
 
         return FileClient(caller, offload=inline, rng=random.Random(f"{actor.name} {entry} {self.rng.random()}"))
+
+    def worker(self, number: int) -> FileClient:
+        """A node's own client, through its own handlers."""
+        node = self.node(number)
+        peer = Peer(Actor(node.id, Role.NODE), node=node.id)
+        return FileClient(lambda: self.caller(node.id, peer), offload=inline, rng=random.Random(number))
 
     async def put(self, content: bytes, name: str, *, entry: int = 1, **more: Any) -> PutAnswer:
         return await self.client(entry=entry).put(source_of(content), name, **more)

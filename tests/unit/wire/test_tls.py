@@ -10,6 +10,7 @@ import socket
 import ssl
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -22,9 +23,10 @@ from idunno.base.errors import (
     PermissionDenied,
     Unauthenticated,
     Unavailable,
+    Unconfirmed,
 )
 from idunno.wire import security
-from idunno.wire.calls import Actor, Empty, Peer, Role
+from idunno.wire.calls import Actor, Empty, Method, Peer, Role
 from idunno.wire.rpc import Limits, Server, connect_tcp, connect_unix
 from idunno.wire.server import short_path
 from tests.unit.wire.support import ECHO, HANG, HELLO, LOOPS, NODES_ONLY, WHO, Text, cluster, run, serving_tls, until
@@ -375,3 +377,42 @@ def test_missing_or_wrong_files_are_one_clear_error(tmp_path: Path) -> None:
 def test_errors_of_this_page_tell_the_caller_that_nothing_happened() -> None:
     kinds: tuple[type[IdunnoError], ...] = (Unauthenticated, PermissionDenied, Unavailable, Exhausted)
     assert not any(kind.may_have_happened for kind in kinds)
+
+
+@EITHER_LOOP
+def test_a_burst_of_large_calls_waits_its_turn_instead_of_filling_memory(loop: str) -> None:
+    home = cluster(HOME)
+
+    async def main() -> None:
+        async with serving_tls(home) as (port, _, _):
+            caller = await connect_tcp("127.0.0.1", port, home.client_context(home.user), timeout_s=5)
+            body = os.urandom(256 * 1024)
+            calls = [caller.call_with_body(ECHO, Text(), timeout_s=20, body=body) for _ in range(200)]
+            tasks = [asyncio.create_task(call) for call in calls]
+            link = caller._link
+            assert link is not None
+            await asyncio.sleep(0)
+            assert link.buffered() < 4 * 1024 * 1024
+            results = await asyncio.gather(*tasks)
+            assert all(answer == (Text(), body) for answer in results)
+            await caller.close()
+
+    run(loop, main)
+
+
+def test_an_answer_that_cannot_be_read_may_have_happened() -> None:
+    home = cluster(HOME)
+
+    async def main() -> None:
+        async with serving_tls(home) as (port, _, _):
+            caller = await connect_tcp("127.0.0.1", port, home.client_context(home.user), timeout_s=5)
+            newer = Method("test.echo", Text, Number, Role.READER)
+            with pytest.raises(Unconfirmed, match="cannot be read"):
+                await caller.call(newer, Text("not a number"), timeout_s=5)
+            await caller.close()
+
+    run("asyncio", main)
+
+
+class Number(msgspec.Struct):
+    number: int

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from idunno.base.errors import InvalidArgument, ModelFailed
+from idunno.base.errors import DecodeError, InvalidArgument, ModelFailed
+from idunno.worker import protocol
 from idunno.worker.protocol import Ran
-from idunno.worker.runner import RUNNER, ChildFactory, ChildRunner, child_environment, ending
+from idunno.worker.runner import RUNNER, ChildFactory, ChildRunner, Pipes, child_environment, ending
 from tests.unit.worker.helpers import EXAMPLES, add_one, endless, labels, npy, png, until, zipped
 
 LIMIT_S = 20.0
@@ -190,6 +195,61 @@ def test_the_child_ends_when_its_stdin_does(tmp_path: Path) -> None:
         assert runner.returncode == 0
 
     asyncio.run(run())
+
+
+async def scripted(code: str) -> ChildRunner:
+    """A process that is not ours at all: it runs `code`, with struct, sys, os and time imported."""
+    loop = asyncio.get_running_loop()
+    transport, pipes = await loop.subprocess_exec(
+        lambda: Pipes(loop), sys.executable, "-c", f"import os, struct, sys, time\n{code}", start_new_session=True
+    )
+    return ChildRunner(transport, pipes)
+
+
+def group(leader: int) -> list[str]:
+    """The living processes of a group; the dead ones may wait for their parent to look."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == leader and state != "Z":
+                found.append(stat.parent.name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (
+            "sys.stderr.write('line\\n' * 100_000 + 'no memory for it\\n'); sys.exit(3)",
+            r"exit status 3; last lines: .*no memory",
+        ),
+        ("sys.stderr.write('x' * 10_000_000); os.abort()", r"signal 6 \(aborted\); last lines: x+"),
+        ("print('hello', flush=True); time.sleep(60)", "broke the protocol and was killed: a frame has 1 to"),
+        ("os.write(1, b'\\x01\\0\\0\\0?'); time.sleep(60)", "broke the protocol and was killed: 1 bytes are no answer"),
+        ("os.fork() or time.sleep(60); os._exit(4)", "exit status 4"),
+    ],
+)
+def test_a_process_that_does_not_keep_the_protocol_ends_in_one_bounded_line(code: str, told: str) -> None:
+    async def run() -> None:
+        runner = await scripted(code)
+        with pytest.raises(ModelFailed, match=told) as caught:
+            await runner.started()
+        assert len(str(caught.value)) < 1_000
+        assert "\n" not in str(caught.value)
+        await until(lambda: group(runner.pid) == [])  # nothing of it is left, what it forked included
+        await runner.close()
+
+    asyncio.run(run())
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_a_message_or_a_decode_error(content: bytes) -> None:
+    for decode in (protocol.decode_answer, protocol.decode_request):
+        with contextlib.suppress(DecodeError):
+            decode(content)
+    with contextlib.suppress(DecodeError):
+        assert 1 <= protocol.frame_length(content[:4].ljust(4, b"\0")) <= protocol.FRAME_BYTES_MAX
 
 
 def test_the_environment_is_a_short_list() -> None:
