@@ -241,6 +241,8 @@ class Raft:
         self.leader = None
         if not self._may_stand():
             return
+        # Asked again soon: it changes nothing at others, and they may just be connecting, or about to miss the leader too.
+        self._election_ms = self._now + self.config.heartbeat_ms + self._rng.randrange(self.config.heartbeat_ms)
         self.role, self._votes = RaftRole.PRE_CANDIDATE, {self.me}
         if majority(len(self.voters)) == 1:
             self._stand()

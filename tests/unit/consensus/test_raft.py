@@ -87,6 +87,15 @@ def test_9_6_pre_vote_changes_neither_term_nor_vote() -> None:
     assert (raft.term, raft.voted_for) == (1, None)
 
 
+def test_9_6_a_pre_vote_that_nobody_heard_is_asked_again_soon() -> None:
+    world = World(3, seed=12)
+    world.split(*([name] for name in world.nodes))
+    world.run(5_000)
+    world.heal()
+    world.run(2 * CONFIG.heartbeat_ms + 50)
+    assert world.leader() is not None
+
+
 def test_9_6_a_node_without_a_majority_never_raises_its_term() -> None:
     world = World(3, seed=3)
     leader = world.elect()

@@ -90,7 +90,7 @@ def test_a_refusal_arrives_as_the_class_that_was_raised_and_enters_no_log() -> N
         with pytest.raises(PermissionDenied, match="takes the role user"):
             await node.propose(small("p2"), actor=READER, timeout_s=5)
         with pytest.raises(InvalidArgument):
-            await node.propose(small("p2", "a\u00a0b"), actor=ALICE, timeout_s=5)
+            await node.propose(small("p2", "a\u200bb"), actor=ALICE, timeout_s=5)
         assert len(world.log) == logged
         with pytest.raises(Conflict, match="not open"):
             await node.propose(c.CommitPut("p9", "a", 10, (block("x"),)), actor=ALICE, timeout_s=5)
