@@ -1,4 +1,7 @@
-"""What an idle cluster costs: start-up time, resident memory and processor share of each node. `python bench/idle.py [nodes] [seconds]`."""
+"""What an idle cluster costs: start-up time, and resident memory and processor share of each node.
+
+Usage: python bench/idle.py [nodes] [seconds]
+"""
 
 from __future__ import annotations
 

@@ -138,8 +138,12 @@ class Jobs(Models):
 
     async def outputs(self, job: str) -> list[OutputInfo]:
         """The finished tasks' files in SDFS, in input order."""
-        answer = await self._ask(OUTPUTS, JobRequest(job))
-        return sorted(answer.outputs, key=lambda part: part.first)
+        found: list[OutputInfo] = []
+        while True:
+            answer = await self._ask(OUTPUTS, JobRequest(job, first=found[-1].last if found else 0))
+            found += answer.outputs
+            if not answer.more or not answer.outputs:
+                return found
 
     async def wait(self, job: str, progress: Callable[[JobInfo], None] | None = None) -> JobInfo:
         deadline = self._deadline(JOB_S)
@@ -184,15 +188,19 @@ class Jobs(Models):
         """The job's parts in input order without gaps, as they become available; a finished job's gaps are errors."""
         first = 0  # the first query not yet given out
         while True:
-            answer = await self._ask(OUTPUTS, JobRequest(job), deadline)
+            answer = await self._ask(OUTPUTS, JobRequest(job, first=first), deadline)
             info = answer.job
             if progress is not None:
                 progress(info)
             finished = info.state in FINISHED
-            run = _run_from(first, answer.outputs, info if finished else None)
+            more = answer.more and bool(answer.outputs)
+            until = answer.outputs[-1].last if more else info.queries
+            run = _run_from(first, answer.outputs, info if finished else None, until)
             if run:
                 first = run[-1].last
                 yield run
+            if more and run:
+                continue  # the next page may hold parts that are done already
             if finished:
                 return
             await self._changed(info, deadline)
@@ -235,8 +243,8 @@ class Jobs(Models):
         return file
 
 
-def _run_from(first: int, outputs: Sequence[OutputInfo], finished: JobInfo | None) -> list[OutputInfo]:
-    """The parts that follow query `first` without a gap. In a `finished` job the gaps are parts with its reason."""
+def _run_from(first: int, outputs: Sequence[OutputInfo], finished: JobInfo | None, until: int) -> list[OutputInfo]:
+    """The parts that follow query `first` without a gap. In a `finished` job the gaps up to `until` are parts with its reason."""
     run: list[OutputInfo] = []
     for part in sorted(outputs, key=lambda part: part.first):
         if part.last <= first or not (part.name or part.error):
@@ -247,8 +255,8 @@ def _run_from(first: int, outputs: Sequence[OutputInfo], finished: JobInfo | Non
             run.append(_gap(first, part.first, finished))
         run.append(part)
         first = part.last
-    if finished is not None and first < finished.queries:
-        run.append(_gap(first, finished.queries, finished))
+    if finished is not None and first < until:
+        run.append(_gap(first, until, finished))
     return run
 
 

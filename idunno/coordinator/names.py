@@ -12,6 +12,7 @@ SYSTEM: Final = ".idunno/"
 REQUEST_BYTES_MAX: Final = 128
 """A request or put id: a UUID four times over, and short enough to stand in every version."""
 
+
 def check_request(kind: str, request: str) -> str:
     """`request` itself if it can be a request's or put's id. Raises InvalidArgument."""
     if not request.isascii() or not request.isprintable() or not 1 <= len(request) <= REQUEST_BYTES_MAX:

@@ -85,7 +85,6 @@ class FrameDecoder:
         self._large: bytearray | None = None  # header and body of an unfinished large frame, received in place
         self._large_head = (Kind.REQUEST, 0, 0)  # its kind, request, header length
         self._filled = 0
-        self._failed: DecodeError | None = None
 
     def buffer(self) -> memoryview:
         """Where the next bytes go; never empty once next() has said None."""
@@ -106,18 +105,12 @@ class FrameDecoder:
 
     def next(self) -> Frame | None:
         """The next whole frame, None when more bytes are needed. Raises DecodeError."""
-        if self._failed is not None:
-            raise DecodeError(str(self._failed))
         if self._large is not None:
             return self._finish_large(self._large)
         have = self._end - self._start
         if have < HEAD_BYTES:
             return None
-        try:
-            kind, request, header_bytes, body_bytes = self._check_head()
-        except DecodeError as error:
-            self._failed = error
-            raise
+        kind, request, header_bytes, body_bytes = self._check_head()  # a bad head stays there: it fails every time
         total = HEAD_BYTES + header_bytes + body_bytes
         at = self._start + HEAD_BYTES
         if have >= total:

@@ -58,15 +58,12 @@ class Writer(threading.Thread):
 
 def progress(cluster: Cluster, job: str) -> float:
     row = cluster.job(job)
-    return row["done"] / row["queries"] if row["queries"] else 0.0
+    return float(row["done"] / row["queries"]) if row["queries"] else 0.0
 
 
 def finished(cluster: Cluster, job: str, *, timeout_s: float = 90.0) -> None:
-    row = until(
-        lambda: (row := cluster.job(job))["state"] not in ("planning", "running") and row,
-        "the job's end",
-        timeout_s=timeout_s,
-    )
+    until(lambda: cluster.job(job)["state"] not in ("planning", "running"), "the job's end", timeout_s=timeout_s)
+    row = cluster.job(job)
     assert row["state"] == "success", row
 
 

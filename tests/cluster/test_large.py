@@ -69,8 +69,8 @@ def test_300_mb_are_put_and_got_and_nobody_holds_more_than_64_mb_of_them(tmp_pat
         assert get - idle_client < HELD_MB_MAX, (get, idle_client)
 
         back = hashlib.sha256()
-        with open(tmp_path / "back", "rb") as file:
-            while piece := file.read(1024 * 1024):
+        with open(tmp_path / "back", "rb") as got:
+            while piece := got.read(1024 * 1024):
                 back.update(piece)
         assert back.digest() == digest.digest()
         where = cluster.json("where", "large")

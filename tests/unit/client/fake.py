@@ -265,12 +265,17 @@ def _get_job(world: World, call: Call[scheduler.GetJob]) -> scheduler.JobInfo:
     return world.jobs[job]
 
 
+OUTPUTS_A_PAGE = 2  # so that every test with three parts turns a page
+
+
 def _outputs(world: World, call: Call[scheduler.JobRequest]) -> scheduler.Outputs:
     job = call.request.job
     if job not in world.jobs:
         raise NotFound(f"no job {job}: see `idunno jobs`")
     # Any job may have the one story of outputs under "": a test does not know the id that the client makes.
-    return scheduler.Outputs(world.jobs[job], world.outputs.get(job, world.outputs.get("", [])))
+    ended = sorted(world.outputs.get(job, world.outputs.get("", [])), key=lambda part: part.first)
+    rest = [part for part in ended if part.last > call.request.first]
+    return scheduler.Outputs(world.jobs[job], rest[:OUTPUTS_A_PAGE], len(rest) > OUTPUTS_A_PAGE)
 
 
 def _cancel(world: World, call: Call[scheduler.JobRequest]) -> scheduler.JobInfo:

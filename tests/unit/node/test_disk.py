@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from idunno.base.errors import Corrupt, DiskFailed, NotFound
-from idunno.node import disk as real
 from idunno.node.disk import RealDisk, ThreadOffload, replace_file
 
 Run = Callable[[Callable[[RealDisk], Coroutine[Any, Any, Any]]], Any]
@@ -45,7 +44,7 @@ def test_a_short_write_is_continued(run: Run, monkeypatch: pytest.MonkeyPatch) -
     def at_most_five_bytes(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         return os.pwrite(descriptor, b"".join(buffers)[:5], offset)
 
-    monkeypatch.setattr(real.os, "pwritev", at_most_five_bytes)
+    monkeypatch.setattr(os, "pwritev", at_most_five_bytes)
 
     async def story(disk: RealDisk) -> None:
         file = await disk.open("a", create=True)
@@ -70,7 +69,7 @@ def test_errors_are_typed_and_carry_the_systems_words(run: Run, monkeypatch: pyt
         def full(*_: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(real.os, "pwritev", full)
+        monkeypatch.setattr(os, "pwritev", full)
         with pytest.raises(DiskFailed, match=r"No space left on device; free some space"):
             await disk.replace("small", b"6")
 
@@ -80,7 +79,7 @@ def test_errors_are_typed_and_carry_the_systems_words(run: Run, monkeypatch: pyt
 def test_replace_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = str(tmp_path / "file")
     replace_file(target, b"old")
-    monkeypatch.setattr(real.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output"):
         replace_file(target, b"new, but never synced")
     assert Path(target).read_bytes() == b"old"

@@ -4,6 +4,8 @@ import json
 import logging
 from pathlib import Path
 
+import pytest
+
 from idunno.node.logs import LINE_BYTES_MAX, JsonFormatter, start_logging
 
 
@@ -37,7 +39,7 @@ def test_a_line_cannot_be_forged_or_grow_without_bound() -> None:
     assert len(JsonFormatter("n1").format(record)) <= LINE_BYTES_MAX
 
 
-def test_a_log_that_cannot_be_written_costs_lines_not_the_node(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_costs_lines_not_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = logging.getLogger().handlers[:]
     handler = start_logging(str(tmp_path / "node.jsonl"), "n1")
     try:
@@ -46,7 +48,7 @@ def test_a_log_that_cannot_be_written_costs_lines_not_the_node(tmp_path: Path) -
         def full(_: str) -> int:
             raise OSError(28, "No space left on device")
 
-        handler.stream.write = full  # type: ignore[method-assign]
+        monkeypatch.setattr(handler.stream, "write", full)
         logging.getLogger("idunno.x").info("lost")
         assert handler.lost == 1
     finally:

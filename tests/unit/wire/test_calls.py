@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 
 from idunno.base.errors import (
@@ -21,6 +22,8 @@ from idunno.base.errors import (
 )
 from idunno.base.ids import NodeId
 from idunno.wire.calls import BODY_BYTES_MAX, Actor, Empty, Method, Peer, Role
+from idunno.wire.codec import RequestHead, encode
+from idunno.wire.frames import Frame, Kind, encode_frame
 from idunno.wire.rpc import Connection, LocalCaller, Server, connect_unix
 from tests.unit.wire.support import (
     BUG,
@@ -308,5 +311,32 @@ def test_a_peer_that_never_reads_its_answers_does_not_fill_memory(loop: str) -> 
             results = await asyncio.gather(*tasks, return_exceptions=True)
             assert {type(result) for result in results} <= {Text, Exhausted}
             assert results.count(Text()) > 100
+
+    run(loop, main)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_flood_of_small_requests_whose_errors_nobody_reads_is_not_read_either(loop: str) -> None:
+    async def main() -> None:
+        async with serving_unix() as (path, server, _):
+            _, writer = await asyncio.open_unix_connection(path, limit=1024)
+            header = encode(RequestHead("no.such.method", 1000, msgspec.Raw(encode(Empty()))))
+            flood = b"".join(encode_frame(Frame(Kind.REQUEST, number, header)) for number in range(1, 1001))
+            await until(lambda: server.connections == 1)
+            link = next(iter(server._doors)).link
+            assert link is not None
+            stuck = 0
+            while stuck < 3:  # until the server takes no more
+                writer.write(flood)
+                try:
+                    async with asyncio.timeout(0.05):
+                        await writer.drain()
+                    stuck = 0
+                except TimeoutError:
+                    stuck += 1
+                assert link.buffered() < 2 * 1024 * 1024
+            assert link.paused
+            writer.transport.abort()
+            await until(lambda: server.connections == 0)
 
     run(loop, main)

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
-from idunno.base.errors import DeadlineExceeded, DecodeError, NotFound, PermissionDenied
+from idunno.base.errors import DeadlineExceeded, DecodeError, Exhausted, NotFound, PermissionDenied
 from idunno.wire.calls import BODY_BYTES_MAX, HEADER_BYTES_MAX, STREAM_CREDIT_BYTES, Empty, Item
+from idunno.wire.handling import HELD_BYTES_MAX
 from idunno.wire.streams import Inbox, Outbox, cost
 from tests.unit.wire.support import ECHO, FLOOD, HANG, MISSING, NODES_ONLY, REPEAT, UNREAD, Text, run, until
 from tests.unit.wire.test_calls import WAYS, calling
@@ -161,5 +163,45 @@ def test_the_largest_item_always_gets_its_credit_in_the_end() -> None:
             assert await outbox.reserve(cost(note, body))
             inbox.put(note, body)
             assert await inbox.receive() == Item(note, body)
+
+    run("asyncio", main)
+
+
+@WAYS
+def test_a_long_stream_leaves_nothing_held(loop: str, way: str) -> None:
+    async def main() -> None:
+        async with calling(way) as (caller, server, _):
+            async with caller.open(REPEAT, Text(), timeout_s=20) as stream:
+
+                async def send() -> None:
+                    for _ in range(HELD_BYTES_MAX // BODY_BYTES_MAX + 20):  # more in all than may be held at once
+                        await stream.send(bytes(BODY_BYTES_MAX))
+                    await stream.end()
+
+                sending = asyncio.create_task(send())
+                while await stream.receive() is not None:
+                    pass
+                await sending
+                await stream.answer()
+            served = [door.serving for door in server._doors if door.serving is not None] + server._local
+            await until(lambda: [one.held for one in served] == [0])
+
+    run(loop, main)
+
+
+def test_streams_that_all_stand_still_are_refused_at_the_bound_of_their_connection() -> None:
+    async def main() -> None:
+        async with calling("unix") as (caller, server, story), contextlib.AsyncExitStack() as stack:
+            streams = [await stack.enter_async_context(caller.open(HANG, Empty(), timeout_s=20)) for _ in range(40)]
+            for stream in streams:
+                with contextlib.suppress(Exhausted):
+                    for _ in range(7):
+                        await stream.send(bytes(BODY_BYTES_MAX))
+            served = next(iter(server._doors)).serving
+            assert served is not None
+            await until(lambda: story.cancelled > 0)
+            assert served.held <= HELD_BYTES_MAX
+            assert story.started == 40
+            assert await caller.call(ECHO, Text("x"), timeout_s=5) == Text("x")
 
     run("asyncio", main)
