@@ -81,8 +81,24 @@ class MemberAddress(msgspec.Struct, frozen=True):
     voter: bool = False
 
 
+class CheckAddress(msgspec.Struct, frozen=True):
+    """Call back to the address a newcomer will advertise, where it listens for the nonce now, over TCP and UDP."""
+
+    token: str
+    address: str
+    nonce: bytes
+
+
+class CheckAddressAnswer(msgspec.Struct, frozen=True):
+    """Why the address could not be reached; "" when it could."""
+
+    tcp: str
+    udp: str
+
+
 HELLO: Final = Method("join.hello", Hello, HelloAnswer, Role.ANYONE)
 ENROLL: Final = Method("join.enroll", Enroll, EnrollAnswer, Role.ANYONE)
+CHECK_ADDRESS: Final = Method("join.check-address", CheckAddress, CheckAddressAnswer, Role.ANYONE)
 
 # -- looking ----------------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,10 @@ class CoordinatorService:
 
     # -- between nodes ------------------------------------------------------------------------------------------------
 
+    def check_token(self, text: str) -> TokenRecord:
+        """The record of a token that holds, as this node's machine knows it. Raises InvalidArgument, Unauthenticated."""
+        return self._enrolment.check_token(text)
+
     async def _propose(self, call: Call[m.Propose]) -> m.Proposed:
         if call.peer.node is None:
             raise PermissionDenied("commands come from nodes; use the calls for files, models and jobs")

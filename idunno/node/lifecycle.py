@@ -30,6 +30,7 @@ from idunno.node.identity import (
     new_node_id,
     write_identity,
 )
+from idunno.node.reach import NONCE_BYTES, check_reachable
 from idunno.wire.calls import Role
 from idunno.wire.rpc import connect_tcp
 from idunno.wire.security import client_context, fingerprint, make_ca, make_key_and_csr, sign
@@ -159,6 +160,8 @@ async def _join(address: str, token: str, directory: Path, config: NodeConfig) -
         key_pem, csr_pem = make_key_and_csr(node)
         second = await connect_tcp(host, port, client_context(None, None, hello.ca_pem), expect=None, timeout_s=10.0)
         try:
+            nonce = secrets.token_bytes(NONCE_BYTES)
+            await check_reachable(second, token=token, listen=config.listen, address=config.address, nonce=nonce)
             answer = await second.call(
                 ENROLL,
                 Enroll(

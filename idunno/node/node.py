@@ -36,6 +36,7 @@ from idunno.node.identity import DirectoryLock, Identity
 from idunno.node.known import Known
 from idunno.node.logs import start_logging
 from idunno.node.platform import Platform, real_platform
+from idunno.node.reach import Reach
 from idunno.node.seat import Seat
 from idunno.scheduler.config import SchedulerConfig
 from idunno.scheduler.service import SchedulerService
@@ -113,7 +114,10 @@ class Node:
             platform.now_ms,
         )
         self.coordinator = Coordinator(self.driver, self.machine, self.peers, me, platform.now_ms)
-        CoordinatorService(self.coordinator, self.server, ca_pem=held.ca_pem, ca_key_pem=lambda: held.ca_key_pem)
+        coordination = CoordinatorService(
+            self.coordinator, self.server, ca_pem=held.ca_pem, ca_key_pem=lambda: held.ca_key_pem
+        )
+        Reach(self.server, coordination.check_token)
         self._make_files()
         self.scheduler = SchedulerService(
             self.coordinator,
