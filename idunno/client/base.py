@@ -58,6 +58,11 @@ class Base:
         self._file_client = files
         self._timeout_s = timeout_s
 
+    @property
+    def file_client(self) -> FileClient:
+        """Files as streams, ranges and pages, for what is built on the client (idunno.fs)."""
+        return self._file_client
+
     def _deadline(self, default_s: float = QUESTION_S) -> Deadline:
         return Deadline(self._timeout_s, default_s)
 

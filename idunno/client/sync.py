@@ -49,6 +49,11 @@ class LoopThread:
             future.cancel()
             raise
 
+    def post(self, work: Callable[[], object]) -> None:
+        """Run in the loop soon, without waiting: for finalisers, which may run in any thread."""
+        if not self._closed:
+            self._loop.call_soon_threadsafe(work)
+
     def close(self) -> None:
         if self._closed:
             return

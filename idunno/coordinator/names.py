@@ -53,3 +53,9 @@ def input_of(name: str) -> str | None:
     """The job whose input `name` is, None when it is no such name."""
     parts = name.split("/")
     return parts[2] if len(parts) == 4 and parts[:2] == [".idunno", "jobs"] and parts[3] == "input" else None
+
+
+def job_of(name: str) -> str | None:
+    """The job whose file `name` is, input or output; None when it is no such name."""
+    parts = name.split("/")
+    return parts[2] if len(parts) >= 4 and parts[:2] == [".idunno", "jobs"] else None

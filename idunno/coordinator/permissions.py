@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from idunno.base.errors import Conflict, PermissionDenied
 from idunno.base.ids import check_file_name
 from idunno.coordinator import commands as c
-from idunno.coordinator.names import SYSTEM, input_of, model_of
+from idunno.coordinator.names import SYSTEM, input_name, input_of, job_of, model_of
 from idunno.wire.calls import Actor, Role
 
 if TYPE_CHECKING:
@@ -34,6 +34,20 @@ def check_new_names(command: c.Command) -> None:
     """Before proposing: names of new files must be clean by this Python's own Unicode tables too (see names.py)."""
     if isinstance(command, c.BeginPut | c.PutSmall):
         check_file_name(command.name, system=True)
+
+
+def may_read(name: str, actor: Actor, machine: Machine) -> bool:
+    """Whether `actor` may look at that file: everybody at all of them, but for users at the files of others' jobs."""
+    if actor.role is not Role.USER or job_of(name) is None:
+        return True
+    current = machine.namespace.find(name)
+    return current is None or current.owner == actor.name
+
+
+def check_read(name: str, actor: Actor, machine: Machine) -> None:
+    """Raises PermissionDenied unless `may_read`."""
+    if not may_read(name, actor, machine):
+        raise PermissionDenied(f"{name[:200]} is of somebody else's job; users see their own: `idunno jobs`")
 
 
 def _is_above_owners(actor: Actor) -> bool:
@@ -110,6 +124,15 @@ def _model(command: c.Deploy | c.Undeploy | c.SetBatchSize, actor: Actor, machin
     if model is not None:
         instead = "choose another name" if isinstance(command, c.Deploy) else "leave it as it is"
         _owner(f"model {command.model}", model.owner, actor, instead)
+    for file in command.files if isinstance(command, c.Deploy) else ():
+        check_read(file.name, actor, machine)
+
+
+def _submit(command: c.SubmitJob, actor: Actor, machine: Machine) -> None:
+    check_read(command.input_name, actor, machine)
+    given = machine.namespace.find(input_name(command.job))
+    if given is not None:  # who forgets a job removes its files: they must not be another's, put for a job of that id
+        _owner(f"the input of job {command.job}", given.owner, actor, "a new job needs a new id")
 
 
 def _job(command: c.CancelJob | c.ForgetJob, actor: Actor, machine: Machine) -> None:
@@ -138,7 +161,7 @@ RULES: Final[dict[type[Any], tuple[Role, Owns | None]]] = {
     c.Unassign: (Role.NODE, None),
     c.ReportWorker: (Role.NODE, None),
     c.SetBatchSize: (Role.USER, _model),
-    c.SubmitJob: (Role.USER, None),
+    c.SubmitJob: (Role.USER, _submit),
     c.PlanJob: (Role.NODE, None),
     c.CompleteTask: (Role.NODE, None),
     c.FailAttempt: (Role.NODE, None),

@@ -23,6 +23,7 @@ from idunno.node.disk import replace_file
 FORMAT: Final = 1
 IDENTITY_FILE: Final = "identity.json"
 PEERS_FILE: Final = "peers.json"
+BOOT_FILE: Final = "boot"
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -137,7 +138,7 @@ def load_peers(directory: Path) -> KnownPeers:
 
 def next_boot(directory: Path) -> int:
     """Raise the directory's boot number by one, durably, and return it."""
-    path = directory / "boot"
+    path = directory / BOOT_FILE
     try:
         last = int(path.read_text())
     except FileNotFoundError:

@@ -1,25 +1,29 @@
 # idunno/node/lifecycle.py: making, joining and running a node's directory.
 #
 # Rule 1: these functions are synchronous and own their event loop: the command line calls them, one at a time.
-# Rule 2: whatever is made half-way can be made again: the identity is written last.
+# Rule 2: whatever is made half-way can be made again: the identity is written last. A join that was cut off goes on with the
+#         key and the node id that it began with: the cluster may know them already, and their name is taken.
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from idunno.base.errors import Unauthenticated
-from idunno.base.ids import check_label
+import msgspec
+
+from idunno.base.errors import DeadlineExceeded, Unauthenticated
+from idunno.base.ids import NodeId, check_label
 from idunno.base.version import VERSION
 from idunno.consensus.log import Log
 from idunno.coordinator.commands import FORMAT, Entry, Genesis, encode_entry
-from idunno.coordinator.messages import ENROLL, HELLO, Enroll, Hello, MemberAddress
+from idunno.coordinator.messages import ENROLL, HELLO, Enroll, EnrollAnswer, Hello, MemberAddress
 from idunno.coordinator.records import NodeRecord, TokenRecord
 from idunno.node.config import NodeConfig, load_config, parse_address
-from idunno.node.disk import RealDisk, ThreadOffload
+from idunno.node.disk import RealDisk, ThreadOffload, replace_file
 from idunno.node.identity import (
     Identity,
     KnownPeers,
@@ -41,6 +45,7 @@ VOTERS_MAX: Final = 7
 FIRST_TOKEN_S: Final = 7 * 86_400
 """The token that `init` prints: long enough to carry to the other machines, short enough to forget."""
 JOIN_TIMEOUT_S: Final = 30.0
+JOINING_FILE: Final = "joining.json"
 
 T = TypeVar("T")
 
@@ -144,45 +149,82 @@ def join(
     return run_async(_join(address, token, directory, config))
 
 
+class _Newcomer(msgspec.Struct, frozen=True):
+    """`joining.json`: who a join that is under way will be."""
+
+    ca_fingerprint: bytes
+    node: NodeId
+    key_pem: bytes
+    csr_pem: bytes
+
+
+def _newcomer(directory: Path, ca_fingerprint: bytes) -> _Newcomer:
+    """Who this directory began to be when it was last to join that cluster, else somebody new; on disk before it is told."""
+    path = directory / JOINING_FILE
+    try:
+        before = msgspec.json.decode(path.read_bytes(), type=_Newcomer)
+        if before.ca_fingerprint == ca_fingerprint:
+            return before
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+        pass  # nothing that anybody could know of
+    node = new_node_id()
+    key_pem, csr_pem = make_key_and_csr(node)
+    made = _Newcomer(ca_fingerprint, node, key_pem, csr_pem)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    replace_file(str(path), msgspec.json.encode(made))
+    return made
+
+
 async def _join(address: str, token: str, directory: Path, config: NodeConfig) -> dict[str, str]:
+    try:
+        async with asyncio.timeout(JOIN_TIMEOUT_S):
+            newcomer, ca_pem, answer = await _enroll(address, token, directory, config)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"{address} did not let this node in within {JOIN_TIMEOUT_S:g} s; join again with the same --dir"
+        ) from None
+    config = replace(config, name=answer.name)  # what it was called when it joined for the first time
+    held = Secrets(ca_pem, answer.certificate_pem, newcomer.key_pem, answer.cluster_key)
+    make_directory(directory, config, held, KnownPeers(answer.members))
+    await _create_log(directory, None)
+    write_identity(directory, Identity(1, answer.cluster, newcomer.node))
+    (directory / JOINING_FILE).unlink()
+    return {"cluster": answer.cluster, "node": newcomer.node, "name": config.name, "directory": str(directory)}
+
+
+async def _enroll(
+    address: str, token: str, directory: Path, config: NodeConfig
+) -> tuple[_Newcomer, bytes, EnrollAnswer]:
+    """Who was let in, the cluster's CA, and what it answered."""
     parsed = parse_token(token)
     host, port = parse_address(address)
     # The first word is not trusted: it only brings the CA, which must be the one whose fingerprint the token carries.
-    async with asyncio.timeout(JOIN_TIMEOUT_S):
-        first = await connect_tcp(host, port, client_context(None, None, None), expect=None, timeout_s=10.0)
-        try:
-            hello = await first.call(HELLO, Hello(), timeout_s=10.0)
-        finally:
-            await first.close()
-        if fingerprint(hello.ca_pem) != parsed.ca_fingerprint:
-            raise Unauthenticated(f"{address} does not belong to the cluster that this token is for: check the address")
-        node = new_node_id()
-        key_pem, csr_pem = make_key_and_csr(node)
-        second = await connect_tcp(host, port, client_context(None, None, hello.ca_pem), expect=None, timeout_s=10.0)
-        try:
-            nonce = secrets.token_bytes(NONCE_BYTES)
-            await check_reachable(second, token=token, listen=config.listen, address=config.address, nonce=nonce)
-            answer = await second.call(
-                ENROLL,
-                Enroll(
-                    token=token,
-                    csr_pem=csr_pem,
-                    name=config.name,
-                    node=node,
-                    address=config.address,
-                    slots=config.slots,
-                    zone=config.zone,
-                    software=VERSION,
-                ),
-                timeout_s=20.0,
-            )
-        finally:
-            await second.close()
-    held = Secrets(hello.ca_pem, answer.certificate_pem, key_pem, answer.cluster_key)
-    make_directory(directory, config, held, KnownPeers(answer.members))
-    await _create_log(directory, None)
-    write_identity(directory, Identity(1, answer.cluster, node))
-    return {"cluster": answer.cluster, "node": node, "name": config.name, "directory": str(directory)}
+    first = await connect_tcp(host, port, client_context(None, None, None), expect=None, timeout_s=10.0)
+    try:
+        hello = await first.call(HELLO, Hello(), timeout_s=10.0)
+    finally:
+        await first.close()
+    if fingerprint(hello.ca_pem) != parsed.ca_fingerprint:
+        raise Unauthenticated(f"{address} does not belong to the cluster that this token is for: check the address")
+    newcomer = _newcomer(directory, parsed.ca_fingerprint)
+    second = await connect_tcp(host, port, client_context(None, None, hello.ca_pem), expect=None, timeout_s=10.0)
+    try:
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        await check_reachable(second, token=token, listen=config.listen, address=config.address, nonce=nonce)
+        request = Enroll(
+            token=token,
+            csr_pem=newcomer.csr_pem,
+            name=config.name,
+            node=newcomer.node,
+            address=config.address,
+            slots=config.slots,
+            zone=config.zone,
+            software=VERSION,
+        )
+        answer = await second.call(ENROLL, request, timeout_s=20.0)
+    finally:
+        await second.close()
+    return newcomer, hello.ca_pem, answer
 
 
 def _default_name(listen: str) -> str:

@@ -2,6 +2,7 @@
 #
 # Rule 1: `up` is idempotent: it makes what is not there, starts what is not running, and waits until all is well.
 # Rule 2: a process that ends while `up` waits is reported with the last lines it wrote, not as a time-out.
+# Rule 3: a cluster whose making was interrupted is made again from the start: none of its nodes has ever run.
 from __future__ import annotations
 
 import asyncio
@@ -19,7 +20,8 @@ import msgspec
 from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, InvalidArgument, Unavailable
 from idunno.coordinator.messages import MEMBERS, STATUS, Member, Members, Status
 from idunno.node.config import NodeConfig, load_config, parse_address
-from idunno.node.identity import IDENTITY_FILE, running_pid
+from idunno.node.disk import replace_file, sync_directory
+from idunno.node.identity import BOOT_FILE, IDENTITY_FILE, running_pid
 from idunno.node.lifecycle import make_cluster, run_async
 from idunno.wire.rpc import Connection, connect_unix
 
@@ -31,6 +33,12 @@ STOP_TIMEOUT_S: Final = 15.0
 LOOK_AGAIN_S: Final = 0.1
 
 CLUSTER_FILE: Final = "cluster.json"
+UNFINISHED_FILE: Final = "up.unfinished"
+"""There while a cluster is being made, and gone, durably, before the first of its processes starts."""
+
+
+Looked = tuple[list[Member], str | None, str, bool]
+"""Members, the scheduler's name, the cluster's id, and whether the scheduler still waits for reports."""
 
 
 class LocalCluster(msgspec.Struct, frozen=True):
@@ -50,6 +58,10 @@ def up(directory: Path, nodes: int | None = None, port: int | None = None) -> di
     clock = asyncio.new_event_loop()
     began_s = clock.time()
     found = existing_nodes(directory)
+    if (directory / UNFINISHED_FILE).exists() and not any((node / BOOT_FILE).exists() for node in found):
+        for node in found:
+            shutil.rmtree(node)
+        found = []
     if not found:
         found = _make(directory, 5 if nodes is None else nodes, 7400 if port is None else port)
     elif nodes is not None and nodes != len(found):
@@ -103,9 +115,13 @@ def _make(directory: Path, nodes: int, port: int) -> list[Path]:
     for leftover in directories:
         if leftover.exists():  # an `up` that was interrupted before its identities were written
             shutil.rmtree(leftover)
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_file(str(directory / UNFINISHED_FILE), b"`idunno up` was making this cluster\n")
     made = make_cluster(directories, configs)
     about = LocalCluster(made["cluster"], [c.name for c in configs], [c.address for c in configs])
-    (directory / CLUSTER_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(about)))
+    replace_file(str(directory / CLUSTER_FILE), msgspec.json.format(msgspec.json.encode(about)))
+    (directory / UNFINISHED_FILE).unlink()
+    sync_directory(str(directory))
     return directories
 
 
@@ -154,7 +170,7 @@ async def _until_ready(
                 answers = [answer for answer in seen if isinstance(answer, tuple)]
                 waits_for = _missing(nodes, seen)
                 if not waits_for:
-                    members, scheduler, cluster = answers[0]
+                    members, scheduler, cluster, _ = answers[0]
                     assert scheduler is not None
                     return members, scheduler, cluster
                 await asyncio.sleep(LOOK_AGAIN_S)
@@ -165,15 +181,17 @@ async def _until_ready(
         ) from None
 
 
-def _missing(nodes: list[Path], seen: list[tuple[list[Member], str | None, str] | IdunnoError]) -> str:
+def _missing(nodes: list[Path], seen: list[Looked | IdunnoError]) -> str:
     """What is not ready yet, "" when all is."""
     schedulers = set()
     for node, answer in zip(nodes, seen, strict=True):
         if isinstance(answer, IdunnoError):
             return f"node {node.name} to answer"
-        members, scheduler, _ = answer
+        members, scheduler, _, recovering = answer
         if scheduler is None:
             return f"node {node.name} to know a scheduler"
+        if recovering:
+            return "the scheduler to hear from all nodes"
         schedulers.add(scheduler)
         active = sum(member.state == "active" for member in members)
         if active < len(nodes):
@@ -181,14 +199,14 @@ def _missing(nodes: list[Path], seen: list[tuple[list[Member], str | None, str] 
     return "" if len(schedulers) == 1 else f"one scheduler: there are {' and '.join(sorted(schedulers))}"
 
 
-async def look(node: Path) -> tuple[list[Member], str | None, str] | IdunnoError:
-    """What the node of this directory says of the cluster: (members, scheduler, cluster id), or why it does not answer."""
+async def look(node: Path) -> Looked | IdunnoError:
+    """What the node of this directory says of the cluster: or why it does not answer."""
     connection: Connection | None = None
     try:
         connection = await connect_unix(str(node / "node.sock"), timeout_s=1.0)
         status = await connection.call(STATUS, Status(), timeout_s=2.0)
         members = await connection.call(MEMBERS, Members(), timeout_s=2.0)
-        return members.members, status.scheduler, status.cluster
+        return members.members, status.scheduler, status.cluster, status.recovering
     except IdunnoError as error:
         return error
     finally:

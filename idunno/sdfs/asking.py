@@ -5,16 +5,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from typing import Final
 
 from idunno.base.disk import Buffer
-from idunno.base.errors import DeadlineExceeded, IdunnoError, Unavailable, Unconfirmed
+from idunno.base.errors import Cancelled, DeadlineExceeded, IdunnoError, Unavailable, Unconfirmed
 from idunno.wire.calls import A, Caller, Method, Q, Role
 
 ATTEMPT_S: Final = 10.0
 """For one attempt: a node that is frozen is left for another after this."""
+PATIENCE_S: Final = 60.0
+"""For an operation's first question: a cluster that is restarted answers within this."""
 PAUSE_MIN_S: Final = 0.05
 PAUSE_MAX_S: Final = 1.0
 """Between attempts, doubling: an election takes about a second, so several attempts fall into it."""
@@ -44,17 +47,16 @@ class Asker:
         pause_s = min(PAUSE_MIN_S * 2 ** min(attempt, 10), PAUSE_MAX_S) * self._rng.uniform(0.5, 1.0)
         await asyncio.sleep(min(pause_s, max(0.0, self._end_s - self._loop.time())))
 
-    async def ask(self, method: Method[Q, A], request: Q, *, body: Buffer = b"") -> A:
-        """Raises what the handler raised, if asking again cannot help; else, at the end of the time, why it did not work."""
+    async def ask(self, method: Method[Q, A], request: Q, *, body: Buffer = b"", patience_s: float = math.inf) -> A:
+        """Raises what the handler raised, if asking again cannot help; else, at the end of the time, why it did not work.
+
+        `patience_s`: for an operation's first question. A transfer may take an hour, but that nothing answers at all is
+        said sooner.
+        """
+        end_s = min(self._end_s, self._loop.time() + patience_s)
         attempt, unsure = 0, False
         last: IdunnoError | None = None
-        while True:
-            try:
-                left_s = self.left_s(f"waiting for {method.name} ({last})" if last else f"waiting for {method.name}")
-            except DeadlineExceeded:
-                if last is not None and not unsure:
-                    raise last from None
-                raise
+        while (left_s := end_s - self._loop.time()) > 0:
             try:
                 return await self.caller().call(method, request, timeout_s=min(left_s, ATTEMPT_S), body=body)
             except IdunnoError as error:
@@ -64,8 +66,15 @@ class Asker:
                 unsure = unsure or (isinstance(error, Unconfirmed) and method.access is not Role.READER)
             await self.pause(attempt)
             attempt += 1
+        if last is not None and (isinstance(last, Unconfirmed) or not unsure) and not self.problem:
+            raise last
+        said = self.problem or f"waiting for {method.name}" + (f" ({last})" if last is not None else "")
+        raise DeadlineExceeded(
+            f"{self.what}: not done in {min(self.timeout_s, patience_s):g} s, {said}; give a larger --timeout"
+        ) from last
 
 
 def may_repeat(error: IdunnoError) -> bool:
     """Whether the same request, which may be asked twice, could go well at another node or a little later."""
-    return error.retryable or isinstance(error, (DeadlineExceeded, Unavailable))
+    # Cancelled: the node that was asked is stopping. (Who is cancelled himself hears nothing any more.)
+    return error.retryable or isinstance(error, (DeadlineExceeded, Unavailable, Cancelled))

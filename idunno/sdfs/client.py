@@ -14,7 +14,7 @@ from idunno.base.disk import Buffer
 from idunno.base.errors import Corrupt, Exhausted, InvalidArgument, NotReady
 from idunno.base.ids import check_file_name
 from idunno.coordinator.records import COPIES_WANTED, SMALL_BYTES_MAX, Block
-from idunno.sdfs.asking import Asker
+from idunno.sdfs.asking import PATIENCE_S, Asker
 from idunno.sdfs.download import Sink, download, fetch
 from idunno.sdfs.hashing import Offload, block_id
 from idunno.sdfs.messages import (
@@ -36,6 +36,7 @@ from idunno.sdfs.messages import (
     DeleteAnswer,
     FileInfo,
     List,
+    ListAnswer,
     ListRow,
     PutAnswer,
     PutSmallFile,
@@ -54,6 +55,8 @@ Progress = Callable[[int, int], None]
 QUESTION_S: Final = 30.0
 TRANSFER_S: Final = 3_600.0
 """A file: 360 GB at 100 MB/s."""
+ROWS_MAX: Final = 1_000
+"""Of one page of a listing, the most that is answered."""
 REPAIRS_MAX: Final = 100
 """Commits refused for too few copies, because nodes came while the put was under way, before it is given up."""
 
@@ -117,7 +120,7 @@ class FileClient:
         first = await read_block(source)
         if len(first) <= SMALL_BYTES_MAX:
             request = PutSmallFile(put, name, if_version, write_quorum, system)
-            answer = await asker.ask(PUT_SMALL, request, body=bytes(first))
+            answer = await asker.ask(PUT_SMALL, request, body=bytes(first), patience_s=PATIENCE_S)
             if progress is not None:
                 progress(len(first), len(first))
             return answer
@@ -174,7 +177,7 @@ class FileClient:
         Raises NotFound, Unavailable (no live copy), Corrupt, DeadlineExceeded, and what `sink` raises.
         """
         asker = self._asker(f"get of {name}", timeout_s)
-        info = (await asker.ask(STAT, Stat(name, version, as_of_ms))).versions[0]
+        info = (await asker.ask(STAT, Stat(name, version, as_of_ms), patience_s=PATIENCE_S)).versions[0]
         count = _counter(progress, info.size)
 
         async def counted(offset: int, content: Buffer) -> None:
@@ -184,10 +187,32 @@ class FileClient:
         if info.content is None:
             await download(asker, info.blocks, counted, self._offload)
         else:
-            if len(info.blocks) != 1 or block_id(info.content) != info.blocks[0].block:
-                raise Corrupt(f"{name} version {info.version} came with other content than was put; try another node")
-            await counted(0, info.content)
+            await counted(0, _verified(info, info.content))
         return info
+
+    async def read(self, info: FileInfo, offset: int, length: int, *, timeout_s: float = TRANSFER_S) -> Buffer:
+        """Bytes [offset, offset + length) of a version that `stat` gave, ended by its end.
+
+        Only a whole block can be verified, so the whole blocks are fetched in which the range lies. Raises as `get`.
+        """
+        end = min(offset + length, info.size)
+        if info.content is not None:
+            return _verified(info, info.content)[offset:end]
+        asker = self._asker(f"read of {info.name}", timeout_s)
+        wanted: list[BlockCopies] = []
+        base = at = 0  # of the first block wanted, of this one
+        for block in info.blocks:
+            if at < end and at + block.size > offset:
+                base = base if wanted else at
+                wanted.append(block)
+            at += block.size
+        pieces: list[memoryview] = []
+
+        async def keep(at: int, content: Buffer) -> None:
+            pieces.append(memoryview(content)[max(0, offset - base - at) : end - base - at])
+
+        await download(asker, wanted, keep, self._offload)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def fetch(self, blocks: Sequence[Block], sink: Sink, *, what: str, timeout_s: float = TRANSFER_S) -> None:
         """Give the bytes of blocks that a model or a job pins, whatever has become of the file. `what` is for messages."""
@@ -215,6 +240,12 @@ class FileClient:
             if not page.more or not page.files:
                 return rows
             after = page.files[-1].name
+
+    async def ls_page(
+        self, prefix: str = "", after: str = "", *, limit: int = ROWS_MAX, timeout_s: float = QUESTION_S
+    ) -> ListAnswer:
+        """The first `limit` files with that prefix and a name greater than `after`, by name."""
+        return await self._asker(f"ls {prefix}", timeout_s).ask(LIST, List(prefix, after, limit))
 
     async def where(self, name: str, *, timeout_s: float = QUESTION_S) -> WhereAnswer:
         return await self._asker(f"where {name}", timeout_s).ask(WHERE, ByName(name))
@@ -256,6 +287,13 @@ class FileClient:
 
     async def _abort(self, asker: Asker, put: str, reason: str) -> None:
         await asker.ask(ABORT, Abort(put, reason))
+
+
+def _verified(info: FileInfo, content: bytes) -> bytes:
+    """A small file's content. Raises Corrupt."""
+    if len(info.blocks) != 1 or block_id(content) != info.blocks[0].block:
+        raise Corrupt(f"{info.name} version {info.version} came with other content than was put; try another node")
+    return content
 
 
 def check_write_quorum(write_quorum: int | None) -> None:

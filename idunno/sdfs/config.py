@@ -32,6 +32,8 @@ class SdfsConfig:
     times as long, so that the stalled one is blamed and not those before it."""
     answer_s: float = 10.0
     """How long the last node of a chain may take to sync a block: 8 MiB on a slow SD card take 2 s. Times k as above."""
+    idle_s: float = 30.0
+    """How long the other side of a block may neither send nor take anything before it loses its place here."""
     report_s: float = 10.0
     """How often a node tells the leader its free space when nothing else changes."""
     put_open_max_ms: int = 3_600_000

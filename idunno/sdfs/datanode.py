@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from idunno.base.errors import (
     Corrupt,
@@ -44,6 +44,8 @@ from idunno.sdfs.messages import (
 )
 from idunno.sdfs.small import SmallStore
 from idunno.wire.calls import BODY_BYTES_MAX, Actor, Call, Empty, Lane, Peers, Registrar, Role
+
+T = TypeVar("T")
 
 CHAIN_MAX: Final = 8
 RELAY_MAX: Final = 16
@@ -178,7 +180,7 @@ class DataNode:
         """Items until the stream's end, each to all copies. Returns early when no copy is left to be made."""
         received, size = 0, call.request.size
         while any(copy.error is None for copy in copies):
-            item = await call.receive()
+            item = await self._in_time(call.receive(), f"nothing came of block {call.request.block[:16]}")
             if item is None:
                 if received != size:
                     raise InvalidArgument(f"block {call.request.block[:16]} ended after {received} of {size} bytes")
@@ -188,6 +190,14 @@ class DataNode:
                 raise InvalidArgument(f"block {call.request.block[:16]} was announced with {size} bytes, more came")
             if item.body:
                 await asyncio.gather(*(copy.append(item.body) for copy in copies))
+
+    async def _in_time(self, step: Coroutine[Any, Any, T], late: str) -> T:
+        """A step of the caller's stream; a caller that stands still must not keep a place that others wait for."""
+        try:
+            async with asyncio.timeout(self._config.idle_s):
+                return await step
+        except TimeoutError:
+            raise DeadlineExceeded(f"{late} for {self._config.idle_s:.0f} s") from None
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -220,7 +230,7 @@ class DataNode:
             try:
                 async with aclosing(self._pull(node, call, at, end)) as pieces:
                     async for piece in pieces:
-                        await call.send(piece, note)
+                        await self._in_time(call.send(piece, note), f"nothing was taken of block {request.block[:16]}")
                         note = b""
                         at += len(piece)
                 return

@@ -18,7 +18,9 @@ from idunno.sdfs.messages import Inventory
 
 log = logging.getLogger("idunno.sdfs")
 
-RETRY_S = 1.0
+RETRY_S = 0.2
+"""A new leader takes reports once its first entry is applied, a commit after the others heard of it; until all have reported
+the cluster is `recovering`."""
 GATHER_S = 0.2
 """Changes are gathered this long: a put of many blocks makes few reports, and the commit tells the leader anyway."""
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -14,7 +15,7 @@ from idunno.base.disk import Buffer
 from idunno.base.errors import DeadlineExceeded, Exhausted, IdunnoError, InvalidArgument, StaleTerm
 from idunno.base.ids import BlockId, NodeId
 from idunno.coordinator.records import BLOCK_BYTES_MAX, Block
-from idunno.sdfs.asking import Asker, may_repeat
+from idunno.sdfs.asking import PATIENCE_S, Asker, may_repeat
 from idunno.sdfs.config import FILE_BLOCKS_MAX
 from idunno.sdfs.hashing import Offload, block_id
 from idunno.sdfs.messages import BEGIN, WRITE_BLOCK, Begin, BeginAnswer, BlockCopies, WriteBlock, WriteBlockAnswer
@@ -49,7 +50,8 @@ class Upload:
 
     async def begin(self) -> BeginAnswer:
         """Open the put, or ask again where its blocks should go."""
-        self._placement = await self._asker.ask(BEGIN, self._request)
+        patience_s = PATIENCE_S if self._placement is None else math.inf
+        self._placement = await self._asker.ask(BEGIN, self._request, patience_s=patience_s)
         self._generation += 1
         self._failed.clear()
         return self._placement

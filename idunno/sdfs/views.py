@@ -12,6 +12,7 @@ from typing import Any, Final
 from idunno.base.errors import Corrupt, IdunnoError, InvalidArgument, Unavailable
 from idunno.base.ids import NodeId
 from idunno.coordinator.machine import Machine
+from idunno.coordinator.permissions import check_read, may_read
 from idunno.coordinator.records import Block, VersionRecord
 from idunno.sdfs.blocks import BlockStore
 from idunno.sdfs.hashing import block_id
@@ -82,7 +83,9 @@ class Views:
 
     async def stat(self, call: Call[Stat]) -> StatAnswer:
         request = call.request
-        namespace = (await self._read(call)).namespace
+        machine = await self._read(call)
+        check_read(request.name, call.actor, machine)
+        namespace = machine.namespace
         if request.last is not None:
             if not 1 <= request.last <= ROWS_MAX:
                 raise InvalidArgument(f"the last {request.last} versions: ask for 1 to {ROWS_MAX}")
@@ -137,17 +140,24 @@ class Views:
 
     async def ls(self, call: Call[List]) -> ListAnswer:
         request = call.request
-        namespace = (await self._read(call)).namespace
+        machine = await self._read(call)
+        namespace = machine.namespace
         limit = max(1, min(request.limit, ROWS_MAX))
-        names, more = namespace.names(request.prefix, request.after, limit, system=request.system)
-        rows = []
-        for name in names:
-            record = namespace.latest(name)
-            rows.append(ListRow(name, record.version, record.size, iso(record.created_ms)))
+        rows: list[ListRow] = []
+        after, more = request.after, True
+        while more and not rows:  # a page with nothing for this actor's eyes is no end
+            names, more = namespace.names(request.prefix, after, limit, system=request.system)
+            for name in names:
+                if may_read(name, call.actor, machine):
+                    record = namespace.latest(name)
+                    rows.append(ListRow(name, record.version, record.size, iso(record.created_ms)))
+            after = names[-1] if names else after
+            await asyncio.sleep(0)  # other work first: a listing is in no hurry
         return ListAnswer(rows, more)
 
     async def versions(self, call: Call[ByName]) -> VersionsAnswer:
         machine = await self._read(call)
+        check_read(call.request.name, call.actor, machine)
         records: list[VersionRecord] = []
         blocks = 0
         found = machine.namespace.last(call.request.name, ROWS_MAX + 1)
@@ -170,6 +180,7 @@ class Views:
     async def where(self, call: Call[ByName]) -> WhereAnswer:
         name = call.request.name
         machine = await self._read(call)
+        check_read(name, call.actor, machine)
         record, roster = machine.namespace.latest(name), machine.roster
         recovering = False
         if record.small:  # it came with the log, to every node

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from ssl import SSLContext
 from typing import Any, Final
 
-from idunno.base.errors import Cancelled, DecodeError, Exhausted, IdunnoError, Unauthenticated, Unavailable
+from idunno.base.errors import ConnectionLost, DecodeError, Exhausted, IdunnoError, Unauthenticated, Unavailable
 from idunno.wire.calls import A, Actor, Handler, Method, Peer, Q, Role
 from idunno.wire.codec import Greeting, encode
 from idunno.wire.connection import CLOSE_S, Link, Wire
@@ -142,7 +142,8 @@ class Server:
         if tasks and grace_s > 0:
             await asyncio.wait(tasks, timeout=grace_s)
         for one in serving:
-            one.stop(Cancelled(f"node {self.name} is stopping"))
+            # Not `Cancelled`, which says that somebody wanted the end of it: these callers are to ask another node.
+            one.stop(ConnectionLost(f"node {self.name} is stopping: ask another node"))
         doors = list(self._doors)
         for door in doors:
             if door.link is not None:

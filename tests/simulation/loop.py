@@ -15,7 +15,7 @@ import heapq
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from tests.simulation.network import Host
@@ -130,7 +130,9 @@ class Scheduler:
                 steps += 1
                 at_this_moment += 1
                 if at_this_moment > STUCK_CALLBACKS:
-                    raise Stuck(f"{loop.name} runs {STUCK_CALLBACKS} callbacks at {self.now:.3f} s; next {handle.callback!r}")
+                    raise Stuck(
+                        f"{loop.name} runs {STUCK_CALLBACKS} callbacks at {self.now:.3f} s; next {handle.callback!r}"
+                    )
                 try:
                     handle.callback(*handle.args)
                 except Exception as error:
@@ -273,9 +275,6 @@ class SimLoop(asyncio.AbstractEventLoop):
     def close(self) -> None:
         return None
 
-    def _asyncgen_finalizer(self, generator: Any) -> NoReturn:
-        raise AssertionError("an asynchronous generator was dropped without being closed: its end would come by chance")
-
     def run_alone(self, work: Coroutine[Any, Any, Any], until_s: float) -> Any:
         """Run the whole world until `work`, on this loop, is done. Raises what it raises, and TimeoutError at `until_s`."""
         task = self.create_task(work, name="main")
@@ -283,4 +282,4 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.scheduler.run(until_s)
         if not task.done():
             raise TimeoutError(f"the world's own story was not over at {until_s:g} s")
-        return cast(Any, task.result())
+        return task.result()

@@ -24,6 +24,7 @@ LEFT = {
     "node": {"base", "wire", "consensus", "membership", "coordinator", "sdfs", "scheduler", "grep", "worker"},
     # The client needs the wire, the message types and the file client: it never holds a node's state.
     "client": {"base", "wire", "coordinator", "sdfs", "scheduler", "grep"},
+    "fs": {"base", "wire", "coordinator", "sdfs", "scheduler", "grep", "client"},
     "cli": {"base", "wire", "coordinator", "sdfs", "scheduler", "grep", "node", "client"},
 }
 """What each package may import besides itself (architecture.md)."""

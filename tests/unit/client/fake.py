@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from idunno.base.errors import ConnectionLost, IdunnoError, NotFound, Unavailable
+from idunno.base.errors import Conflict, ConnectionLost, IdunnoError, NotFound, Unavailable
 from idunno.base.ids import BlockId, NodeId
 from idunno.client.api import Cluster, open_cluster
 from idunno.client.locate import Door, Place, SocketDoor
@@ -55,6 +55,11 @@ class World:
         versions = self.files.setdefault(name, [])
         versions.append(Stored(len(versions) + 1, content))
         return len(versions)
+
+    def expect(self, name: str, if_version: int | None) -> None:
+        current = self.files[name][-1].version if name in self.files else 0
+        if if_version is not None and if_version != current:
+            raise Conflict(f"{name} is at version {current}, the put wanted version {if_version}")
 
     def asked(self, method: str) -> list[Any]:
         return [request for _, name, request in self.requests if name == method]
@@ -141,11 +146,13 @@ def _put_answer(name: str, version: int, size: int, blocks: int) -> sdfs.PutAnsw
 
 
 def _put_small(world: World, call: Call[sdfs.PutSmallFile]) -> sdfs.PutAnswer:
+    world.expect(call.request.name, call.request.if_version)
     version = world.put(call.request.name, bytes(call.body))
     return _put_answer(call.request.name, version, len(call.body), 1)
 
 
 def _begin(world: World, call: Call[sdfs.Begin]) -> sdfs.BeginAnswer:
+    world.expect(call.request.name, call.request.if_version)
     return sdfs.BeginAnswer(2, [sdfs.Replica(N1, "n1"), sdfs.Replica(N2, "n2")], [], 1)
 
 
@@ -159,6 +166,7 @@ async def _write(world: World, call: Call[sdfs.WriteBlock]) -> sdfs.WriteBlockAn
 
 def _commit(world: World, call: Call[sdfs.Commit]) -> sdfs.PutAnswer:
     request = call.request
+    world.expect(request.name, request.if_version)
     content = b"".join(world.blocks[block.block] for block in request.blocks)
     return _put_answer(request.name, world.put(request.name, content), len(content), len(request.blocks))
 

@@ -199,8 +199,40 @@ def test_a_models_files_are_its_owners() -> None:
         world.put(".idunno/models/digits/d3/m.onnx", actor=BOB)
 
 
-def test_outputs_are_for_everybody_to_read_and_for_nodes_to_write() -> None:
+def test_outputs_are_for_nodes_to_write() -> None:
     world = alices_world()
     with pytest.raises(PermissionDenied):
         world.do(c.BeginPut("p", output_name("job1", 0)))
     world.do(c.BeginPut("p", output_name("job1", 0), node=N2), Actor(NodeId(N2), Role.NODE))
+
+
+def test_the_files_of_a_job_are_its_clients_to_read_and_to_use() -> None:
+    world = alices_world()
+    world.do(done("job1", 0, 4), SYSTEM)
+    machine = world.machine
+    for name in (".idunno/jobs/job1/input", output_name("job1", 0)):
+        may = {actor.name: permissions.may_read(name, actor, machine) for actor in (ALICE, BOB, READER, ADMIN, SYSTEM)}
+        assert may == {"alice": True, "bob": False, "rita": True, "root": True, N1: True}
+        size, blocks = machine.namespace.latest(name).size, machine.namespace.latest(name).blocks
+        commands: list[c.Command] = [
+            c.SubmitJob("mine", "digits", name, 1, "lines"),
+            c.Deploy("mine", "onnx", (ModelFile("m.onnx", name, 1, size, blocks),), 0, 0, 1_000, 0, 0, ()),
+        ]
+        for command in commands:
+            with pytest.raises(PermissionDenied, match="somebody else's job"):
+                world.do(command, BOB)
+            world.do(command, ALICE)
+        world.do(c.Undeploy("mine"), ALICE)
+        world.do(c.CancelJob("mine"), ALICE)
+        world.do(c.ForgetJob("mine"), ALICE)
+    assert permissions.may_read("file", BOB, machine)
+
+
+def test_nobody_takes_a_jobs_id_with_the_input_in_it() -> None:
+    world = World()
+    world.deployed()
+    world.put(".idunno/jobs/job1/input")
+    world.put("bobs", actor=BOB)
+    with pytest.raises(PermissionDenied, match="the input of job job1 belongs to alice"):
+        world.do(c.SubmitJob("job1", "digits", "bobs", 1, "lines"), BOB)
+    world.submit("job1")

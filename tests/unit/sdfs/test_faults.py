@@ -16,6 +16,7 @@ from idunno.base.errors import (
     Exhausted,
     IdunnoError,
     InvalidArgument,
+    NoQuorum,
     NotFound,
     Unavailable,
 )
@@ -111,6 +112,28 @@ def test_the_entry_node_dies_at_every_step_of_a_put(entry: int, content: bytes) 
     assert steps > (20 if content is CONTENT else 1)
     for step in range(steps):
         run(lambda step=step: story(step))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("content", [SMALL, CONTENT], ids=["small", "large"])
+@pytest.mark.parametrize("step", [0, 3, 9])
+def test_a_put_goes_on_when_its_entry_node_is_stopped_in_order(step: int, content: bytes) -> None:
+    async def story() -> None:
+        async with World(6) as world:
+            count = itertools.count()
+            stopping: list[asyncio.Task[None]] = []
+
+            def before(node: Node, doing: str, path: str) -> None:
+                if node.name == "n2" and next(count) == step:
+                    stopping.append(asyncio.create_task(node.server.close(0)))
+
+            world.before = before
+            client = world.client(entry=2)
+            answer = await client.put(source_of(content), "f", timeout_s=60)
+            assert (answer.version, answer.copies) == (1, 4)
+            await asyncio.gather(*stopping)
+            assert await world.get("f", entry=3) == content
+
+    run(story)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -561,6 +584,26 @@ def test_a_range_outside_the_block_is_refused(offset: int, length: int) -> None:
     run(story)
 
 
+def test_callers_that_stand_still_lose_their_places() -> None:
+    async def story() -> None:
+        async with World(1) as world:
+            await world.put(CONTENT, "f")
+            put, node = await uploaded(world, SMALL), world.node(1)
+            caller = world.caller(node.id, Peer(USER))
+            block = block_id(CONTENT[: 8 * MB])
+            reads = caller.open(READ_BLOCK, ReadBlock(block, 0, 8 * MB), timeout_s=3600)
+            writes = caller.open(WRITE_BLOCK, WriteBlock(put[0], block, 8 * MB, [node.id], world.term), timeout_s=3600)
+            async with reads, writes:
+                await asyncio.sleep(CONFIG.idle_s / 2)
+                assert (node.data._reads, node.blocks._reserved_bytes) == (1, 8 * MB)
+                await asyncio.sleep(CONFIG.idle_s)
+                assert (node.data._reads, node.blocks._reserved_bytes) == (0, 0)
+                with pytest.raises(DeadlineExceeded, match="nothing came of block"):
+                    await writes.answer()
+
+    run(story)
+
+
 def test_a_reader_who_stops_reading_leaves_nothing_behind() -> None:
     async def story() -> None:
         async with World(4) as world:
@@ -611,5 +654,20 @@ def test_a_block_reported_by_nobody_is_no_block() -> None:
 
             with pytest.raises(Unavailable, match=unknown.block[:16]):
                 await world.client().fetch([unknown], sink, what="model m", timeout_s=100)
+
+    run(story)
+
+
+@pytest.mark.parametrize("content", [SMALL, CONTENT], ids=["small", "large"])
+def test_that_nobody_leads_is_said_long_before_an_hour_has_passed(content: bytes) -> None:
+    async def story() -> None:
+        async with World(3) as world:
+            await world.put(content, "f")
+            world.lead(None)
+            for operation in (world.put(content, "g"), world.get("f")):
+                started_s = asyncio.get_running_loop().time()
+                with pytest.raises((NoQuorum, DeadlineExceeded)):
+                    await operation
+                assert 60 <= asyncio.get_running_loop().time() - started_s < 80
 
     run(story)

@@ -195,3 +195,23 @@ def test_a_worker_uploads_blocks_and_reads_them_without_a_name() -> None:
             assert (await world.worker(3).store("n2")).node == "n2"
 
     run(story)
+
+
+def test_the_files_of_a_job_are_hidden_from_other_users() -> None:
+    async def story() -> None:
+        async with World(4) as world:
+            name = ".idunno/jobs/j1/input"
+            await world.put(content_of(10), name, system=True)
+            await world.client(OTHER).put(source_of(b"mine"), ".idunno/jobs/j2/input", system=True)
+            other = world.client(OTHER, entry=2)
+            for look in (other.stat(name), other.versions(name), other.where(name), other.get(name, _nowhere)):
+                with pytest.raises(PermissionDenied, match="somebody else's job"):
+                    await look
+            assert [row.name for row in await other.ls(".idunno/jobs/")] == [".idunno/jobs/j2/input"]
+            assert [row.name for row in await world.client().ls(".idunno/jobs/")] == [name]
+
+    run(story)
+
+
+async def _nowhere(offset: int, content: object) -> None:
+    raise AssertionError("somebody else's bytes came")

@@ -430,7 +430,8 @@ class World:
         """Talks to node `entry` while that lives, then to the next."""
 
         def caller() -> Caller:
-            order = [n for n in self.living if int(n.id, 16) >= entry] or self.living
+            serving = [n for n in self.living if not n.server._dispatch.stopping]
+            order = [n for n in serving if int(n.id, 16) >= entry] or serving
             return self.caller(order[0].id, Peer(actor)) if order else Dead(NodeId("nobody"))
 
         return FileClient(caller, offload=inline, rng=random.Random(f"{actor.name} {entry} {self.rng.random()}"))

@@ -283,6 +283,7 @@ def test_closing_without_grace_cancels_what_hangs(loop: str) -> None:
             await server.close(0)
             assert story.cancelled == 1
             result = (await asyncio.gather(task, return_exceptions=True))[0]
+            assert isinstance(result, ConnectionLost)  # which callers take to the next node, whatever they asked
             assert "stopping" in str(result)
 
     run(loop, main)

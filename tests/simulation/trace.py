@@ -1,0 +1,40 @@
+# tests/simulation/trace.py: everything that happens in a world, as one hash, and the lines of its story.
+#
+# Rule 1: what goes in is made of virtual time, names, sizes and texts: equal in every process that runs the same seed.
+from __future__ import annotations
+
+from collections import deque
+from hashlib import blake2b
+from typing import Final
+
+from tests.simulation.loop import Scheduler
+
+LINES_KEPT: Final = 20_000
+"""Of the story, the newest ones."""
+
+
+class Trace:
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._hash = blake2b(digest_size=16)
+        self.events = 0
+        self.story: deque[str] = deque(maxlen=LINES_KEPT)
+        self.watch = False
+        """Print the story as it happens."""
+
+    def note(self, what: str, *about: str | int | float) -> None:
+        """Something that happened, for the hash alone."""
+        self.events += 1
+        self._hash.update(f"{self._scheduler.now!r} {what} {about!r}\n".encode())
+
+    def tell(self, what: str, **about: object) -> None:
+        """Something that a person wants to read."""
+        fields = " ".join(f"{name}={value}" for name, value in about.items() if value not in (None, ""))
+        line = f"{self._scheduler.now:9.3f}  {what}{'  ' + fields if fields else ''}"
+        self.note(line)
+        self.story.append(line)
+        if self.watch:
+            print(line, flush=True)  # noqa: T201
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
