@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
@@ -51,7 +52,7 @@ class LoopThread:
 
     def post(self, work: Callable[[], object]) -> None:
         """Run in the loop soon, without waiting: for finalisers, which may run in any thread."""
-        if not self._closed:
+        with contextlib.suppress(RuntimeError):  # closed: nothing runs there any more
             self._loop.call_soon_threadsafe(work)
 
     def close(self) -> None:

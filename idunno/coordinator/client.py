@@ -202,9 +202,8 @@ class Coordinator:
                 if self.driver.leader not in (leader, None):
                     raise ConnectionLost(f"{leader} lost the leadership before it answered")
         finally:
-            if not task.done():
-                task.cancel()
-                task.add_done_callback(_observe)
+            task.cancel()
+            task.add_done_callback(_observe)  # it may have failed in the very turn in which we were cancelled
 
     def _leader_changed(self, leader: NodeId | None, term: Term) -> None:
         waiters, self._waiters = self._waiters, set()

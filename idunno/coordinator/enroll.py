@@ -29,7 +29,7 @@ class Enrolment:
 
     async def enroll(self, request: Enroll, timeout_s: float) -> EnrollAnswer:
         """Raises Unauthenticated, InvalidArgument, Conflict (a name or id in use), NotReady, and what proposing raises."""
-        token = self.check_token(request.token)
+        token = await self.check_token(request.token, timeout_s)
         key = security.key_fingerprint(request.csr_pem)
         if token.role == Role.NODE.value:
             if request.node is None:
@@ -39,8 +39,16 @@ class Enrolment:
             raise Unauthenticated(f"this token is for a {token.role}: use it with `idunno login`, not `idunno join`")
         return await self._user(request, key, token, timeout_s)
 
-    def check_token(self, text: str) -> TokenRecord:
-        """The token's record, if the text proves it and it still holds. Raises InvalidArgument, Unauthenticated."""
+    async def check_token(self, text: str, timeout_s: float) -> TokenRecord:
+        """The token's record, if the text proves it and it still holds. Raises InvalidArgument, Unauthenticated, NoQuorum."""
+        try:
+            return self._proven(text)
+        except Unauthenticated:
+            # This node, a new leader too, may yet have to apply what made the token: refuse only by what is certainly true.
+            await self._coordinator.read(timeout_s)
+            return self._proven(text)
+
+    def _proven(self, text: str) -> TokenRecord:
         parsed = parse_token(text)
         check_ca(parsed, self._ca_fingerprint)
         record = self._coordinator.machine.roster.token(parsed.token_id)

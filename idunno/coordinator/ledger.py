@@ -255,6 +255,10 @@ class Ledger:
                 f"task {command.task} of job {command.job} has {queries} queries; {command.done} outputs and "
                 f"{command.errors} errors do not answer each once"
             )
+        if command.timing.count > queries:
+            raise InvalidArgument(
+                f"task {command.task} of job {command.job} times {command.timing.count} of {queries} queries"
+            )
 
     def complete(self, command: CompleteTask, output: Output, now_ms: int) -> TaskResult:
         """The task has its result. Ask `refused` and `check_completion` first."""

@@ -52,9 +52,9 @@ class CoordinatorService:
 
     # -- between nodes ------------------------------------------------------------------------------------------------
 
-    def check_token(self, text: str) -> TokenRecord:
-        """The record of a token that holds, as this node's machine knows it. Raises InvalidArgument, Unauthenticated."""
-        return self._enrolment.check_token(text)
+    async def check_token(self, text: str, timeout_s: float) -> TokenRecord:
+        """The record of a token that holds. Raises InvalidArgument, Unauthenticated, NoQuorum."""
+        return await self._enrolment.check_token(text, timeout_s)
 
     async def _propose(self, call: Call[m.Propose]) -> m.Proposed:
         if call.peer.node is None:

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from idunno.base.ids import NodeId
 from idunno.membership.messages import MemberView as MemberView
-from idunno.membership.messages import Message, State
+from idunno.membership.messages import Message, State, WholeList
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,29 @@ class Received:
     sender: NodeId
     boot: int
     source: str
-    message: Message
+    message: Message | WholeList
+
+
+@dataclass(frozen=True, slots=True)
+class TcpProbed:
+    """A member answered over TCP to the ProbeTcp of this `seq`."""
+
+    node: NodeId
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotExchanged:
+    """The Exchange with this member did not come about: no TCP to it, or none at all here."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Something speaks against this member (a connection to it was lost): it is probed now instead of at its turn."""
+
+    node: NodeId
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +97,23 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeTcp:
+    """Ask this member for any answer over TCP; tell TcpProbed with the same `seq` if it comes within `timeout_ms`."""
+
+    node: NodeId
+    address: str
+    seq: int
+    timeout_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Exchange whole lists with this member over TCP; feed its list, or NotExchanged."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class Changed:
     """A member changed its state, or (old and new both ACTIVE) its process was restarted."""
 
@@ -83,6 +122,27 @@ class Changed:
     new: State
     reason: str
     accuser: NodeId | None = None
+    restarted: bool = False
+
+    @property
+    def kind(self) -> str:
+        """joined | refuted | suspicious | failed | stopped | left, as events are named and counted."""
+        if self.new is not State.ACTIVE:
+            return str(self.new.value)
+        back = self.restarted or self.old in (State.UNKNOWN, State.STOPPED, State.LEFT)
+        return "joined" if back else "refuted"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of `idunno members --events`."""
+
+    at_ms: int  # wall clock
+    kind: str  # as Changed.kind
+    node: NodeId
+    name: str
+    reason: str
+    accuser: str  # name of who accused it, "" for nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,5 +153,5 @@ class Announced:
     answered: int
 
 
-Input: TypeAlias = Tick | Received | Seeds | Forget | Announce
-Output: TypeAlias = Send | Changed | Announced
+Input: TypeAlias = Tick | Received | TcpProbed | NotExchanged | Doubt | Seeds | Forget | Announce
+Output: TypeAlias = Send | ProbeTcp | Exchange | Changed | Announced

@@ -1,12 +1,13 @@
-# idunno/membership/gossip.py: the news that rides on every message.
+# idunno/membership/gossip.py: the news that rides on every message, and members drawn at random to hear it.
 #
 # Rule 1: one piece of news per member, the newest; so the queue is bounded by the number of members.
 # Rule 2: least-sent first, among equals the newest; each is sent about 3 * ceil(log2(n + 1)) times and then dropped: after
 #         that, all but about n^-4 of the members have heard it (SWIM, section 4.1, with lambda = 3).
 # Rule 3: what is taken fits into one datagram.
+# Rule 4: nothing here takes time in proportion to the number of members.
 from __future__ import annotations
 
-import heapq
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,17 +21,16 @@ def sends_wanted(others: int) -> int:
 
 
 @dataclass(slots=True)
-class _News:
+class _Item:
     rumor: Rumor
     size: int
-    serial: int
     sent: int = 0
 
 
 class News:
     def __init__(self) -> None:
-        self._queue: dict[NodeId, _News] = {}
-        self._serial = 0
+        self._queue: dict[NodeId, _Item] = {}
+        self._by_sent: list[dict[NodeId, None]] = []  # how often sent -> members, the newest last
 
     def __bool__(self) -> bool:
         return bool(self._queue)
@@ -39,11 +39,14 @@ class News:
         return len(self._queue)
 
     def add(self, rumor: Rumor) -> None:
-        self._serial += 1
-        self._queue[rumor.node] = _News(rumor, rumor_bytes(rumor), self._serial)
+        self.discard(rumor.node)
+        self._queue[rumor.node] = _Item(rumor, rumor_bytes(rumor))
+        self._sent(0)[rumor.node] = None
 
     def discard(self, node: NodeId) -> None:
-        self._queue.pop(node, None)
+        item = self._queue.pop(node, None)
+        if item is not None:
+            del self._by_sent[item.sent][node]
 
     def take(self, others: int, first: Sequence[Rumor] = ()) -> tuple[Rumor, ...]:
         """Rumors for one datagram to be sent now: `first` in any case, then the most urgent news that still fits."""
@@ -52,18 +55,65 @@ class News:
         taken = list(first)
         room = RUMOR_BYTES_BUDGET - sum(map(rumor_bytes, first))
         limit = sends_wanted(others)
-        urgent = heapq.nsmallest(RUMORS_MAX, self._queue.values(), key=lambda news: (news.sent, -news.serial))
-        for news in urgent:
-            if len(taken) == RUMORS_MAX:
-                break
-            if news.size > room or news.rumor in first:
+        chosen: list[_Item] = []
+        for nodes in self._by_sent:
+            for node in reversed(nodes):
+                item = self._queue[node]
+                if len(taken) == RUMORS_MAX or item.size > room:
+                    break
+                if item.rumor not in first:
+                    room -= item.size
+                    taken.append(item.rumor)
+                    chosen.append(item)
+            else:
                 continue
-            room -= news.size
-            taken.append(news.rumor)
-            news.sent += 1
-            if news.sent >= limit:
-                del self._queue[news.rumor.node]
+            break
+        for item in reversed(chosen):  # so that the newest stays the last of its level
+            node = item.rumor.node
+            del self._by_sent[item.sent][node]
+            item.sent += 1
+            if item.sent >= limit:
+                del self._queue[node]
+            else:
+                self._sent(item.sent)[node] = None
         return tuple(taken)
+
+    def _sent(self, times: int) -> dict[NodeId, None]:
+        while len(self._by_sent) <= times:
+            self._by_sent.append({})
+        return self._by_sent[times]
+
+
+class Pool:
+    """A set of members from which some are drawn at random; every operation takes constant time."""
+
+    def __init__(self) -> None:
+        self._nodes: list[NodeId] = []
+        self._at: dict[NodeId, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __contains__(self, node: NodeId) -> bool:
+        return node in self._at
+
+    def keep(self, node: NodeId, wanted: bool) -> None:
+        """Have `node` in the set, or not."""
+        if wanted == (node in self._at):
+            return
+        if wanted:
+            self._at[node] = len(self._nodes)
+            self._nodes.append(node)
+        else:
+            at, last = self._at.pop(node), self._nodes.pop()
+            if last != node:
+                self._nodes[at] = last
+                self._at[last] = at
+
+    def draw(self, rng: random.Random, count: int, without: Sequence[NodeId] = ()) -> list[NodeId]:
+        """Up to `count` different members, none of `without`."""
+        drawn = rng.sample(self._nodes, min(len(self._nodes), count + len(without)))
+        return [node for node in drawn if node not in without][:count]
 
 
 def pieces(rumors: Sequence[Rumor]) -> list[tuple[Rumor, ...]]:

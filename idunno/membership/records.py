@@ -1,76 +1,22 @@
-# idunno/membership/records.py: what is kept of a member, and which statement replaces which.
-#
-# Rule 1: a statement's version is (boot, incarnation). Only the member itself raises either, so the higher version is the
-#         newer truth; at the same version the worse news wins (SWIM, section 4.2).
-# Rule 2: unlike the paper, death is not final: a newer version beats it too. A restart is a higher boot of the same member.
-# Rule 3: hearsay may not run ahead of what the member said itself by more than STEP_MAX, so no packet can drive an
-#         incarnation to its end.
+# idunno/membership/records.py: what is kept of one member.
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Final
 
 from idunno.base.ids import NodeId
-from idunno.membership.events import MemberView
-from idunno.membership.messages import Rumor, State
+from idunno.membership.messages import MemberView, Rumor, State
+from idunno.membership.states import NEVER_HEARD, Version, word
 
-STEP_MAX: Final = 1_024
-"""Far above what a member raises between two hearings (it would have to be accused so often), far below NUMBER_MAX."""
-
-Version = tuple[int, int]  # (boot, incarnation)
-NEVER_HEARD: Final[Version] = (-1, 0)
-
-_AGAIN: Final = (State.ACTIVE, State.SUSPICIOUS, State.FAILED, State.STOPPED, State.LEFT)  # by a newer version
-LIFE: Final[Mapping[State, tuple[State, ...]]] = {
-    State.UNKNOWN: _AGAIN,
-    State.ACTIVE: _AGAIN,
-    State.SUSPICIOUS: _AGAIN,
-    State.FAILED: (*_AGAIN, State.DELETED),
-    State.DELETED: _AGAIN,
-    State.STOPPED: _AGAIN,
-    State.LEFT: _AGAIN,
-}
-"""The legal next states. Nobody becomes UNKNOWN again, and only the FAILED are deleted."""
-
-RANK: Final[Mapping[State, int]] = {
-    State.UNKNOWN: 0,
-    State.ACTIVE: 1,
-    State.SUSPICIOUS: 2,
-    State.FAILED: 3,
-    State.DELETED: 4,  # above FAILED: a late rumour of the death does not bring it back into the ring
-    State.STOPPED: 5,  # above FAILED: who announced its end before it fell silent has not failed
-    State.LEFT: 6,
-}
-
-AWAY: Final = frozenset({State.FAILED, State.DELETED, State.STOPPED})
-"""Pinged now and then: they may come back."""
-
-_WORDS: Final[Mapping[State, str]] = {State.UNKNOWN: "suspicious", State.DELETED: "failed"}
-
-
-def word(state: State) -> str:
-    """The state as people see it: a member never heard is suspicious, a deleted one has failed."""
-    return _WORDS.get(state, state.value)
-
-
-def overrides(state: State, version: Version, known_state: State, known_version: Version) -> bool:
-    """Whether a statement replaces what is known. Source: SWIM paper, section 4.2, with rule 2."""
-    if version != known_version:
-        return version > known_version
-    return RANK[state] > RANK[known_state]
-
-
-def runs_ahead(claimed: Version, known: Version) -> bool:
-    """Whether `claimed` is too far above `known` to be believed from hearsay."""
-    if claimed[0] == known[0]:
-        return claimed[1] - known[1] > STEP_MAX
-    return claimed[0] - known[0] > STEP_MAX
+DETOURS_TO_TELL: Final = 3
+"""Probes in a row that are answered only by a detour until the view says so: at 20 % loss one probe in a thousand comes to it."""
+SKEW_TO_TELL_MS: Final = 1_000
 
 
 @dataclass(slots=True)
 class Member:
-    """One member's record. Changed by Swim alone."""
+    """One member's record. Changed by Book and Swim alone."""
 
     node: NodeId
     name: str
@@ -79,9 +25,13 @@ class Member:
     version: Version = NEVER_HEARD
     state: State = State.UNKNOWN
     reason: str = "not heard from yet"
-    accusers: tuple[NodeId, ...] = ()  # while SUSPICIOUS: at most two
+    accusers: tuple[NodeId, ...] = ()  # while SUSPICIOUS: at most ACCUSERS_MAX
     deadline_ms: int | None = None  # SUSPICIOUS: when it fails; FAILED: when it is deleted
-    missed: int = 0  # periods in a row in which this node's pings to it went unanswered
+    looked: bool = False  # the deadline has passed once; what lies in the socket is read before the verdict
+    mark: int = 0  # its part of the list's digest; 0: nothing to tell of it
+    detours: int = 0  # probes in a row that it did not answer directly
+    detour: str = ""  # how it did answer
+    skew_ms: int | None = None  # its wall clock minus ours, as last estimated
 
     def view(self) -> MemberView:
         return MemberView(
@@ -93,7 +43,21 @@ class Member:
             boot=self.version[0],
             since_ms=self.since_ms,
             reason=self.reason,
+            problem=self.problem(),
         )
+
+    def problem(self) -> str:
+        """What is wrong with it although it lives, "" if nothing is known."""
+        found = []
+        if self.detours >= DETOURS_TO_TELL:
+            found.append(
+                f"UDP to {self.address} is blocked: {self.detours} pings in a row were answered only {self.detour}; "
+                "open the port for UDP both ways"
+            )
+        if self.skew_ms is not None and abs(self.skew_ms) > SKEW_TO_TELL_MS:
+            side = "ahead of" if self.skew_ms > 0 else "behind"
+            found.append(f"its clock is {abs(self.skew_ms) / 1000:.1f} s {side} this node's; set both by NTP")
+        return "; ".join(found)
 
     def rumor(self) -> Rumor | None:
         """What to tell others of it; None when nothing is known but its name."""
@@ -102,3 +66,12 @@ class Member:
         state = State.FAILED if self.state is State.DELETED else self.state
         accusers = self.accusers if state is State.SUSPICIOUS else ()
         return Rumor(self.node, self.version[0], self.version[1], state, self.name, self.address, accusers)
+
+
+def mark_of(node: NodeId, version: Version, state: State) -> int:
+    """A member's part of the digest: 63 bits of what is told of it. The digest is the XOR of all parts."""
+    if version == NEVER_HEARD or state is State.UNKNOWN:
+        return 0
+    told = State.FAILED if state is State.DELETED else state
+    text = f"{node} {version[0]} {version[1]} {told.value}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

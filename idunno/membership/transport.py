@@ -1,6 +1,6 @@
 # idunno/membership/transport.py: the detector on a UDP socket.
 #
-# Rule 1: it moves datagrams and sets one timer, and decides nothing: swim.py does.
+# Rule 1: it moves datagrams and sets one timer, and decides nothing: swim.py does. What goes over TCP is in talks.py.
 # Rule 2: what does not open, decode or fit, or comes too fast from one source, is counted and dropped. Nothing a datagram
 #         holds can raise out of here, and no datagram is answered before its seal was opened.
 # Rule 3: sending never waits. A host name is looked up beside the loop and remembered; what cannot be sent is counted.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Final, Protocol
 
 from idunno.base.errors import DecodeError, Unavailable
@@ -21,18 +22,25 @@ from idunno.membership.events import (
     Announce,
     Announced,
     Changed,
+    Doubt,
+    Event,
+    Exchange,
     Forget,
     Input,
     MemberView,
+    NotExchanged,
+    ProbeTcp,
     Received,
     Seed,
     Seeds,
     Self,
     Send,
+    TcpProbed,
     Tick,
 )
-from idunno.membership.messages import State, decode, encode
+from idunno.membership.messages import State, WholeList, decode, decode_list, encode
 from idunno.membership.swim import Swim
+from idunno.membership.talks import ExchangeBytes, Talks, TcpProbe
 from idunno.wire.sealed import DATAGRAM_BYTES_MAX
 
 log = logging.getLogger("idunno.membership")
@@ -41,9 +49,14 @@ SOURCE_RATE_MAX: Final = 500
 """Datagrams per second from one source, as many at once. A member in a stormy ring of 100 sends one 60."""
 SOURCES_MAX: Final = 4_096
 """Sources whose rate is kept; beyond, all are forgotten at once and begin anew."""
+IP_UDP_BYTES: Final = 28
+"""Heads of IPv4 and UDP, so that `sent-bytes` is what the network carries."""
 LOOKUPS_MAX: Final = 1_024
 LOOKUP_TTL_S: Final = 60.0
 """How long a host name's address is used: a machine that moved is found again within a minute."""
+
+EVENTS_MAX: Final = 1_024
+"""Kept for `idunno members --events`; the log has all of them."""
 
 
 class MemberAddress(Protocol):
@@ -88,7 +101,8 @@ class Membership:
     """One node's view of who is alive.
 
     `seal` and `open` are wire/sealed.py's; `open` returns (sender, boot, payload) or raises DecodeError. `allowed` says who
-    is in the roster. `now_ms` is the wall clock, for people only (`since_ms`); all decisions use the loop's own time.
+    is in the roster. `now_ms` is the wall clock, for people only (`since_ms`, skew); all decisions use the loop's own time.
+    `tcp_probe` and `exchange` carry the two things that go over TCP (talks.py); without them the detector does without.
     """
 
     def __init__(
@@ -100,12 +114,17 @@ class Membership:
         open: Callable[[bytes], tuple[NodeId, int, bytes]],
         allowed: Callable[[NodeId], bool],
         now_ms: Callable[[], int],
+        *,
+        tcp_probe: TcpProbe | None = None,
+        exchange: ExchangeBytes | None = None,
     ) -> None:
         self.me = me
         self._core = Swim(me, config, rng, allowed)
         self._seal, self._open, self._wall_ms = seal, open, now_ms
         self._counts: Counter[str] = Counter()
         self._rates = SourceRates()
+        self._talks = Talks(tcp_probe, exchange)
+        self._events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self._subscribers: list[Callable[[Changed], None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._transport: asyncio.DatagramTransport | None = None
@@ -132,6 +151,7 @@ class Membership:
                 "another node may run there: choose another port with --listen"
             ) from error
         self._transport = transport
+        log.info("membership started", extra={"address": self.me.address, "boot": self.me.boot})
         self._feed(Seeds(self._waiting_seeds))
         self._waiting_seeds = ()
 
@@ -144,6 +164,7 @@ class Membership:
         for task in lookups:
             task.cancel()
         await asyncio.gather(*lookups, return_exceptions=True)
+        await self._talks.stop()
         if self._transport is not None:
             transport, self._transport = self._transport, None
             transport.close()
@@ -173,6 +194,22 @@ class Membership:
         if self._transport is not None:
             self._feed(Forget(node))
 
+    def doubt(self, node: NodeId) -> None:
+        """A connection to it was lost, or it does not answer: it is probed now instead of at its turn."""
+        if self._transport is not None:
+            self._feed(Doubt(node))
+
+    def exchanged(self, sender: NodeId, payload: bytes) -> bytes:
+        """The other side of `exchange`: takes the list of `sender`, as its certificate names it, and returns ours.
+
+        Raises DecodeError for what is no list, Unavailable when not started.
+        """
+        theirs = decode_list(payload)
+        if self._transport is None:
+            raise Unavailable(f"membership of {self.me.name} does not run: try again")
+        self._hear_list(sender, theirs)
+        return encode(self._core.whole_list())
+
     async def announce_stopped(self) -> None:
         """Tell some members that this one stops on purpose; returns when they have answered, after 1 s at most."""
         await self._announce(State.STOPPED)
@@ -191,9 +228,17 @@ class Membership:
         ahead_ms = self._wall_ms() - self._now_ms()
         return [replace(view, since_ms=view.since_ms + ahead_ms) for view in self._core.view()]
 
+    def events(self) -> list[Event]:
+        """The last changes of members' states, the oldest first, at most EVENTS_MAX."""
+        return list(self._events)
+
+    def skew(self) -> dict[NodeId, int]:
+        """Each member's wall clock minus this node's, in ms, as estimated from its answers; only those probed by this node."""
+        return self._core.skew()
+
     @property
     def counters(self) -> dict[str, int]:
-        """What happened so far, by fixed names: dropped datagrams by cause, changes by state, refutations, late timers."""
+        """What happened so far, by fixed names: dropped datagrams by cause, events by kind, refutations, late timers."""
         return dict(self._counts + self._core.counters)
 
     # -- driving the core -----------------------------------------------------------------------------------------
@@ -203,16 +248,28 @@ class Membership:
         return int(self._loop.time() * 1000)
 
     def _feed(self, event: Input) -> None:
-        for output in self._core.handle(event, self._now_ms()):
+        for output in self._core.handle(event, self._now_ms(), self._wall_ms()):
             match output:
                 case Send(address, message):
                     self._send(address, encode(message))
                 case Changed():
                     self._tell(output)
+                case ProbeTcp(node, _, seq, timeout_ms):
+                    self._talks.probe(node, timeout_ms, partial(self._feed_if_open, TcpProbed(node, seq)))
+                case Exchange(node):
+                    failed = partial(self._feed_if_open, NotExchanged(node))
+                    self._talks.exchange(node, self._core.whole_list(), partial(self._hear_list, node), failed)
                 case Announced():
                     if self._announced is not None and not self._announced.done():
                         self._announced.set_result(output)
         self._set_timer()
+
+    def _feed_if_open(self, event: Input) -> None:
+        if self._transport is not None:
+            self._feed(event)
+
+    def _hear_list(self, sender: NodeId, theirs: WholeList) -> None:
+        self._feed_if_open(Received(sender, theirs.boot, theirs.address, theirs))
 
     def _set_timer(self) -> None:
         due_ms = self._core.due_ms()
@@ -238,17 +295,23 @@ class Membership:
         log.info("announced own end", extra={"state": state.value, "told": done.told, "answered": done.answered})
 
     def _tell(self, change: Changed) -> None:
+        accuser = self._core.book.name(change.accuser) if change.accuser else ""
         fields = {
             "member": change.member.name,
             "node_id": change.member.node,
+            "event": change.kind,
             "old": change.old.value,
             "new": change.new.value,
             "reason": change.reason,
+            "accuser": accuser,
         }
         log.log(logging.WARNING if change.new in _BAD else logging.INFO, "member changed", extra=fields)
-        assert self._loop is not None
-        ahead_ms = self._wall_ms() - self._now_ms()
-        told = replace(change, member=replace(change.member, since_ms=change.member.since_ms + ahead_ms))
+        wall_ms = self._wall_ms()
+        since_ms = change.member.since_ms + wall_ms - self._now_ms()
+        member = change.member
+        self._events.append(Event(wall_ms, change.kind, member.node, member.name, change.reason, accuser))
+        self._counts[f"event-{change.kind}"] += 1
+        told = replace(change, member=replace(member, since_ms=since_ms))
         for callback in self._subscribers:
             try:
                 callback(told)
@@ -298,9 +361,11 @@ class Membership:
         if self.paused:  # the socket takes nothing; older news than what the loop holds already is worthless
             self._counts["dropped-not-sent"] += 1
             return
+        datagram = self._seal(payload)
         self._counts["sent"] += 1
+        self._counts["sent-bytes"] += len(datagram) + IP_UDP_BYTES
         try:
-            self._transport.sendto(self._seal(payload), where)
+            self._transport.sendto(datagram, where)
         except (OSError, ValueError) as error:  # ValueError: an address of another family than the socket's
             self._counts["dropped-not-sent"] += 1
             log.debug("datagram not sent", extra={"to": where[0], "error": str(error)})

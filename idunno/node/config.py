@@ -4,7 +4,6 @@
 # Rule 2: a file that contradicts itself or has a word too many fails at start, in one line that names the field.
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +12,7 @@ from typing import Any, Final
 
 from idunno.base.errors import InvalidArgument
 from idunno.base.ids import check_label
+from idunno.node.disk import replace_file
 
 CONFIG_FILE: Final = "node.toml"
 
@@ -109,10 +109,7 @@ def save_config(directory: Path, config: NodeConfig) -> None:
             str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int) else _quoted(value)
         )
         lines.append(f"{name} = {text}\n")
-    path = directory / CONFIG_FILE
-    temporary = path.with_suffix(".new")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(str(directory / CONFIG_FILE), "".join(lines).encode())
 
 
 def _quoted(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
@@ -52,14 +53,21 @@ class RealFile:
 
     def __init__(self, offload: ThreadOffload, descriptor: int, path: str) -> None:
         self._offload, self._descriptor, self._path = offload, descriptor, path
+        # Who was cancelled while it awaited a call may close the file while a thread still carries that call out: the
+        # number of the descriptor must not go to another file under its hands.
+        self._in_use = threading.Lock()
 
     async def _do(self, what: str, function: Callable[[], T]) -> T:
         if self._descriptor < 0:
             raise AssertionError(f"{self._path} is closed")
         try:
-            return await self._offload(function)
+            return await self._offload(self._use, function)
         except OSError as error:
             raise _translate(error, what, self._path) from error
+
+    def _use(self, function: Callable[[], T]) -> T:
+        with self._in_use:
+            return function()
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self._do("read", lambda: _read(self._descriptor, offset, length))
@@ -87,7 +95,7 @@ class RealFile:
     async def close(self) -> None:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
-            await self._offload(os.close, descriptor)
+            await self._offload(self._use, lambda: os.close(descriptor))
 
 
 def _read(descriptor: int, offset: int, length: int) -> bytes:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 
 from idunno.base.disk import Disk
-from idunno.base.errors import IdunnoError
+from idunno.base.errors import IdunnoError, Unavailable
 from idunno.base.ids import NodeId
 from idunno.coordinator.messages import MemberAddress
 from idunno.coordinator.roster import Roster
@@ -60,13 +60,17 @@ class Known:
         return self._roster().find(node) is not None or node in self._remembered
 
     def identify(self, fingerprint: bytes | None) -> Peer | None:
-        """For rpc.Server: who holds the certificate. None for those we do not know."""
+        """For rpc.Server: who holds the certificate. None for those we do not know. Raises Unavailable while we cannot know."""
         if fingerprint is None:
             return Peer(Actor("", Role.ANYONE))
         peer = self._roster().peer(fingerprint)
         if peer is None and fingerprint in self._by_fingerprint:
             node = self._by_fingerprint[fingerprint]
             peer = Peer(Actor(node, Role.NODE), node=node)
+        if peer is None and not self._caught_up:  # the entry that made this user may be one that is not replayed yet
+            raise Unavailable(
+                "this node has just started and has not heard from a leader who its users are: ask another node, or wait"
+            )
         return peer
 
     def endpoint(self, node: NodeId) -> Endpoint | None:

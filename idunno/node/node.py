@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from idunno.base.disk import Buffer
-from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, Incompatible, Unavailable
+from idunno.base.errors import (
+    Conflict,
+    IdunnoError,
+    Incompatible,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
 from idunno.base.ids import Index, NodeId, Term
 from idunno.base.version import VERSION
 from idunno.consensus.config import RaftConfig
@@ -59,9 +67,12 @@ log = logging.getLogger("idunno.node")
 TASKS_GRACE_S: Final = 3.0
 """What runs may end for so long when the node stops; the rest is given back. Part of the 10 s that a stop may take."""
 STEP_S: Final = 2.5
-"""How long any other step of a stop may take before the next begins: five of them and the grace end within 10 s, since
-what takes long (a hand-over, an announcement) is bounded by about 1 s by itself."""
+"""How long any one step of a stop may take: what takes long (a hand-over, an announcement) is bounded by about 1 s by itself."""
+STOP_S: Final = 9.0
+"""How long a stop may take altogether: 10 s are promised (commands.md)."""
 INTRODUCE_S: Final = 10.0
+REFUSALS: Final = (Conflict, Incompatible, InvalidArgument, NotFound, PermissionDenied)
+"""What the roster may answer to a node that it will never take as it is; anything else passes."""
 SEED_S: Final = 5.0
 
 
@@ -77,6 +88,8 @@ class Node:
         self.problem = ""
         """Why this node cannot go on, "" while it can."""
         self.failed = asyncio.Event()
+        self._stop_by_s = 0.0
+        self._late = False
 
     # -- making ---------------------------------------------------------------------------------------------------
 
@@ -223,8 +236,12 @@ class Node:
     def _on_stop(self, what: str, stop: Callable[[], Awaitable[None]]) -> None:
         self._stops.append((what, stop))
 
-    async def stop(self, *, hurry: bool = False) -> None:
-        """Finish or give back tasks, hand over leadership, announce `stopped`, close everything. At most about 10 s."""
+    async def stop(self, *, hurry: bool = False) -> bool:
+        """Finish or give back tasks, hand over leadership, announce `stopped`, close everything. At most STOP_S.
+
+        Returns whether every step ended; if not, a thread may still wait for a disk that does not answer.
+        """
+        self._stop_by_s = asyncio.get_running_loop().time() + STOP_S
         if not hurry:
             await self._bounded("agent", self.agent.stop(TASKS_GRACE_S), TASKS_GRACE_S + STEP_S)
             await self._bounded("hand-over", self.driver.stop(transfer=True), STEP_S)
@@ -235,19 +252,22 @@ class Node:
         while self._stops:
             what, stop = self._stops.pop()
             await self._bounded(what, stop(), STEP_S)
+        return not self._late
 
     async def _bounded(self, what: str, work: Awaitable[None], seconds: float) -> None:
         """One step of a stop: neither its failure nor its slowness keeps the others from theirs."""
+        left_s = self._stop_by_s - asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(min(seconds, max(0.05, left_s))):
                 await work
         except TimeoutError:
+            self._late = True
             log.warning("step of stop took too long", extra={"step": what, "seconds": seconds})
         except Exception:
             log.exception("step of stop failed", extra={"step": what})
 
     async def _close_threads(self) -> None:
-        self.platform.close()
+        await asyncio.get_running_loop().run_in_executor(None, self.platform.close)
 
     async def _cancel_tasks(self) -> None:
         for task in self._tasks:
@@ -355,7 +375,7 @@ class Node:
                 await self.coordinator.read(INTRODUCE_S)
                 break
             except IdunnoError as error:
-                if not error.retryable and not isinstance(error, DeadlineExceeded):
+                if isinstance(error, REFUSALS):
                     self.fail(error)
                     return
                 log.warning("not yet introduced", extra={"error": str(error)})
@@ -405,12 +425,28 @@ async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signalled)
     node = Node(config, real_platform(directory, config, identity), seed)
-    await node.start()
-    ends = [asyncio.create_task(wanted.wait()), asyncio.create_task(node.failed.wait())]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    for task in ends:
-        task.cancel()
-    await node.stop(hurry=bool(node.problem))
+    ended = await _until(wanted, node)
     lock.release()
     if node.problem:
         raise Incompatible(node.problem)
+    if not ended:
+        os._exit(0)  # the threads that hang would hold up the interpreter's own end; everything that could be closed is
+
+
+async def _until(wanted: asyncio.Event, node: Node) -> bool:
+    """Start the node, run it until it is wanted to end or fails, stop it. Returns what Node.stop does."""
+    waiting = asyncio.create_task(wanted.wait())
+    starting = asyncio.create_task(node.start())
+    try:
+        await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():  # a signal while it starts: what was started is stopped by `start` itself
+            starting.cancel()
+            await asyncio.wait([starting])
+            return True
+        await starting
+        failing = asyncio.create_task(node.failed.wait())
+        await asyncio.wait([waiting, failing], return_when=asyncio.FIRST_COMPLETED)
+        failing.cancel()
+        return await node.stop(hurry=bool(node.problem))
+    finally:
+        waiting.cancel()

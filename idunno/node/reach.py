@@ -121,13 +121,13 @@ async def check_reachable(cluster: Caller, *, token: str, listen: str, address: 
 class Reach:
     """The handler on every node. `check_token` raises when the token is no good."""
 
-    def __init__(self, registrar: Registrar, check_token: Callable[[str], object]) -> None:
+    def __init__(self, registrar: Registrar, check_token: Callable[[str, float], Awaitable[object]]) -> None:
         self._check_token = check_token
         registrar.register(CHECK_ADDRESS, self._check)
 
     async def _check(self, call: Call[CheckAddress]) -> CheckAddressAnswer:
         request = call.request
-        self._check_token(request.token)
+        await self._check_token(request.token, call.remaining_s())
         host, port = parse_address(request.address)
         if len(request.nonce) != NONCE_BYTES:
             raise InvalidArgument(f"a nonce has {NONCE_BYTES} bytes, not {len(request.nonce)}")

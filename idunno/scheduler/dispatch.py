@@ -341,6 +341,7 @@ class Dispatch:
             lease = self.leases.get(key)
             if lease is not None:
                 if lease.node == worker.node and lease.attempt == item.attempt and not lease.ended:
+                    worker.leases[key] = lease  # also after it counted as lost while its report was on the way
                     kept.add(key)
                 else:
                     drop.append(item)

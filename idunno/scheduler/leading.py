@@ -30,10 +30,12 @@ from idunno.scheduler.messages import Assignment, Poll, PollAnswer
 from idunno.scheduler.messages import Lease as LeaseMessage
 from idunno.scheduler.presence import Presence
 from idunno.scheduler.queues import PLAN, JobHead
-from idunno.wire.calls import Actor, Role
+from idunno.wire.calls import HEADER_BYTES_MAX, Actor, Role
 
 log = logging.getLogger("idunno.scheduler")
 
+ANSWER_BYTES_MAX = HEADER_BYTES_MAX - 64 * 1024
+"""Of a poll's leases and assignments: a lease names up to 2,000 blocks, and a worker with many slots asks for many."""
 GONE = ("failed", "deleted", "stopped", "left")
 
 
@@ -224,13 +226,19 @@ class Leading:
 
     def _answer(self, request: Poll, answer: Answer) -> PollAnswer:
         mark, assignments = self._assignments(request.node)
-        leases = [message for lease, version in answer.leases if (message := self._message(lease, version)) is not None]
+        told = assignments if mark != request.assignments_seen else None
+        left_bytes = ANSWER_BYTES_MAX - len(msgspec.msgpack.encode(told))
+        leases: list[LeaseMessage] = []
+        for lease, version in answer.leases:
+            message = self._message(lease, version)
+            if message is None:
+                continue
+            left_bytes -= len(msgspec.msgpack.encode(message))
+            if left_bytes < 0 and leases:
+                break  # as if the answer had got lost: the next poll does not name them, and gets them again
+            leases.append(message)
         return PollAnswer(
-            term=self.term,
-            leases=leases,
-            assignments_mark=mark,
-            assignments=assignments if mark != request.assignments_seen else None,
-            drop=list(answer.drop),
+            term=self.term, leases=leases, assignments_mark=mark, assignments=told, drop=list(answer.drop)
         )
 
     def _message(self, lease: Lease, version: int) -> LeaseMessage | None:

@@ -56,6 +56,7 @@ class Server:
         """`identify` tells the peer of a certificate by the SHA-256 of its DER; None: nobody we know.
 
         It is asked for None too, and may give anonymous peers a Peer of role ANYONE; what it gives them beyond is ignored.
+        What it raises (an IdunnoError) is told to the peer, which is not let in.
         """
         self.name = name
         self.counters: Counter[str] = Counter()  # accepted, refused, cut: closed set of words
@@ -121,7 +122,11 @@ class Server:
         """The roster has changed: cut whom `identify` no longer knows; roles that changed hold from the next call."""
         for door in list(self._doors):
             if door.serving is not None and door.fingerprint is not None:
-                peer = self._identify(door.fingerprint)
+                try:
+                    peer = self._identify(door.fingerprint)
+                except IdunnoError as error:
+                    door.refuse(error)
+                    continue
                 if peer is None:
                     door.refuse(self._unknown())
                 else:

@@ -6,7 +6,9 @@
 #         is how a task is given back that nothing was done for (no attempt is counted).
 # Rule 3: at most `slots` tasks compute; AHEAD more may wait with their input fetched; outputs are stored beside that. All
 #         together never more than HELD_PER_SLOT a slot.
-# Rule 4: an open poll that offers nothing is cut short when there is something to offer. Leases that are lost with it come back
+# Rule 4: a worker whose own disk or cache refused takes nothing for UNWELL_S: it would fail all tasks faster than the others,
+#         which are well, can do them.
+# Rule 5: an open poll that offers nothing is cut short when there is something to offer. Leases that are lost with it come back
 #         by rule 2.
 from __future__ import annotations
 
@@ -51,6 +53,8 @@ AHEAD: Final = 1
 """Tasks whose input is fetched while the slots compute."""
 HELD_PER_SLOT: Final = 4
 """Computing, ahead, and two outputs being stored or reported; more wait at the scheduler, where others may take them."""
+UNWELL_S: Final = 10.0
+"""Long enough that the attempts which a task has left go to others; short enough for a person who just freed space."""
 RETRY_FIRST_S: Final = 0.05
 RETRY_MAX_S: Final = 2.0
 TEMPORARY: Final = "tmp"
@@ -107,6 +111,7 @@ class Agent:
             host=lambda key: self._hosts.get(key),
             insist=self.insist,
             freed=self._slot_freed,
+            ailing=self._ailing,
         )
         self._hosts: dict[tuple[str, int], Host] = {}
         self._works: dict[tuple[str, int], Work] = {}
@@ -117,6 +122,7 @@ class Agent:
         self._poll_news = asyncio.Event()
         self._offered = 0  # `free` of the poll under way
         self._polling: asyncio.Task[None] | None = None
+        self._well_again: asyncio.TimerHandle | None = None  # while it is unwell
         self._stopping = False
 
     # -- what the node calls ------------------------------------------------------------------------------------------
@@ -135,6 +141,8 @@ class Agent:
     async def stop(self, grace_s: float) -> None:
         """Take no more, let what runs end for `grace_s` seconds, then give the rest back and end all processes."""
         self._stopping = True
+        if self._well_again is not None:
+            self._well_again.cancel()
         await _cancel([self._polling] if self._polling is not None else [])
         works = [work.task for work in self._works.values() if work.task is not None]
         if works:
@@ -191,7 +199,7 @@ class Agent:
             tries = 0
 
     def _free(self) -> int:
-        if self._stopping:
+        if self._stopping or self._well_again is not None:
             return 0
         slots = self._config.slots
         unfinished = sum(not work.computed for work in self._works.values())
@@ -217,6 +225,16 @@ class Agent:
     def _slot_freed(self) -> None:
         if self._offered == 0 and self._free() > 0:
             self._poll_news.set()
+
+    def _ailing(self) -> None:
+        if self._well_again is not None:
+            self._well_again.cancel()
+        self._well_again = asyncio.get_running_loop().call_later(UNWELL_S, self._better)
+        self._poll_news.set()
+
+    def _better(self) -> None:
+        self._well_again = None
+        self._slot_freed()
 
     def _take(self, answer: PollAnswer) -> None:
         """Raises StaleTerm for the answer of a deposed scheduler."""

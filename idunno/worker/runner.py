@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, NoReturn, Protocol, TypeVar
 
 import idunno
-from idunno.base.errors import DecodeError, ModelFailed, from_code
+from idunno.base.errors import DecodeError, DiskFailed, InvalidArgument, ModelFailed, from_code
 from idunno.worker import protocol
 from idunno.worker.protocol import Answer, Count, Counted, Load, Loaded, Ran, Ready, Refused, Request, Run, one_line
 
@@ -30,6 +30,9 @@ END_S: Final = 2.0
 """After its stdin is closed a child between requests ends within milliseconds; then it is killed."""
 LINES_KEPT: Final = 20
 LINE_CHARACTERS_MAX: Final = 300
+
+REFUSALS: Final = (InvalidArgument.code, ModelFailed.code, DiskFailed.code)
+"""What a child may refuse with. By any other word, "not ready" above all, it could have a task run for ever, uncounted."""
 
 RUNNER: Final[dict[str, dict[str, str]]] = {
     "starting": {"ready": "idle", "died": "dead"},
@@ -199,7 +202,8 @@ class ChildRunner:
         answer = await self._answer(what, timeout_s)
         self._step("answered")
         if isinstance(answer, Refused):
-            raise from_code(answer.code, answer.text)
+            code = answer.code if answer.code in REFUSALS else ModelFailed.code
+            raise from_code(code, one_line(answer.text, characters_max=1000))
         if not isinstance(answer, kind):
             await self._broken(f"answered {type(answer).__name__} to {type(request).__name__}")
         return answer

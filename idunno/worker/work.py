@@ -19,7 +19,7 @@ from typing import Final, Protocol, TypeVar
 import msgspec
 
 from idunno.base.disk import Buffer, Disk
-from idunno.base.errors import IdunnoError, InvalidArgument, ModelFailed, NotFound, NotReady
+from idunno.base.errors import DiskFailed, Exhausted, IdunnoError, InvalidArgument, ModelFailed, NotFound, NotReady
 from idunno.base.ids import NodeId
 from idunno.coordinator.names import output_name
 from idunno.coordinator.records import SMALL_BYTES_MAX
@@ -91,6 +91,7 @@ class Workplace:
     host: Callable[[tuple[str, int]], Host | None]
     insist: Insist
     freed: Callable[[], None]  # called when a task has computed: another may be asked for
+    ailing: Callable[[], None]  # called when this worker itself failed, not the model or the input
     numbers: Iterator[int] = field(default_factory=itertools.count)  # of output files: job ids cannot name files
 
 
@@ -130,6 +131,8 @@ class Work:
         except IdunnoError as error:
             self._step("failed")
             log.warning("attempt failed", extra=self._fields(error))
+            if isinstance(error, (DiskFailed, Exhausted)):
+                self._place.ailing()
             await self._fail(error)
             return
         if isinstance(result, TaskDone):

@@ -52,7 +52,7 @@ class Inode:
 
     def sync(self) -> None:
         for at, data in self.pending:
-            self.durable(at, data)
+            self._durable(at, data)
         self.pending = []
 
     def _durable(self, at: int, data: bytes | None) -> None:
@@ -66,13 +66,13 @@ class Inode:
     def lose_power(self, rng: random.Random, counts: Counter[str]) -> None:
         for at, data in self.pending:
             if data is None:
-                self.durable(at, None)
+                self._durable(at, None)
                 continue
             start, stop, lost = at, at + len(data), 0
             while start < stop:  # sectors reach the disk in any order, or not at all
                 end = min(stop, (start // SECTOR_BYTES + 1) * SECTOR_BYTES)
                 if rng.random() < 0.5:
-                    self.durable(start, data[start - at : end - at])
+                    self._durable(start, data[start - at : end - at])
                 else:
                     lost += 1
                 start = end

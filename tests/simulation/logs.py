@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from asyncio import events
 
 from idunno.base.errors import IdunnoError
-from tests.simulation.loop import SimLoop
+from tests.simulation.loop import SimLoop, State
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -39,7 +39,7 @@ class LogWatch(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:  # without the lock and filters of the standard one
         loop = events._get_running_loop()
-        if not isinstance(loop, SimLoop):
+        if not isinstance(loop, SimLoop) or loop.state is State.DEAD:
             return True
         world = self._world
         fields = {name: value for name, value in vars(record).items() if name not in _STANDARD}

@@ -12,6 +12,8 @@ import asyncio
 import contextvars
 import enum
 import heapq
+import sys
+import warnings
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 STUCK_CALLBACKS: Final = 2_000_000
 """Callbacks at one moment of virtual time: a loop that never waits. The largest honest burst seen is below 20,000."""
+
+LATE_S: Final = 0.000_05
+"""How late a timer fires: a real loop never wakes exactly when it was asked to, and never before."""
 
 
 class Stuck(AssertionError):
@@ -54,6 +59,13 @@ class Handle:
 
 def _nothing() -> None:
     return None
+
+
+def _close_dropped(generator: Any) -> None:
+    """As asyncio does: an asynchronous generator that was dropped half-way is closed by a task."""
+    loop = events._get_running_loop()
+    if isinstance(loop, SimLoop) and loop.state is State.RUNNING:
+        loop.create_task(generator.aclose())
 
 
 class SimFuture(asyncio.Future[Any]):
@@ -104,6 +116,8 @@ class Scheduler:
         self._stopping = False
         ready, timers = self.ready, self._timers
         before = events._get_running_loop()  # a test may itself run in a loop
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(finalizer=_close_dropped)
         current: SimLoop | None = None
         steps = at_this_moment = 0
         try:
@@ -140,6 +154,7 @@ class Scheduler:
         finally:
             self.steps += steps
             events._set_running_loop(before)
+            sys.set_asyncgen_hooks(*hooks)
 
 
 class SimLoop(asyncio.AbstractEventLoop):
@@ -208,7 +223,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         return self.call_at(self.scheduler.now + delay, callback, *args)
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
-        return self.scheduler.at(Handle(self, when, callback, args))
+        return self.scheduler.at(Handle(self, when + LATE_S, callback, args))
 
     def deliver_at(self, when: float, callback: Callable[..., Any], *args: Any) -> None:
         """As call_at, for what comes from the network or the disk: a frozen machine finds it before its timers."""
@@ -257,8 +272,9 @@ class SimLoop(asyncio.AbstractEventLoop):
         if isinstance(error, (AssertionError,)) and self.host is None:
             raise error  # a check of the world itself
         about = context.get("task") or context.get("future") or context.get("handle")
-        what = getattr(about, "get_name", lambda: "")() if about is not None else ""
+        what = about.get_coro().__qualname__ if isinstance(about, SimTask) else ""
         self.scheduler.escaped.append(f"{self.name}: {context.get('message')} {what}: {error!r}")
+        self.scheduler.stop()
 
     def default_exception_handler(self, context: dict[str, Any]) -> None:
         self.call_exception_handler(context)

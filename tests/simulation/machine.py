@@ -74,6 +74,7 @@ class Machine:
         self.cost, self.counts = Cost(), Counter[str]()
         self.skew_ms = 0
         self.boot = 0
+        self.up_since = 0.0
         self.node: Node | None = None
         self.loop: SimLoop | None = None
         self.ended: asyncio.Future[None] | None = None
@@ -91,13 +92,14 @@ class Machine:
 
     # -- the world as the node has it -----------------------------------------------------------------------------
 
-    def begin(self, made: Callable[[Machine, Node], None]) -> SimLoop:
+    def begin(self) -> SimLoop:
         """A process starts: its loop, and the node in it, not yet started."""
         assert self.loop is None, f"{self.name} runs already"
         self.boot = int(self.disk.content(BOOT_FILE) or b"0") + 1
         self.disk.put(BOOT_FILE, b"%d" % self.boot)
         self.loop = SimLoop(self.host.network.scheduler, f"{self.name}.{self.boot}", self.host)
         self.host.loop, self.host.up = self.loop, True
+        self.up_since = self.host.network.scheduler.now
         return self.loop
 
     def make_node(self, made: Callable[[Machine, Node], None]) -> Node:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.simulation.loop import SimLoop, State
+from tests.simulation.loop import Scheduler, SimLoop, State
 
 if TYPE_CHECKING:
     from tests.simulation.trace import Trace
@@ -49,8 +49,8 @@ class Quality:
 
 
 class Network:
-    def __init__(self, rng: random.Random, trace: Trace) -> None:
-        self.rng, self.trace = rng, trace
+    def __init__(self, scheduler: Scheduler, rng: random.Random, trace: Trace) -> None:
+        self.scheduler, self.rng, self.trace = scheduler, rng, trace
         self.quality = Quality()
         self.slow: dict[tuple[str, str], Quality] = {}
         """Wires from one address to another that differ."""
@@ -115,6 +115,7 @@ class Host:
         self._sockets: dict[int, Datagrams] = {}
         self.streams: dict[Stream, None] = {}
         self._next_port = 40_000
+        self._reads_from = 0.0
         network.hosts[address] = self
 
     # -- what the loop asks ---------------------------------------------------------------------------------------
@@ -193,6 +194,18 @@ class Host:
     def _port(self) -> int:
         self._next_port += 1
         return self._next_port
+
+    def read_nothing_until(self, when: float) -> None:
+        """Nothing is taken from its connections before; what arrives fills the windows."""
+        self._reads_from = max(self._reads_from, when)
+
+    def may_read(self, stream: Stream) -> bool:
+        if self._reads_from <= self.network.scheduler.now:
+            return True
+        if not stream.waits_to_read:
+            stream.waits_to_read = True
+            stream.loop.deliver_at(self._reads_from, stream.feed)
+        return False
 
     # -- how a process ends ---------------------------------------------------------------------------------------
 
@@ -301,7 +314,7 @@ class Stream(asyncio.Transport):
         self._rto, self._stalled_since = RTO_FIRST_S, 0.0
         # Receiving.
         self._in: deque[bytes | None] = deque()  # None: the other side's end
-        self._paused_reading = False
+        self._paused_reading = self.waits_to_read = False
         host.streams[self] = None
 
     def __hash__(self) -> int:
@@ -447,6 +460,9 @@ class Stream(asyncio.Transport):
 
     def feed(self) -> None:
         """Hand what has arrived to the protocol, as long as it reads."""
+        self.waits_to_read = False
+        if not self.host.may_read(self):
+            return
         while self._in and not self._paused_reading and not self._lost and not self._closing:
             data = self._in.popleft()
             if data is None:

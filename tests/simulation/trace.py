@@ -27,7 +27,7 @@ class Trace:
         self.events += 1
         self._hash.update(f"{self._scheduler.now!r} {what} {about!r}\n".encode())
 
-    def tell(self, what: str, **about: object) -> None:
+    def tell(self, what: str, /, **about: object) -> None:
         """Something that a person wants to read."""
         fields = " ".join(f"{name}={value}" for name, value in about.items() if value not in (None, ""))
         line = f"{self._scheduler.now:9.3f}  {what}{'  ' + fields if fields else ''}"

@@ -52,7 +52,7 @@ class World:
         self.trace = Trace(self.scheduler)
         self.trace.watch = watch
         self.rng = random.Random(f"{self.seed} world")
-        self.network = Network(random.Random(f"{self.seed} network"), self.trace)
+        self.network = Network(self.scheduler, random.Random(f"{self.seed} network"), self.trace)
         self.loop = SimLoop(self.scheduler, "world")
         voters = voters_of(nodes)
         self.machines = [
@@ -76,10 +76,10 @@ class World:
         try:
             with logs:
                 result: T = self.loop.run_alone(self._live(story), limit_s)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.last_lines()}") from error
-        except (IdunnoError, TimeoutError) as error:
-            raise AssertionError(f"the story ended with {refusal(error)}\n{self.last_lines()}") from error
+        except (AssertionError, IdunnoError, TimeoutError, ProcessDied) as error:
+            found = self.findings + self.scheduler.escaped
+            what = "\n".join(found[:10]) if found else f"the story ended with {refusal(error)}"
+            raise AssertionError(f"{what}\n{self.last_lines()}") from error
         finally:
             with logs:
                 self._bury()
@@ -98,7 +98,7 @@ class World:
 
     def found(self, what: str) -> None:
         """A check failed. The world ends at its next step."""
-        self.trace.tell("FINDING", what=what)
+        self.trace.tell(f"FINDING  {what}")
         self.findings.append(f"{self.scheduler.now:.3f} s: {what}")
         self.scheduler.stop()
 
@@ -154,7 +154,7 @@ class World:
     def start(self, *names: str) -> None:
         """Power on; the node starts in the background. Without names: all that do not run."""
         for machine in self._named(names, running=False):
-            loop = machine.begin(self._made)
+            loop = machine.begin()
             machine.ended = self.loop.create_future()
             self.trace.tell("starts", machine=machine.name, boot=machine.boot)
             loop.call_soon(loop.create_task, self._run_node(machine, loop))
@@ -199,15 +199,26 @@ class World:
         if machine.ended is not None and not machine.ended.done():
             machine.ended.set_result(None)
 
-    async def stop(self, name: str) -> None:
-        """An orderly stop, as with SIGTERM."""
+    def begin_stop(self, name: str) -> None:
+        """An orderly stop, as with SIGTERM; `ended` of the machine tells when the process is gone."""
         machine = self.machine(name)
-        assert machine.node is not None
-        self.trace.tell("is stopped", machine=name)
         node, loop = machine.node, machine.loop
+        assert node is not None
         assert loop is not None
-        await self.inside(name, lambda: node.stop())
-        self._exits(machine, loop, "stopped")
+        self.trace.tell("is stopped", machine=name)
+
+        async def stop() -> None:
+            await node.stop()
+            self.loop.call_soon(self._exits, machine, loop, "stopped")
+
+        loop.call_soon(loop.create_task, stop())
+
+    async def stop(self, name: str) -> None:
+        """begin_stop, and wait for the end, however it comes."""
+        self.begin_stop(name)
+        ended = self.machine(name).ended
+        assert ended is not None
+        await ended
 
     def freeze(self, *names: str) -> None:
         """kill -STOP: nothing runs, the kernel goes on receiving."""

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from idunno.base.errors import Conflict, Exhausted, InvalidArgument, NotFound, NotReady
+from idunno.base.errors import Conflict, Exhausted, InvalidArgument, NotFound, NotReady, PermissionDenied
 from idunno.coordinator import commands as c
 from idunno.coordinator import ledger as led
 from idunno.coordinator.effects import FileDeleted, JobChanged, KeepSmall, TaskCompleted, VersionMade
@@ -18,7 +18,7 @@ from idunno.coordinator.machine import Machine
 from idunno.coordinator.names import output_name
 from idunno.coordinator.namespace import small_block
 from idunno.coordinator.records import Timing
-from tests.unit.coordinator.world import ALICE, BOB, N1, N2, SYSTEM, World, block, done, timing
+from tests.unit.coordinator.world import BOB, N1, N2, SYSTEM, World, block, done, timing
 
 
 def fail(job: str, task: int, attempt: int, error: str = "it broke", *, fatal: bool = False) -> c.FailAttempt:
@@ -245,9 +245,18 @@ def test_a_retried_submit_finds_its_job() -> None:
     submit = c.SubmitJob("job1", "digits", ".idunno/jobs/job1/input", 1, "lines")
     again = world.do(submit)
     assert (again.state, again.changed) == ("running", False)
-    for other, actor in ((submit, BOB), (msgspec.structs.replace(submit, model="else"), ALICE)):
-        with pytest.raises(Conflict, match="another job job1"):
-            world.do(other, actor)
+    with pytest.raises(Conflict, match="another job job1"):
+        world.do(msgspec.structs.replace(submit, model="else"))
+    with pytest.raises(PermissionDenied):
+        world.do(submit, BOB)
+
+
+def test_a_completion_times_no_more_queries_than_it_answers() -> None:
+    world = World()
+    world.planned(4, 4)
+    with pytest.raises(InvalidArgument, match="times 5 of 4 queries"):
+        world.do(done("job1", 0, 4, timing=timing(5)), SYSTEM)
+    assert world.machine.registry.timing("digits").count == 0
 
 
 def test_jobs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

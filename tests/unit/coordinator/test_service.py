@@ -70,6 +70,18 @@ def test_a_node_joins_through_any_member() -> None:
     run(story())
 
 
+def test_a_token_holds_at_a_leader_that_has_not_applied_it_yet() -> None:
+    async def story() -> None:
+        world = cluster()
+        token = await new_token(world, "node")
+        world.lead(N3)
+        assert world.nodes[N3].driver.machine.roster.token(token.id) is None
+        answer = await world.nodes[N2].ask(m.ENROLL, joining(token.token), NOBODY)
+        assert answer.name == "n4"
+
+    run(story())
+
+
 def test_a_user_logs_in_and_is_revoked() -> None:
     async def story() -> None:
         world = cluster()

@@ -115,7 +115,7 @@ def test_a_pause_of_a_second_accuses_nobody_and_fails_nobody() -> None:
         net = SimNet(5, seed=seed)
         net.frozen.add(3)
         net.run(900)
-        net.frozen.clear()
+        net.thaw(3)
         net.run(10_000)
         assert net.failures() == [], f"seed {seed}"
 
@@ -125,14 +125,14 @@ def test_a_long_pause_is_a_failure_that_heals_by_itself_and_the_paused_one_accus
     net.frozen.add(3)
     net.run(8_000)
     assert net.seen(3) == {"failed"}
-    net.frozen.clear()
+    net.thaw(3)
     net.run(5_000)
     assert net.seen(3) == {"active"}
     assert {who for _, _, who in net.failures()} == {3}  # what it missed while it was held up proved nothing
 
 
 def test_who_hears_nothing_fails_alone() -> None:
-    net = SimNet(7, seed=3)
+    net = SimNet(7, seed=3, tcp=False)
     net.deaf.add(3)
     net.run(20_000)
     assert net.seen(3) == {"failed"}
@@ -171,7 +171,9 @@ def test_a_member_of_the_roster_that_never_answers_counts_as_failed() -> None:
         net.start(number)
     net.run(300)
     assert net.states(1)[5] == "suspicious"
-    net.run(4_200)
+    net.run(4_500)
+    assert net.states(1)[4] == "suspicious"  # a process needs time to start after its name is known
+    net.run(4_000)
     assert net.states(1) == {1: "active", 2: "active", 3: "active", 4: "failed", 5: "failed"}
     net.start(5)
     net.run(700)
@@ -205,13 +207,13 @@ def test_fifty_nodes_with_ten_percent_loss_fail_nobody() -> None:
     assert net.failures() == []
 
 
-def test_a_quiet_ring_says_nothing_but_four_datagrams_per_node_and_second() -> None:
+def test_a_quiet_ring_says_nothing_but_five_datagrams_per_node_and_second() -> None:
     net = SimNet(5)
     net.run(5_000)  # the news of the start are spread
     net.datagrams = 0
     net.run(60_000)
     assert net.log == []
-    assert net.datagrams <= 60 * 5 * 4 + 10
+    assert net.datagrams <= 60 * 5 * 5 + 10
 
 
 def test_a_run_is_its_seed() -> None:

@@ -20,13 +20,18 @@ from tests.unit.membership.net import node_id
 
 FAST = SwimConfig(
     period_ms=60,
-    retry_ms=25,
+    retry_ms=20,
+    tcp_ms=30,
+    probe_ms=50,
+    look_ms=5,
+    introduce_ms=600,
     t_fail_ms=120,
     t_fail_lone_ms=240,
     bystander_ms=30,
     t_delete_ms=60,
     gossip_ms=10,
-    away_ms=100,
+    random_ms=100,
+    exchange_ms=100,
 )
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Coroutine, Iterator
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,39 @@ def test_a_short_write_is_continued(run: Run, monkeypatch: pytest.MonkeyPatch) -
         await file.close()
 
     run(story)
+
+
+def test_a_file_is_not_closed_under_the_hands_of_a_write_that_nobody_awaits_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next file that is opened gets the number of its descriptor, and with it the bytes."""
+    begun, go_on, real = threading.Event(), threading.Event(), os.pwritev
+
+    def slow(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        begun.set()
+        go_on.wait(10)
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "pwritev", slow)
+
+    async def story() -> None:
+        disk = RealDisk(str(tmp_path), offload)
+        file = await disk.open("a", create=True)
+        writing = asyncio.create_task(file.write(0, [b"mine"]))
+        await asyncio.to_thread(begun.wait, 10)
+        writing.cancel()
+        await asyncio.wait({writing})
+        closing = asyncio.create_task(file.close())
+        await asyncio.sleep(0)
+        other = await disk.open("b", create=True)
+        go_on.set()
+        await closing
+        await other.close()
+        assert await disk.read_all("b", bytes_max=10) == b""
+
+    offload = ThreadOffload(3, "test")
+    asyncio.run(story())
+    offload.close()
 
 
 def test_errors_are_typed_and_carry_the_systems_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

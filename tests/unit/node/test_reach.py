@@ -26,7 +26,7 @@ def free_port() -> int:
 async def check(listen: str, address: str, token: str = "good") -> None:
     server = Server(lambda fingerprint: None, name="n1")
 
-    def check_token(text: str) -> None:
+    async def check_token(text: str, timeout_s: float) -> None:
         if text != "good":
             raise Unauthenticated("this token is not known here")
 

@@ -283,6 +283,17 @@ def test_a_report_that_came_to_nothing_may_be_repeated_by_a_worker_that_lives() 
     assert world.dispatch.completed("j", 0, 0) == [Answer(NodeId("n1"), (), (lease.held,))]
 
 
+def test_a_worker_that_was_lost_only_in_appearance_may_repeat_its_report_too() -> None:
+    world = World()
+    world.job("j", 1)
+    [lease] = world.got("n1")
+    world.dispatch.reporting("j", 0, NodeId("n1"))
+    assert world.dispatch.lost(NodeId("n1"), "lost") == []
+    assert world.poll("n1", lease, free=0) == []
+    assert world.dispatch.reported("j", 0, NodeId("n1")) == []  # no attempt has ended: it still holds the task
+    assert ends(world.dispatch.lost(NodeId("n1"), "lost")) != []
+
+
 def test_the_end_of_an_older_attempt_does_not_touch_the_present_one() -> None:
     world = World()
     world.job("j", 1)

@@ -618,3 +618,26 @@ def test_assignments_say_what_runs_where_since_when() -> None:
             await world.call(EXPLAIN, Explain("nobody"))
 
     story(test)
+
+
+def test_the_leases_of_a_worker_with_many_slots_fit_an_answer_and_the_rest_comes_with_the_next_poll() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world, workers=1)
+        [worker] = [int(w.node, 16) for w in world.machine.registry.get("digits").workers]
+        blocks = tuple(block(f"b{i}", 1) for i in range(2_000))
+        world.do(c.BeginPut("p", "large"), ANN)
+        world.do(c.CommitPut("p", "large", 2_000, blocks), ANN)
+        await world.call(SUBMIT, Submit("j1", "digits", "large", 1, "npy", 10), ANN)
+        world.do(c.PlanJob("j1", 300, 10), world.node)
+        held: list[Lease] = []
+        polls = 0
+        while len(held) < 20:
+            answer = await world.poll(worker, *held, free=20 - len(held))
+            assert len(pack(answer)) < HEADER_BYTES_MAX
+            assert answer.leases
+            held += answer.leases
+            polls += 1
+        assert (polls > 1, sorted(lease.task for lease in held)) == (True, list(range(20)))
+
+    story(test)

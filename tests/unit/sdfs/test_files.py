@@ -4,9 +4,10 @@ from __future__ import annotations
 import pytest
 
 from idunno.base.errors import Conflict, InvalidArgument, NotFound, PermissionDenied
+from idunno.coordinator.machine import Machine
 from idunno.sdfs.client import source_of
 from idunno.sdfs.hashing import block_id
-from tests.unit.sdfs.world import MB, OTHER, World, content_of, read, run
+from tests.unit.sdfs.world import MB, OTHER, Coordination, World, content_of, read, run
 
 
 def test_a_large_file_is_stored_four_times_and_read_through_every_node() -> None:
@@ -215,3 +216,26 @@ def test_the_files_of_a_job_are_hidden_from_other_users() -> None:
 
 async def _nowhere(offset: int, content: object) -> None:
     raise AssertionError("somebody else's bytes came")
+
+
+def test_a_node_that_has_not_replayed_its_log_takes_a_small_file_all_the_same() -> None:
+    class Behind(Coordination):
+        """Its machine has applied nothing yet, until a read has waited for it."""
+
+        caught_up = False
+
+        @property
+        def machine(self) -> Machine:
+            return super().machine if self.caught_up else Machine()
+
+        async def read(self, timeout_s: float) -> Machine:
+            self.caught_up = True
+            return await super().read(timeout_s)
+
+    async def story() -> None:
+        async with World(4) as world:
+            world.node(2).files._coordinator = Behind(world)
+            assert (await world.put(b"small", "f", entry=2)).copies == 4
+            assert await world.get("f") == b"small"
+
+    run(story)

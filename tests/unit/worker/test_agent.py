@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from idunno.base.disk import Buffer
-from idunno.base.errors import IdunnoError, InvalidArgument, ModelFailed, NotFound, NotLeader
+from idunno.base.errors import DiskFailed, IdunnoError, InvalidArgument, ModelFailed, NotFound, NotLeader
 from idunno.base.ids import NodeId
 from idunno.coordinator.records import Block, Timing
 from idunno.node.disk import RealDisk, ThreadOffload
@@ -27,7 +27,7 @@ from idunno.scheduler.messages import (
     WorkerReport,
 )
 from idunno.wire.calls import Empty, Method
-from idunno.worker import models
+from idunno.worker import agent, models
 from idunno.worker.agent import Agent, WorkerConfig
 from idunno.worker.protocol import Ran
 from idunno.worker.runner import ChildFactory, Runner, RunnerFactory
@@ -259,6 +259,25 @@ def test_an_input_that_cannot_be_read_fails_for_good_and_a_dead_model_only_this_
             assert w.scheduler.failed[1] == AttemptFailed(
                 ME, "job", 4, 1, "model m died: signal 9 (killed)", fatal=False
             )
+
+    story(run)
+
+
+def test_a_worker_whose_disk_refuses_leaves_the_tasks_to_others_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "UNWELL_S", 0.2)
+
+    async def run() -> None:
+        processes = Processes()
+        async with world(tmp_path, processes) as w:
+            await until(lambda: w.scheduler.polls[-1].free == 2)
+            processes.count_error = DiskFailed("cannot write tmp/out: No space left on device")
+            w.scheduler.lend(w.lease(-1))
+            await until(lambda: len(w.scheduler.failed) == 1)
+            assert not w.scheduler.failed[0].fatal
+            await until(lambda: w.scheduler.polls[-1].free == 0 and w.scheduler.polls[-1].ready == [("m", 1)])
+            await until(lambda: w.scheduler.polls[-1].free == 2)
 
     story(run)
 

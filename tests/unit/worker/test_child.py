@@ -206,6 +206,21 @@ async def scripted(code: str) -> ChildRunner:
     return ChildRunner(transport, pipes)
 
 
+def test_a_child_does_not_choose_what_its_refusal_means() -> None:
+    """A task that is "not ready" is given back and not counted: a hostile model could have it lent for ever."""
+
+    async def run() -> None:
+        ready, refused = protocol.encode(protocol.Ready()), protocol.encode(protocol.Refused("not-ready", "no" * 5000))
+        runner = await scripted(f"os.write(1, {ready!r}); os.read(0, 100); os.write(1, {refused!r}); time.sleep(60)")
+        await runner.started()
+        with pytest.raises(ModelFailed) as caught:
+            await runner.count("x", "zip", timeout_s=LIMIT_S)
+        assert len(str(caught.value)) <= 1000
+        await runner.close()
+
+    asyncio.run(run())
+
+
 def group(leader: int) -> list[str]:
     """The living processes of a group; the dead ones may wait for their parent to look."""
     found = []
