@@ -98,7 +98,8 @@ class RaftDriver:
         # Until `start` opens the log: a core that knows nothing and is asked nothing.
         self._core = Raft(me, self._voters, self._learners, Terms(), HardState(Term(0)), config, rng, 0)
         self._running = self._busy = self._announced = False
-        self._disk_refuses = self._stuck = False  # why it is halted; `_stuck` is for good
+        self._stuck = False  # halted for good
+        self._disk_refuses: set[str] = set()  # halted for as long as the disk refuses these: "write", "read"
         self._inbox: deque[Input] = deque()
         self._persists: list[Persist] = []
         self._persist_due, self._apply_due, self._role_changed = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -403,7 +404,7 @@ class RaftDriver:
                     await self._log.flush()
                 except IdunnoError as error:
                     self._persists = batch + self._persists
-                    self._disk_refuses = True
+                    self._disk_refuses.add("write")
                     self._halt(f"its log cannot be written: {error}", error)
                     if not self._running:
                         return
@@ -413,8 +414,7 @@ class RaftDriver:
                     for send in persist.then:
                         self._send(send.to, send.message)
                 self._step(Persisted(batch[-1].seq))
-                if self._disk_refuses:
-                    self._resume()
+                self._resume("write")
             if not self._running:
                 return
 
@@ -425,10 +425,12 @@ class RaftDriver:
             if self._running:
                 self._step(Halt(True))
 
-    def _resume(self) -> None:
-        """The disk takes writes again. A node that could not apply an entry does not come back."""
-        self._disk_refuses = False
-        if not self._stuck:
+    def _resume(self, doing: str) -> None:
+        """The disk works again. A node that could not apply an entry does not come back."""
+        if doing not in self._disk_refuses:
+            return
+        self._disk_refuses.remove(doing)
+        if not self._stuck and not self._disk_refuses:
             self.problem = None
             log.warning("node takes part in consensus again")
             self._step(Halt(False))
@@ -443,7 +445,14 @@ class RaftDriver:
                 first = self._applied + 1
                 last, _ = self._core.terms.batch_end(first, APPLY_BYTES_MAX, APPLY_ENTRIES_MAX)
                 last = min(last, self._core.commit)
-                payloads = self._log.cached(first, last) or await self._log.read(first, last)
+                try:
+                    payloads = self._log.cached(first, last) or await self._log.read(first, last)
+                except DiskFailed as error:
+                    self._disk_refuses.add("read")
+                    self._halt(f"its log cannot be read: {error}", error)
+                    await asyncio.sleep(DISK_RETRY_S)
+                    continue
+                self._resume("read")
                 self._apply_slice(payloads)
                 self._settle()
                 await asyncio.sleep(0)  # lets the loop breathe between slices

@@ -156,7 +156,9 @@ class WriteFile(AbstractBufferedFile):  # type: ignore[misc]
     def _run(self, piece: Buffer = b"", *, final: bool) -> None:
         connection = self._connection = self._connection or self.fs.connection()
         if not connection.alive:
-            raise OSError(errno.EIO, "this file belongs to another process, from before a fork, or to a closed connection: open it anew", self.path)
+            raise OSError(
+                errno.EIO, "this file was opened before a fork or on a closed connection: open it anew", self.path
+            )
         answer = connection.run(self.path, self._send(connection, piece, final=final), create="x" in self.mode)
         if answer is not None:
             self._writer = None

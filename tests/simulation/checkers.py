@@ -2,7 +2,7 @@
 #
 # Rule 1: a checker listens; it asks nothing of a node that a node would notice.
 # Rule 2: machines: the same entry at the same index on every node, applied one after another, and equal digests at equal index.
-# Rule 3: consensus: at most one leader in a term; a node's term never goes back, not even over restarts.
+# Rule 3: consensus: at most one leader in a term; a node's term never goes back, and over restarts never below one it led.
 # Rule 4: membership: who is healthy and undisturbed is never called Failed, a dead one is, in time, by all who are undisturbed.
 from __future__ import annotations
 
@@ -76,10 +76,12 @@ class Checkers:
             return
         fields = vars(record)
         term, role = int(fields["term"]), str(fields["role"])
-        if term < self._terms.get(machine.name, 0):
-            self.world.found(f"the term of {machine.name} goes back from {self._terms[machine.name]} to {term}")
-        self._terms[machine.name] = term
+        known = self._terms.get(f"{machine.name}.{machine.boot}", self._terms.get(machine.name, 0))
+        if term < known:
+            self.world.found(f"the term of {machine.name} goes back from {known} to {term}")
+        self._terms[f"{machine.name}.{machine.boot}"] = term
         if role == "leader":
+            self._terms[machine.name] = term  # it asked for votes, so the term was on its disk before
             first = self._leaders.setdefault(term, machine.name)
             if first != machine.name:
                 self.world.found(f"two leaders in term {term}: {first} and {machine.name}")

@@ -196,13 +196,14 @@ class SimLoop(asyncio.AbstractEventLoop):
         before = events._get_running_loop()
         events._set_running_loop(self)
         try:
-            for task in tasks:
-                task._log_destroy_pending = False  # type: ignore[attr-defined]
-                coro = task.get_coro()
-                try:
-                    coro.close()  # type: ignore[union-attr]
-                except BaseException:  # noqa: BLE001, S110 - code that awaits in a `finally` cannot end quietly: it is dead anyway
-                    pass
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a `finally` would still begin is never awaited
+                for task in tasks:
+                    task._log_destroy_pending = False  # type: ignore[attr-defined]
+                    try:
+                        task.get_coro().close()  # type: ignore[union-attr]
+                    except BaseException as error:  # noqa: BLE001 - code that awaits in a `finally` cannot end quietly
+                        error.__traceback__ = error.__context__ = error.__cause__ = None
         finally:
             events._set_running_loop(before)
 
@@ -236,6 +237,10 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def create_task(self, coro: Any, *, name: str | None = None, context: Any = None) -> Any:
         task = SimTask(coro, self, name, context)
+        if self.state is State.DEAD:  # asked for by a `finally` that runs in `bury`
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            coro.close()
+            return task
         self.tasks[task] = None
         task.add_done_callback(self.tasks.pop)
         return task

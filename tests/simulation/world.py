@@ -333,6 +333,8 @@ class World:
             await node.coordinator.propose(AddUser(user, _TOKEN), actor=Actor(node.me, Role.NODE), timeout_s=10.0)
 
         await self.inside(leader.name, propose)
+        nodes = [m.node for m in self.machines if m.serving and m.node is not None]
+        await self.until(lambda: all(n.machine.roster.user(ADMIN) is not None for n in nodes), "the user is known")
 
     # -- what machines tell ---------------------------------------------------------------------------------------
 
