@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from idunno.grep.messages import Line, QueryAnswer
 
 LEVELS = ("debug", "info", "warning", "error")
-CONTEXT_MAX = 1_000
+CONTEXT_MAX = 100
 """Lines around a match."""
-LIMIT_MAX = 1_000_000
+LIMIT_MAX = 100_000
 
 
 @command("grep", example="idunno grep -i 'task failed' --since 10m --node n2")

@@ -130,7 +130,8 @@ def node_run(directory: str, seed: str | None) -> None:
         return
     # In this process's place: a node that runs for months does not carry the command line with it.
     sys.stdout.flush()
-    arguments = [sys.executable, "-m", "idunno.node", "--dir", str(path)]
+    # -P: nothing is imported from the directory that the operator happens to be in.
+    arguments = [sys.executable, "-P", "-m", "idunno.node", "--dir", str(path)]
     os.execv(sys.executable, arguments + (["--seed", seed] if seed is not None else []))
 
 
@@ -160,8 +161,16 @@ def _user_name() -> str:
 
 @command("members", example="idunno members")
 @click.option("--self", "only_self", is_flag=True, help="Only the node that answers.")
-def members(only_self: bool) -> None:
+@click.option("--events", is_flag=True, help="The last changes of their states, with reason and accuser.")
+def members(only_self: bool, events: bool) -> None:
     """The members, as the node that answers sees them."""
+    if events:
+        if only_self:
+            raise usage("--events and --self: give one of them")
+        changes = work(lambda cluster: cluster.member_events())
+        titles = ["time", "event", "name", "reason", "accuser"]
+        result(changes, lambda: render.table(titles, [[getattr(row, title) for title in titles] for row in changes]))
+        return
 
     async def body(cluster: Cluster) -> list[Member]:
         rows = await cluster.members()
@@ -172,6 +181,8 @@ def members(only_self: bool) -> None:
 
     rows = work(body)
     columns = ["name", "id", "address", "state", "role", "incarnation", "version", "slots", "zone"]
+    if any(row.problem for row in rows):
+        columns.append("problem")
     result(rows, lambda: render.table(columns, [[getattr(row, column) for column in columns] for row in rows]))
 
 
@@ -205,6 +216,7 @@ def _status_page(answer: StatusAnswer) -> None:
         lines.append(("behind", ", ".join(f"{name} by {entries} entries" for name, entries in behind.items())))
     if answer.recovering:
         lines.append(("recovering", "not every present node has reported to this scheduler yet"))
+    lines.extend(("warning", warning) for warning in answer.warnings)
     for title, value in lines:
         click.echo(f"{title:<11} {render.cell(value)}")
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from idunno.base.errors import IdunnoError, Unavailable, Unconfirmed
+from idunno.base.errors import IdunnoError, Unavailable
+from idunno.cli import render
 from idunno.cli.options import settings
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ async def _work(body: Callable[[Cluster], Awaitable[T]]) -> T:
     async with await connect(chosen.cluster, chosen.timeout_s) as cluster:
         try:
             return await body(cluster)
-        except Unconfirmed as error:
-            if cluster.session.changed:
+        except IdunnoError as error:
+            if cluster.session.changed or not error.may_have_happened:
                 raise
             raise Unavailable(str(error)) from error
 
@@ -111,14 +112,14 @@ def exit_code_of(error: BaseException) -> int:
     """The exit status that an error ends a command with."""
     if isinstance(error, click.UsageError):
         return USAGE
-    if isinstance(error, Unconfirmed):
+    if isinstance(error, IdunnoError) and error.may_have_happened:
         return UNKNOWN
     return FAILED
 
 
 def report(text: str, where: str = "") -> None:
     """The one line of a failure, whatever the text contains."""
-    line = " ".join(text.split())
+    line = render.printable(" ".join(text.split()))
     note(f"error: {where}: {line}" if where else f"error: {line}")
 
 

@@ -6,20 +6,25 @@
 # Rule 3: a login is complete or not there: its files are written aside and renamed together, for this user alone (0700, 0600).
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import shutil
 import ssl
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
-from idunno.base.errors import Unauthenticated
+from idunno.base.errors import IdunnoError, Unauthenticated
 from idunno.base.ids import check_label
 from idunno.client.locate import LOGIN_FILE, Door, Login, Place, SocketDoor, login_directory, parse_address
 from idunno.client.session import Dial, Link
-from idunno.coordinator.messages import ENROLL, HELLO, Enroll, Hello
+from idunno.coordinator.messages import ENROLL, HELLO, Enroll, EnrollAnswer, Hello
 from idunno.wire.rpc import connect_tcp, connect_unix
+
+AGAIN_S: Final = 0.5
+"""Between attempts to enrol: an election takes about a second."""
 
 
 def dialer(place: Place) -> Dial:
@@ -62,11 +67,9 @@ async def login(address: str, token: str, name: str, at_home: Path, timeout_s: f
     if fingerprint(hello.ca_pem) != parsed.ca_fingerprint:
         raise Unauthenticated(f"{address} does not belong to the cluster that this token is for: check the address")
     key_pem, csr_pem = make_key_and_csr(name)
-    second = await connect_tcp(host, port, client_context(None, None, hello.ca_pem), expect=None, timeout_s=timeout_s)
-    try:
-        answer = await second.call(ENROLL, Enroll(token=token, csr_pem=csr_pem, name=name), timeout_s=timeout_s)
-    finally:
-        await second.close()
+    answer = await _enrolled(
+        host, port, client_context(None, None, hello.ca_pem), Enroll(token=token, csr_pem=csr_pem, name=name), timeout_s
+    )
     about = Login(answer.cluster, answer.name, answer.role, address, answer.members)
     files = {
         "ca.pem": hello.ca_pem,
@@ -76,6 +79,27 @@ async def login(address: str, token: str, name: str, at_home: Path, timeout_s: f
     }
     _keep(login_directory(at_home, host, port), files)
     return about
+
+
+async def _enrolled(host: str, port: int, context: ssl.SSLContext, request: Enroll, timeout_s: float) -> EnrollAnswer:
+    """Ask until there is an answer: with the same key it is the same one; a later login, with another key, would find the
+    name taken."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + timeout_s
+    unsure: IdunnoError | None = None
+    while True:
+        left_s = max(AGAIN_S, end_s - loop.time())
+        try:
+            connection = await connect_tcp(host, port, context, expect=None, timeout_s=left_s)
+            try:
+                return await connection.call(ENROLL, request, timeout_s=left_s)
+            finally:
+                await connection.close()
+        except IdunnoError as error:
+            unsure = error if error.may_have_happened else unsure
+            if not error.retryable or loop.time() + AGAIN_S >= end_s:
+                raise unsure or error from None
+        await asyncio.sleep(AGAIN_S)
 
 
 def _keep(directory: Path, files: dict[str, bytes]) -> None:

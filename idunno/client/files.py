@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
-from idunno.base.errors import InvalidArgument, NotFound
+from idunno.base.errors import Corrupt, IdunnoError, InvalidArgument, NotFound
 from idunno.base.ids import check_file_name
 from idunno.client.base import TRANSFER_S, Base, Deadline, new_request
 from idunno.client.local import files_below, open_file, replacing, target_path
@@ -27,6 +28,9 @@ from idunno.sdfs.messages import (
     VersionRow,
     WhereAnswer,
 )
+
+DISCARD_S: Final = 5.0
+"""For taking back what was put in vain: an error is waiting to be shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +135,9 @@ class Files(Base):
         tally = Tally(progress, sum(row.size for row in rows))
 
         async def one(row: ListRow) -> FileInfo:
-            relative = check_file_name(row.name, system=True)[len(prefix) :]
-            path = Path(folder, relative)
+            if not check_file_name(row.name, system=True).startswith(prefix):
+                raise Corrupt(f"the listing of {prefix} names {row.name}, which is not below it: ask another node")
+            path = Path(folder, row.name[len(prefix) :])
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 return await self._get_file(
@@ -187,6 +192,12 @@ class Files(Base):
     async def delete(self, name: str) -> DeleteAnswer:
         """Delete all versions. Raises NotFound, PermissionDenied."""
         return await self._file_client.delete(name, request=new_request(), timeout_s=self._deadline().left_s())
+
+    async def _discard(self, name: str, error: IdunnoError) -> None:
+        """Take back what was put for something that was refused by `error`, if it certainly was: nobody would find it."""
+        if not error.may_have_happened:
+            with contextlib.suppress(IdunnoError):  # the refusal is what matters, and is raised
+                await self._file_client.delete(name, request=new_request(), timeout_s=DISCARD_S)
 
     async def _put_path(
         self,

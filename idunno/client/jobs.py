@@ -17,7 +17,7 @@ from typing import IO, Any, Final
 
 import msgspec
 
-from idunno.base.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, NotReady
+from idunno.base.errors import Corrupt, DeadlineExceeded, IdunnoError, InvalidArgument, NotFound, NotReady
 from idunno.client.base import JOB_S, POLL_PAUSE_S, TRANSFER_S, Deadline, new_request
 from idunno.client.models import Models, shortened
 from idunno.client.packing import is_array, kind_of_file, kind_of_stored, pack_array, pack_folder, pack_paths
@@ -107,7 +107,12 @@ class Jobs(Models):
             with file:
                 put = await self._put_file(file, name, deadline=deadline, system=True, progress=sent)
             version = put.version
-        info = await self._ask(SUBMIT, Submit(job, model, name, version, kind, batch_size), deadline)
+        try:
+            info = await self._ask(SUBMIT, Submit(job, model, name, version, kind, batch_size), deadline)
+        except IdunnoError as error:
+            if stored is None:
+                await self._discard(name, error)
+            raise
         return Job(self, info)
 
     async def _check_deployed(self, model: str, deadline: Deadline) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from idunno.base.errors import DeadlineExceeded, InvalidArgument, ModelFailed
+from idunno.base.errors import DeadlineExceeded, IdunnoError, InvalidArgument, ModelFailed
 from idunno.base.ids import check_file_name, check_label
 from idunno.client.base import DEPLOY_S, POLL_PAUSE_S, Deadline, new_request
 from idunno.client.files import Files
@@ -66,21 +66,25 @@ class Models(Files):
         request = new_request()
         name = check_file_name(f".idunno/models/{model}/{request}/{file.name}", system=True)
         put = await self._put_path(file, name, deadline=deadline, system=True, progress=sent)
-        info = await self._ask(
-            DEPLOY,
-            DeployModel(
-                model=model,
-                runtime=runtime,
-                files=[FileVersion(path=file.name, name=name, version=put.version)],
-                request=request,
-                workers=workers,
-                batch_size=batch_size,
-                weight=weight,
-                workers_min=workers_min,
-                workers_max=workers_max,
-            ),
-            deadline,
-        )
+        try:
+            info = await self._ask(
+                DEPLOY,
+                DeployModel(
+                    model=model,
+                    runtime=runtime,
+                    files=[FileVersion(path=file.name, name=name, version=put.version)],
+                    request=request,
+                    workers=workers,
+                    batch_size=batch_size,
+                    weight=weight,
+                    workers_min=workers_min,
+                    workers_max=workers_max,
+                ),
+                deadline,
+            )
+        except IdunnoError as error:
+            await self._discard(name, error)
+            raise
         return await self._deployed(info, deadline, progress)
 
     async def _deployed(

@@ -9,6 +9,7 @@ import msgspec
 from idunno.base.errors import DecodeError, InvalidArgument
 from idunno.client.base import Base, new_request
 from idunno.coordinator.messages import (
+    MEMBER_EVENTS,
     MEMBERS,
     STATUS,
     TOKEN_LIST,
@@ -18,6 +19,7 @@ from idunno.coordinator.messages import (
     USERS,
     ById,
     Member,
+    MemberEvent,
     Members,
     NewToken,
     NewTokenAnswer,
@@ -38,6 +40,10 @@ class Operations(Base):
     async def members(self) -> list[Member]:
         """The members as the node that answers sees them."""
         return (await self._ask(MEMBERS, Members())).members
+
+    async def member_events(self) -> list[MemberEvent]:
+        """The last changes of members' states, oldest first, as the node that answers saw them."""
+        return (await self._ask(MEMBER_EVENTS, Empty())).events
 
     async def status(self) -> StatusAnswer:
         return await self._ask(STATUS, Status())

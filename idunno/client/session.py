@@ -17,8 +17,14 @@ from typing import Final, Protocol, TypeVar
 import msgspec
 
 from idunno.base.disk import Buffer
-from idunno.base.errors import DeadlineExceeded, IdunnoError, Unavailable, Unconfirmed
+from idunno.base.errors import (
+    DeadlineExceeded,
+    IdunnoError,
+    Unavailable,
+    Unconfirmed,
+)
 from idunno.client.locate import Door, Place
+from idunno.sdfs.asking import UNDECIDED
 from idunno.wire.calls import A, Actor, Caller, Empty, Item, Method, Q, Role, Stream
 
 CONNECT_TIMEOUT_S: Final = 3.0
@@ -30,7 +36,6 @@ LAST_ATTEMPT_S: Final = 0.1
 PAUSE_MIN_S: Final = 0.05
 PAUSE_MAX_S: Final = 1.0
 """Between attempts, doubling: an election takes about a second, so a few attempts fall into it."""
-
 R = TypeVar("R")
 
 
@@ -123,7 +128,9 @@ class Session:
                 return await once(link, attempt_s)
             except IdunnoError as error:
                 last = error
-                unsure = unsure or (isinstance(error, Unconfirmed) and not asks)
+                if unsure and isinstance(error, UNDECIDED):
+                    raise DeadlineExceeded(f"{name} was sent, its answer was lost; asked again: {error}") from error
+                unsure = unsure or (error.may_have_happened and not asks)
                 if not reached and not self._reached:
                     raise
                 if not again or not (error.retryable or isinstance(error, DeadlineExceeded)):
@@ -156,13 +163,16 @@ class Session:
                 return link
             try:
                 link = await self._dial(self.place.doors[self._now], CONNECT_TIMEOUT_S)
-            except (Unavailable, Unconfirmed) as error:
-                last = error
+            except IdunnoError as error:
+                if last is None or isinstance(last, (Unavailable, Unconfirmed)):
+                    last = error  # a refusal says more than silence
                 self._now = (self._now + 1) % len(self.place.doors)
             else:
                 self._links[self._now] = link
                 self._reached = True
                 return link
+        if last is not None and not isinstance(last, (Unavailable, Unconfirmed)):
+            raise last
         count = len(self.place.doors)
         tried = "its node does not answer" if count == 1 else f"none of its {count} nodes answers"
         raise Unavailable(f"{self.place.where}: {tried} ({last}): {self.place.next_step}")

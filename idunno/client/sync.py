@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 from idunno.client import api
 from idunno.client.files import FolderGot, FolderPut
 from idunno.client.transfer import Progress
-from idunno.coordinator.messages import Member, NewTokenAnswer, StatusAnswer, TokenRow, UserRow
+from idunno.coordinator.messages import Member, MemberEvent, NewTokenAnswer, StatusAnswer, TokenRow, UserRow
 from idunno.grep.messages import Line, QueryAnswer
 from idunno.scheduler.messages import Explanation, JobInfo, ModelInfo, OutputInfo, Rates, Times, WorkerRow
 from idunno.sdfs.messages import DeleteAnswer, FileInfo, ListRow, PutAnswer, StoreAnswer, VersionRow, WhereAnswer
@@ -285,6 +285,9 @@ class Cluster:
 
     def members(self) -> list[Member]:
         return self._thread.run(self._cluster.members())
+
+    def member_events(self) -> list[MemberEvent]:
+        return self._thread.run(self._cluster.member_events())
 
     def status(self) -> StatusAnswer:
         return self._thread.run(self._cluster.status())

@@ -27,6 +27,8 @@ class RaftConfig:
     """Proposals and reads that wait at the leader, each. Ten times what a busy cluster has in flight."""
     persists_max: int = 1_024
     """Promises that wait for a disk that does not answer; further messages that need one are dropped, as if lost."""
+    segment_bytes: int = 16 * 1024 * 1024
+    """A file of the log. Large enough that making one (a few ms) is rare, small enough that a new node has spent little."""
     apply_slice_ms: int = 5
     """Apply this long, then let the loop breathe: a fraction of a heartbeat."""
 

@@ -119,7 +119,7 @@ class RaftDriver:
     async def start(self) -> None:
         """Open the log and begin. Raises NotFound, Corrupt, Incompatible, DiskFailed (see Log.open)."""
         self._loop = asyncio.get_running_loop()
-        self._log = await Log.open(self._disk)
+        self._log = await Log.open(self._disk, segment_bytes=self.config.segment_bytes)
         self._core = Raft(
             self.me,
             self._voters,

@@ -18,6 +18,7 @@ from typing import Final
 from idunno.base.disk import Disk, File
 from idunno.base.errors import Conflict, Corrupt, DiskFailed, NotFound
 from idunno.base.ids import Index, Term
+from idunno.consensus.config import RaftConfig
 from idunno.consensus.events import HardState
 from idunno.consensus.messages import PAYLOAD_BYTES_MAX, Entry
 from idunno.consensus.records import (
@@ -37,8 +38,7 @@ from idunno.consensus.recovery import Recovered, recover
 
 DIRECTORY: Final = "log"
 STATE_PATH: Final = "log/state"
-SEGMENT_BYTES: Final = 16 * 1024 * 1024
-"""A file of the log. Large enough that making one (a few ms) is rare, small enough that a new node has spent little."""
+SEGMENT_BYTES: Final = RaftConfig().segment_bytes
 CACHE_BYTES_MAX: Final = 16 * 1024 * 1024
 """Payloads kept in memory: four seconds of a busy cluster (1,000 small files of 4 KiB a second)."""
 FLUSH_BYTES_MAX: Final = 4 * 1024 * 1024

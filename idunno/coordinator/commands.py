@@ -101,7 +101,36 @@ class PutSmall(Record, frozen=True, tag="put-small"):
 
 
 class DeleteFile(Record, frozen=True, tag="delete-file"):
+    """All versions go into the trash; those of the system's own names are gone at once."""
+
     name: str
+
+
+class SetRetention(Record, frozen=True, tag="set-retention"):
+    """A user's rule is for his own files, an admin's for everybody's. Both limits 0: there is no rule any more."""
+
+    prefix: str
+    versions: int = 0
+    age_ms: int = 0
+
+
+class Expire(Record, frozen=True, tag="expire"):
+    """These versions of the file go into the trash, but for the current one."""
+
+    name: str
+    versions: tuple[int, ...]
+
+
+class RestoreTrash(Record, frozen=True, tag="restore-trash"):
+    """What the trash holds of the file is part of it again."""
+
+    name: str
+
+
+class Purge(Record, frozen=True, tag="purge"):
+    """These entries of the trash are gone for good."""
+
+    entries: tuple[int, ...]
 
 
 # -- registry ---------------------------------------------------------------------------------------------------------
@@ -231,6 +260,10 @@ Command: TypeAlias = (
     | FailAttempt
     | CancelJob
     | ForgetJob
+    | SetRetention
+    | Expire
+    | RestoreTrash
+    | Purge
 )
 
 

@@ -35,10 +35,23 @@ class VersionMade:
 
 @dataclass(frozen=True, slots=True)
 class FileDeleted:
-    """A file is gone with all of its versions. Their blocks may still be in use by other files, models and jobs."""
+    """A file is gone with all of its versions: into the trash, or, below .idunno/, for good. What becomes of their blocks is
+    told by BlocksFreed."""
 
     name: str
     versions: tuple[VersionRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksFreed:
+    """Nothing refers to these blocks any more. They may still be pinned by open puts."""
+
+    blocks: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionChanged:
+    """A retention rule was set or removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,4 +79,14 @@ class TaskCompleted:
     at_ms: int
 
 
-Effect: TypeAlias = RosterChanged | KeepSmall | VersionMade | FileDeleted | ModelChanged | JobChanged | TaskCompleted
+Effect: TypeAlias = (
+    RosterChanged
+    | KeepSmall
+    | VersionMade
+    | FileDeleted
+    | BlocksFreed
+    | RetentionChanged
+    | ModelChanged
+    | JobChanged
+    | TaskCompleted
+)

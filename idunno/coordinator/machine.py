@@ -8,7 +8,7 @@
 #         of each other's insides.
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
@@ -25,11 +25,13 @@ from idunno.coordinator.ledger import Ledger, LedgerState
 from idunno.coordinator.names import job_directory, model_directory, output_name
 from idunno.coordinator.namespace import Namespace, NamespaceState, check_blocks, small_block
 from idunno.coordinator.recent import Recent, RecentState
-from idunno.coordinator.records import ModelRecord, Output
+from idunno.coordinator.records import Block, ModelRecord, Output, VersionRecord
+from idunno.coordinator.references import References, model_blocks
 from idunno.coordinator.registry import Registry, RegistryState
-from idunno.coordinator.results import Done, FileGone, PutDone
+from idunno.coordinator.results import Done, FileGone, Purged, PutDone, Restored
 from idunno.coordinator.roster import Roster, RosterState
 from idunno.coordinator.timing import check_timing
+from idunno.coordinator.trash import RetentionRule
 from idunno.wire.calls import Actor, Role
 
 
@@ -66,6 +68,7 @@ class Machine:
         self.namespace = Namespace()
         self.registry = Registry()
         self.ledger = Ledger()
+        self.references = References()
         self._recent = Recent()
         self._effects: list[e.Effect] = []
 
@@ -89,7 +92,10 @@ class Machine:
         self._effects = []
         try:
             permissions.check(entry.command, asked.actor, self)
-            applied = Applied(_APPLY[type(entry.command)](self, entry.command, asked), None, tuple(self._effects))
+            result = _APPLY[type(entry.command)](self, entry.command, asked)
+            if freed := self.references.freed():
+                self._tell(e.BlocksFreed(freed))
+            applied = Applied(result, None, tuple(self._effects))
         except Incompatible:
             raise
         except IdunnoError as error:
@@ -125,7 +131,22 @@ class Machine:
         machine.registry = Registry(snapshots.state_of(taken, "registry", RegistryState))
         machine.ledger = Ledger(snapshots.state_of(taken, "ledger", LedgerState))
         machine._recent = Recent(snapshots.state_of(taken, "recent", RecentState))
+        machine.references = machine.recount()
         return machine
+
+    def recount(self) -> References:
+        """The references as the parts have them: what `references` holds, counted anew."""
+        counted = References()
+        for _, record in self.namespace.each():
+            counted.add(_blocks(record))
+        for entry in self.namespace.trash.entries.values():
+            for record in entry.versions:
+                counted.add(_blocks(record))
+        for model in self.registry.models():
+            counted.add(model_blocks(model))
+        for job in self.ledger.jobs():
+            counted.add(() if job.input_small else job.input_blocks)
+        return counted
 
     def digest(self) -> bytes:
         """32 bytes that are equal on all nodes at an equal index. Costs as much as a snapshot."""
@@ -169,6 +190,7 @@ class Machine:
         was_open = self.namespace.open_put(command.put) is not None
         done = self.namespace.commit(command, asked.actor.name, self.now_ms)
         if was_open:
+            self.references.add(command.blocks)
             self._tell(e.VersionMade(command.name, done.version, command.blocks))
         return done
 
@@ -188,9 +210,33 @@ class Machine:
         before = self.namespace.deleted_by(command.name, asked.request)
         if before is not None:
             return before
-        done, versions = self.namespace.delete(command.name, asked.request, self.now_ms)
+        done, versions, gone = self.namespace.delete(command.name, asked.request, asked.actor.name, self.now_ms)
         self._tell(e.FileDeleted(command.name, versions))
+        self._unrefer(gone)
         return done
+
+    def _set_retention(self, command: c.SetRetention, asked: _Asked) -> Done:
+        owner = "" if asked.actor.may(Role.ADMIN) else asked.actor.name
+        rule = RetentionRule(command.prefix, owner, command.versions, command.age_ms)
+        return self._told(self.namespace.retention.set(rule), e.RetentionChanged())
+
+    def _expire(self, command: c.Expire, asked: _Asked) -> Done:
+        done, gone = self.namespace.expire(command.name, command.versions, asked.actor.name, self.now_ms)
+        self._unrefer(gone)
+        return done
+
+    def _restore_trash(self, command: c.RestoreTrash, asked: _Asked) -> Restored:
+        kind = type(command).__name__
+        if self._recent.answered(kind, command.name, asked.actor.name, asked.request):
+            return Restored(command.name, 0, changed=False)
+        count = self.namespace.restore(command.name)
+        self._recent.keep(kind, command.name, asked.actor.name, asked.request)
+        return Restored(command.name, count)
+
+    def _purge(self, command: c.Purge, asked: _Asked) -> Purged:
+        gone = self.namespace.purge(command.entries)
+        self._unrefer(gone)
+        return Purged(len(gone), sum(record.size for record in gone), changed=bool(gone))
 
     # -- registry -----------------------------------------------------------------------------------------------------
 
@@ -203,6 +249,8 @@ class Machine:
         )
         if done.changed:
             self._tell(e.ModelChanged(command.model))
+            self.references.add(model_blocks(self.registry.get(command.model)))
+            self.references.remove(model_blocks(old))
             kept = [file.name for file in command.files]
             self._remove_model_files(old, kept)
         return done
@@ -217,6 +265,7 @@ class Machine:
                     f"`idunno cancel {waiting[0]}`"
                 )
             done = self._told(self.registry.undeploy(command.model), e.ModelChanged(command.model))
+            self.references.remove(model_blocks(old))
             self._remove_model_files(old, [])
             return done
 
@@ -258,6 +307,7 @@ class Machine:
         model = self.registry.serving(command.model)
         given = self.namespace.version(command.input_name, command.input_version)
         done = self.ledger.submit(command, asked.actor.name, model, given, self.now_ms)
+        self.references.add(_blocks(given))
         return self._told(done, e.JobChanged(command.job))
 
     def _plan_job(self, command: c.PlanJob, asked: _Asked) -> msgspec.Struct:
@@ -287,6 +337,7 @@ class Machine:
         job = self.ledger.job(command.job)
         self.namespace.abort(command.put)
         made = self.namespace.add(name, command.size, blocks, job.client, command.put, self.now_ms, small=small)
+        self.references.add(() if small else blocks)
         done = self.ledger.complete(command, Output(name, command.size, blocks, small), self.now_ms)
         queries = command.done + command.errors
         self.registry.count_queries(job.model, queries, command.timing)
@@ -306,7 +357,8 @@ class Machine:
 
     def _forget_job(self, command: c.ForgetJob, asked: _Asked) -> Done:
         def forget() -> Done:
-            self.ledger.forget(command.job)
+            job = self.ledger.forget(command.job)
+            self.references.remove(() if job.input_small else job.input_blocks)
             self._tell(e.JobChanged(command.job))
             self._remove(self.namespace.below(job_directory(command.job)))
             self.namespace.abort_below(job_directory(command.job))
@@ -337,6 +389,17 @@ class Machine:
     def _remove(self, names: list[str]) -> None:
         for name, versions in self.namespace.remove(names):
             self._tell(e.FileDeleted(name, versions))
+            self._unrefer(versions)
+
+    def _unrefer(self, versions: Iterable[VersionRecord]) -> None:
+        """These versions are gone for good."""
+        for record in versions:
+            self.references.remove(_blocks(record))
+
+
+def _blocks(record: VersionRecord) -> tuple[Block, ...]:
+    """What a version refers to in block stores: a small content is not there."""
+    return () if record.small else record.blocks
 
 
 _APPLY: Final[dict[type[Any], Callable[[Machine, Any, _Asked], msgspec.Struct]]] = {
@@ -365,4 +428,8 @@ _APPLY: Final[dict[type[Any], Callable[[Machine, Any, _Asked], msgspec.Struct]]]
     c.FailAttempt: Machine._fail_attempt,
     c.CancelJob: Machine._cancel_job,
     c.ForgetJob: Machine._forget_job,
+    c.SetRetention: Machine._set_retention,
+    c.Expire: Machine._expire,
+    c.RestoreTrash: Machine._restore_trash,
+    c.Purge: Machine._purge,
 }

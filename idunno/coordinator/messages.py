@@ -117,10 +117,26 @@ class Member(msgspec.Struct, frozen=True):
     version: str
     slots: int
     zone: str
+    problem: str = ""  # not a failure, but worth mending: UDP blocked, a clock that is off
 
 
 class MembersAnswer(msgspec.Struct, frozen=True):
     members: list[Member]
+
+
+class MemberEvent(msgspec.Struct, frozen=True):
+    """A change of a member's state, as the asked node saw it."""
+
+    time: str
+    event: str  # joined | left | stopped | suspicious | failed | refuted
+    name: str
+    id: NodeId
+    reason: str
+    accuser: str
+
+
+class MemberEvents(msgspec.Struct, frozen=True):
+    events: list[MemberEvent]  # oldest first; the newest 1,024
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -146,9 +162,11 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     rates: dict[str, float]  # model -> queries/s
     lag: dict[str, int] = {}  # per voter and learner, entries behind; only the leader knows
     recovering: bool = False
+    warnings: list[str] = []  # what does not make it unhealthy, but should be mended
 
 
 MEMBERS: Final = Method("cluster.members", Members, MembersAnswer, Role.READER)
+MEMBER_EVENTS: Final = Method("cluster.member-events", Empty, MemberEvents, Role.READER)
 STATUS: Final = Method("cluster.status", Status, StatusAnswer, Role.READER)
 
 # -- tokens and users -------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@
 # Rule 2: a put's id is found in what it made: retried, it gets the same version. A deleted file leaves a tombstone that knows
 #         the delete's request and the last puts before it.
 # Rule 3: an open put ends by commit or by an ordered abort, nothing else; after that a commit is refused.
-# Rule 4: every method either raises and has changed nothing, or has done all of it.
+# Rule 4: what is deleted lies in the trash (trash.py) until it is purged, but for the system's own names: these are gone at once.
+# Rule 5: every method either raises and has changed nothing, or has done all of it.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final
 
 from blake3 import blake3
@@ -19,6 +21,7 @@ from idunno.coordinator.commands import BeginPut, CommitPut, PutSmall
 from idunno.coordinator.names import SYSTEM, check_request, is_block_id
 from idunno.coordinator.records import BLOCK_BYTES_MAX, SMALL_BYTES_MAX, Block, OpenPut, Record, VersionRecord
 from idunno.coordinator.results import Done, FileGone, PutDone, PutOpen
+from idunno.coordinator.trash import Retention, RetentionRule, Trash, TrashEntry
 
 BLOCKS_MAX: Final = 6_000
 """Blocks of one version: 46 GiB, and a commit of at most 500 kB: a log entry has 512 KiB at most."""
@@ -58,6 +61,9 @@ class NamespaceState(Record, frozen=True):
     files: tuple[FileState, ...] = ()  # by name
     tombstones: tuple[FileState, ...] = ()  # longest deleted first
     puts: tuple[OpenPut, ...] = ()  # oldest first
+    trash: tuple[TrashEntry, ...] = ()  # oldest first
+    trash_last: int = 0
+    retention: tuple[RetentionRule, ...] = ()
 
 
 class _File:
@@ -74,6 +80,8 @@ class Namespace:
         self._tombstones: dict[str, _File] = {}
         self._names: list[str] = [file.name for file in state.files]  # sorted
         self._puts: dict[str, OpenPut] = {put.put: put for put in state.puts}
+        self.trash = Trash(state.trash, state.trash_last)
+        self.retention = Retention(state.retention)
         self._made: dict[str, tuple[str, int]] = {}  # put -> name, version; for files and tombstones
         for kept, into in ((state.files, self._files), (state.tombstones, self._tombstones)):
             for file in kept:
@@ -94,6 +102,9 @@ class Namespace:
             tuple(record(name, self._files[name]) for name in self._names),
             tuple(record(name, file) for name, file in self._tombstones.items()),
             tuple(self._puts.values()),
+            tuple(self.trash.entries.values()),
+            self.trash.last,
+            self.retention.rules(),
         )
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -127,6 +138,11 @@ class Namespace:
     def last(self, name: str, count: int) -> list[VersionRecord]:
         """The last `count` versions, newest first. Raises NotFound."""
         return self._file(name).versions[: -count - 1 : -1] if count > 0 else []
+
+    def history(self, name: str) -> list[VersionRecord]:
+        """All versions, rising; [] when there is no such file. Not to be changed, nor held across awaits."""
+        file = self._files.get(name)
+        return file.versions if file is not None else []
 
     def names(self, prefix: str, after: str, limit: int, *, system: bool = False) -> tuple[list[str], bool]:
         """Up to `limit` names with that prefix, greater than `after`, sorted; and whether there are more.
@@ -283,8 +299,10 @@ class Namespace:
             return None
         return FileGone(name, file.deletion.versions)
 
-    def delete(self, name: str, request: str, now_ms: int) -> tuple[FileGone, tuple[VersionRecord, ...]]:
-        """Delete all versions; also says which. Raises NotFound. Ask `deleted_by` first."""
+    def delete(
+        self, name: str, request: str, by: str, now_ms: int
+    ) -> tuple[FileGone, tuple[VersionRecord, ...], list[VersionRecord]]:
+        """Delete all versions; also says which, and which are gone for good. Raises NotFound. Ask `deleted_by` first."""
         file = self._file(name)
         versions = tuple(file.versions)
         self._forget_puts(file, keep=PUTS_REMEMBERED)
@@ -298,7 +316,63 @@ class Namespace:
         if len(self._tombstones) > TOMBSTONES_MAX:
             oldest = next(iter(self._tombstones))
             self._forget_puts(self._tombstones.pop(oldest), keep=0)
-        return FileGone(name, len(versions)), versions
+        if name.startswith(SYSTEM):
+            return FileGone(name, len(versions)), versions, list(versions)
+        self.trash.put(name, versions, now_ms, by, expired=False)
+        return FileGone(name, len(versions)), versions, _versions(self.trash.overflow())
+
+    def expire(self, name: str, numbers: tuple[int, ...], by: str, now_ms: int) -> tuple[Done, list[VersionRecord]]:
+        """Move these versions into the trash, those that are there and not the current one; and what is gone for good."""
+        file = self._files.get(name)
+        if file is None or name.startswith(SYSTEM):
+            return Done(changed=False), []
+        wanted = frozenset(numbers)
+        gone = tuple(record for record in file.versions[:-1] if record.version in wanted)
+        if not gone:
+            return Done(changed=False), []
+        file.versions = [*(r for r in file.versions[:-1] if r.version not in wanted), file.versions[-1]]
+        for record in gone:
+            self._made.pop(record.request, None)
+        self.trash.put(name, gone, now_ms, by, expired=True)
+        return Done(), _versions(self.trash.overflow())
+
+    def restore(self, name: str) -> int:
+        """Bring back what the trash holds of that name; how many versions. Raises NotFound, Conflict."""
+        entries = self.trash.of(name)
+        if not entries:
+            raise NotFound(f"the trash holds nothing of {name[:200]!r}; see `idunno trash ls`")
+        there = self._files.get(name) or self._tombstones.get(name)
+        versions = sorted(
+            [*_versions(entries), *(there.versions if there is not None else ())], key=lambda record: record.version
+        )
+        for one, next_one in pairwise(versions):
+            if one.version == next_one.version or one.created_ms > next_one.created_ms:
+                raise Conflict(
+                    f"{name} was begun anew since at version 1, its old versions do not fit: `idunno get` and put"
+                )
+        file = self._files.get(name)
+        if file is None:
+            file = self._tombstones.pop(name, None) or _File(0, [], None)
+            self._files[name] = file
+            insort(self._names, name)
+            self.files += 1
+        file.versions, file.last = versions, max(file.last, versions[-1].version)
+        if file.deletion is not None:
+            # A put is found in its version again; what the tombstone knew beside them goes.
+            for before in file.deletion.puts:
+                self._made.pop(before.put, None)
+            file.deletion = Deletion(file.deletion.request, file.deletion.deleted_ms, file.deletion.versions)
+        for record in versions:
+            if record.request:
+                self._made[record.request] = (name, record.version)
+        for entry in entries:
+            self.trash.take(entry.entry)
+        return len(_versions(entries))
+
+    def purge(self, numbers: tuple[int, ...]) -> list[VersionRecord]:
+        """Take these entries out of the trash for good, those that are there; their versions."""
+        taken = [self.trash.take(number) for number in numbers]
+        return _versions([entry for entry in taken if entry is not None])
 
     def below(self, prefix: str) -> list[str]:
         """The names of all files below `prefix` (which ends in '/'), sorted."""
@@ -332,6 +406,10 @@ class Namespace:
             self._made.pop(before.put, None)
         for record in file.versions[: len(file.versions) - keep] if keep else file.versions:
             self._made.pop(record.request, None)
+
+
+def _versions(entries: list[TrashEntry]) -> list[VersionRecord]:
+    return [record for entry in entries for record in entry.versions]
 
 
 def small_block(content: bytes) -> Block:

@@ -99,6 +99,21 @@ def _delete(command: c.DeleteFile, actor: Actor, machine: Machine) -> None:
         _owner(command.name, current.owner, actor, "it stays")
 
 
+def _restore(command: c.RestoreTrash, actor: Actor, machine: Machine) -> None:
+    current = machine.namespace.find(command.name)
+    if current is not None:
+        _owner(command.name, current.owner, actor, "get the old versions under another name")
+    for entry in machine.namespace.trash.of(command.name):
+        _owner(f"{command.name} in the trash", entry.versions[-1].owner, actor, "it stays there")
+
+
+def _purge(command: c.Purge, actor: Actor, machine: Machine) -> None:
+    for number in command.entries:
+        entry = machine.namespace.trash.entries.get(number)
+        if entry is not None:
+            _owner(f"{entry.name} in the trash", entry.versions[-1].owner, actor, "it stays there")
+
+
 def _system_name(name: str, actor: Actor, machine: Machine) -> None:
     """Below .idunno/ only nodes write, but for what a client puts before it submits a job or deploys a model."""
     if not (name + "/").startswith(SYSTEM) or actor.role is Role.NODE:
@@ -167,6 +182,10 @@ RULES: Final[dict[type[Any], tuple[Role, Owns | None]]] = {
     c.FailAttempt: (Role.NODE, None),
     c.CancelJob: (Role.USER, _job),
     c.ForgetJob: (Role.USER, _job),
+    c.SetRetention: (Role.USER, None),
+    c.Expire: (Role.NODE, None),
+    c.RestoreTrash: (Role.USER, _restore),
+    c.Purge: (Role.USER, _purge),
 }
 """The least role for each command, and what else must hold."""
 

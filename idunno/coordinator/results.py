@@ -51,6 +51,22 @@ class FileGone(msgspec.Struct, frozen=True):
     versions: int
 
 
+class Restored(msgspec.Struct, frozen=True):
+    """`versions`: how many came back; 0 when this very request brought them back before."""
+
+    name: str
+    versions: int
+    changed: bool = True
+
+
+class Purged(msgspec.Struct, frozen=True):
+    """What is gone; entries that were not there any more are not counted."""
+
+    versions: int
+    size: int
+    changed: bool = True
+
+
 class ModelResult(msgspec.Struct, frozen=True):
     model: str
     version: int
@@ -104,6 +120,10 @@ TYPES: Final[dict[type[Any], type[msgspec.Struct]]] = {
     commands.FailAttempt: TaskResult,
     commands.CancelJob: JobResult,
     commands.ForgetJob: Done,
+    commands.SetRetention: Done,
+    commands.Expire: Done,
+    commands.RestoreTrash: Restored,
+    commands.Purge: Purged,
 }
 """The result type of every command."""
 

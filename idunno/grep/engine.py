@@ -224,6 +224,8 @@ class Search:
                     if after:
                         after -= 1
                         self._add(name, number, line, context=True)
+                        if self._batch_bytes >= BATCH_BYTES_MAX:
+                            yield self._flush()
                     elif query.before and not query.count_only:
                         before.append((number, line))
                     continue
@@ -232,6 +234,8 @@ class Search:
                     continue
                 for earlier, text in before:
                     self._add(name, earlier, text, context=True)
+                    if self._batch_bytes >= BATCH_BYTES_MAX:
+                        yield self._flush()
                 before.clear()
                 self._add(name, number, line, context=False)
                 after = query.after

@@ -57,6 +57,7 @@ async def spawn_child() -> Child:
     """Start idunno/grep/child.py. Through the running loop (`loop.subprocess_exec`)."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",  # nothing is imported from the directory that the node happens to run in
         "-m",
         "idunno.grep.child",
         stdin=asyncio.subprocess.PIPE,

@@ -29,6 +29,8 @@ log = logging.getLogger("idunno.grep")
 SEARCHES_MAX: Final = 4
 """Children at a time on one node, 50 MB each; a machine of two cores has better things to do than more."""
 QUERIES_MAX: Final = 16
+SEARCH_S_MAX: Final = 600.0
+"""However much time an asker gives: logs are bounded, and who takes nothing must not hold the places of others for ever."""
 LOGS_DIRECTORY: Final = "logs"
 
 
@@ -65,7 +67,7 @@ class GrepService:
                     await call.send(note=batch)
 
             return await ask_all(
-                call.request, self._members(), self._me, self._search_here, self._peers, emit, call.remaining_s()
+                call.request, self._members(), self._me, self._search_here, self._peers, emit, _time_s(call)
             )
         finally:
             self._queries -= 1
@@ -76,7 +78,7 @@ class GrepService:
         async def emit(batch: bytes) -> None:
             await call.send(note=batch)
 
-        return await self._search_here(call.request, call.remaining_s(), emit)
+        return await self._search_here(call.request, _time_s(call), emit)
 
     async def _search_here(self, query: Query, timeout_s: float, emit: Emit) -> NodeResult:
         """Search this node's logs in a child. Raises Exhausted, DeadlineExceeded, and what the child reports."""
@@ -128,3 +130,7 @@ class GrepService:
         except asyncio.CancelledError:
             await ending
             raise
+
+
+def _time_s(call: Call[Query]) -> float:
+    return min(call.remaining_s(), SEARCH_S_MAX)

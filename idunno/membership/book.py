@@ -120,9 +120,10 @@ class Book:
         old = member.state
         if old is not state and state not in LIFE[old]:
             raise AssertionError(f"{member.name} cannot go from {old.value} to {state.value}: {reason}")
+        if old is not state or (state is State.SUSPICIOUS and version != member.version):  # a new trial
+            member.since_ms, member.reason = now_ms, reason
         member.state, member.version = state, version
         if old is not state:
-            member.since_ms, member.reason = now_ms, reason
             self.watched_stale = True
             self.someone_fell |= old is State.ACTIVE
         if state is not State.SUSPICIOUS:
@@ -159,6 +160,14 @@ class Book:
         for member in suspects:
             if member.state is State.SUSPICIOUS and member.deadline_ms is not None:
                 self._set_deadline(member, max(member.deadline_ms + late_ms, now_ms + self._config.late_ms))
+
+    def recant(self, now_ms: int) -> None:
+        """This node counts as dead: from where it was, all others looked dead. Its accusations are not told on."""
+        for node in {node for _, node in self._deadlines}:
+            member = self.members.get(node)
+            if member is not None and member.state in (State.SUSPICIOUS, State.FAILED):
+                self.news.discard(node)
+        self.give_time(self._config.t_fail_lone_ms, now_ms)
 
     def expired(self, now_ms: int) -> list[Member]:
         """Whose deadline has passed. A suspect is looked at twice: a refutation may lie in the socket unread."""

@@ -5,7 +5,7 @@
 # Rule 2: no single silence convicts: a probe fails only when every way was in vain (probes.py), the accused is told first and
 #         has 1 to 2 s to refute, and a verdict of a time in which this process was held up is discarded.
 # Rule 3: only the accused refutes, with a higher incarnation. An answer to a ping alone does not.
-# Rule 4: hearsay accuses, it does not convict whom this node believes to live (states.py, rule 4).
+# Rule 4: hearsay accuses; it convicts only who has been suspected here for half of T_FAIL (states.py, rule 4).
 # Rule 5: a list that differs for long is exchanged as a whole; how long does not depend on the number of members.
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Swim:
         `wall_ms` is the wall clock, told to others and compared with theirs; 0 if it is not known.
         """
         out: list[Output] = []
-        self._voice.clock_ms = wall_ms
+        self._voice.clock_ms = max(0, wall_ms)
         if self._period_ms is None and self.book.state is State.ACTIVE:
             # Phases differ from node to node, so that a member's three watchers do not all ping at the same moment.
             self._since_ms = self._exchanged_ms = self._matched_ms = now_ms
@@ -377,7 +377,14 @@ class Swim:
             return
         if not overrides(rumor.state, version, member.state, member.version):
             return
+        if rumor.state is State.FAILED and self._too_soon(member, now_ms):
+            book.accuse_too(member, (event.sender,), now_ms)
+            return
         self._believe(member, rumor, version, accusers, event, now_ms, out)
+
+    def _too_soon(self, member: Member, now_ms: int) -> bool:
+        """Whether a suspect has had less than half of T_FAIL to answer here: a verdict of others does not count yet."""
+        return member.state is State.SUSPICIOUS and now_ms - member.since_ms < self.config.t_fail_ms // 2
 
     def _believe(
         self,
@@ -431,6 +438,8 @@ class Swim:
         self.book.refute(rumor.incarnation + 1, now_ms)
         self.counters["refuted"] += 1
         self.health.worse()
+        if rumor.state is State.FAILED:
+            self.book.recant(now_ms)
         self._gossip_ms = now_ms
         if not isinstance(event.message, Ping | WholeList):  # they are answered anyway
             out.append(self._voice.gossip(event.source, self.members.get(event.sender)))

@@ -95,7 +95,11 @@ class RealFile:
     async def close(self) -> None:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
-            await self._offload(self._use, lambda: os.close(descriptor))
+            try:
+                # Shielded: whoever is cancelled here, nobody else would close it.
+                await asyncio.shield(self._offload(self._use, lambda: os.close(descriptor)))
+            except OSError as error:
+                raise _translate(error, "close", self._path) from error
 
 
 def _read(descriptor: int, offset: int, length: int) -> bytes:
@@ -156,7 +160,12 @@ class RealDisk:
     async def open(self, path: str, *, create: bool = False) -> File:
         full = self.local_path(path)
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-        descriptor = await self._do("open", path, lambda: os.open(full, flags, 0o600))
+        opening = asyncio.ensure_future(self._do("open", path, lambda: os.open(full, flags, 0o600)))
+        try:
+            descriptor = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_unwanted)  # its thread goes on and opens the file
+            raise
         return RealFile(self._offload, descriptor, path)
 
     async def read_all(self, path: str, *, bytes_max: int) -> bytes:
@@ -228,6 +237,11 @@ class RealDisk:
             return Space(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
 
         return await self._do("look at", ".", look)
+
+
+def _close_unwanted(opening: asyncio.Future[int]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        os.close(opening.result())
 
 
 def sync_directory(full: str) -> None:

@@ -36,6 +36,7 @@ from idunno.coordinator.machine import Machine
 from idunno.coordinator.messages import MEMBERS, MemberAddress, Members
 from idunno.coordinator.service import CoordinatorService
 from idunno.grep.service import GrepService
+from idunno.membership import service as membership_service
 from idunno.membership.config import SwimConfig
 from idunno.membership.events import Changed, Self
 from idunno.membership.transport import Membership
@@ -116,6 +117,7 @@ class Node:
             learners=learners,
             copies_needed=min(4, max(1, len(remembered.members))),
         )
+        over_tcp = membership_service.OverTcp(self.peers)
         sealer = Sealer([held.cluster_key], me, self.boot, platform.boot_salt)
         self.membership = Membership(
             Self(me, config.name, config.address, self.boot),
@@ -125,7 +127,10 @@ class Node:
             Opener([held.cluster_key]).open,
             self.known.is_member,
             platform.now_ms,
+            tcp_probe=over_tcp.probe,
+            exchange=over_tcp.exchange,
         )
+        membership_service.register(self.server, self.membership)
         self.coordinator = Coordinator(self.driver, self.machine, self.peers, me, platform.now_ms)
         coordination = CoordinatorService(
             self.coordinator, self.server, ca_pem=held.ca_pem, ca_key_pem=lambda: held.ca_key_pem
@@ -320,20 +325,11 @@ class Node:
         self.agent.leader_changed()
 
     def _peer_lost(self, node: NodeId, lane: Lane) -> None:
+        self.membership.doubt(node)
         if lane is Lane.CONSENSUS:
             self.driver.peer_lost(node)
 
     def _member_changed(self, changed: Changed) -> None:
-        log.info(
-            "member changed",
-            extra={
-                "member": changed.member.name,
-                "old": changed.old.value,
-                "new": changed.new.value,
-                "reason": changed.reason,
-                "accuser": self.known.name(changed.accuser) if changed.accuser else None,
-            },
-        )
         self.scheduler.member_changed(changed)
 
     def fail(self, error: IdunnoError) -> None:

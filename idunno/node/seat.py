@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING, Final
 
 from idunno.base.errors import IdunnoError
 from idunno.base.ids import BlockId
-from idunno.coordinator.messages import MEMBERS, STATUS, Members, MembersAnswer, Status, StatusAnswer
+from idunno.coordinator.messages import (
+    MEMBER_EVENTS,
+    MEMBERS,
+    STATUS,
+    MemberEvent,
+    MemberEvents,
+    Members,
+    MembersAnswer,
+    Status,
+    StatusAnswer,
+)
+from idunno.coordinator.views import iso_time
 from idunno.node.status import LeaderView, Seen, members, status
-from idunno.wire.calls import Call
+from idunno.wire.calls import Call, Empty
 
 if TYPE_CHECKING:
     from idunno.node.node import Node
@@ -31,12 +42,21 @@ class Seat:
         self._missing = 0
         self._counted_s = float("-inf")
         node.server.register(MEMBERS, self._members)
+        node.server.register(MEMBER_EVENTS, self._events)
         node.server.register(STATUS, self._status)
 
     async def _members(self, call: Call[Members]) -> MembersAnswer:
         node = self._node
         view = {member.node: member for member in node.membership.view()}
         return MembersAnswer(members(node.machine.roster.nodes(), view, node.me, node.driver.leader))
+
+    async def _events(self, call: Call[Empty]) -> MemberEvents:
+        return MemberEvents(
+            [
+                MemberEvent(iso_time(event.at_ms), event.kind, event.name, event.node, event.reason, event.accuser)
+                for event in self._node.membership.events()
+            ]
+        )
 
     async def _status(self, call: Call[Status]) -> StatusAnswer:
         node = self._node

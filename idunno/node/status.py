@@ -69,6 +69,7 @@ def members(
                 version=record.software or VERSION,
                 slots=record.slots,
                 zone=record.zone,
+                problem=seen.problem if seen is not None else "",
             )
         )
     return sorted(rows, key=lambda row: _natural(row.name))
@@ -110,6 +111,7 @@ def status(seen: Seen) -> StatusAnswer:
         rates=seen.rates,
         lag=extra.lag if extra is not None else {},
         recovering=extra.recovering if extra is not None else False,
+        warnings=[f"{row.name}: {row.problem}" for row in rows if row.problem],
     )
 
 

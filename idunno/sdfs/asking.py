@@ -11,7 +11,15 @@ from collections.abc import Callable
 from typing import Final
 
 from idunno.base.disk import Buffer
-from idunno.base.errors import Cancelled, DeadlineExceeded, IdunnoError, Unavailable, Unconfirmed
+from idunno.base.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Exhausted,
+    IdunnoError,
+    Incompatible,
+    Unauthenticated,
+    Unavailable,
+)
 from idunno.wire.calls import A, Caller, Method, Q, Role
 
 ATTEMPT_S: Final = 10.0
@@ -21,6 +29,9 @@ PATIENCE_S: Final = 60.0
 PAUSE_MIN_S: Final = 0.05
 PAUSE_MAX_S: Final = 1.0
 """Between attempts, doubling: an election takes about a second, so several attempts fall into it."""
+
+UNDECIDED: Final = (Exhausted, Unauthenticated, Incompatible)
+"""Refusals at a node's door, which say nothing of what became of an earlier attempt."""
 
 
 class Asker:
@@ -60,13 +71,15 @@ class Asker:
             try:
                 return await self.caller().call(method, request, timeout_s=min(left_s, ATTEMPT_S), body=body)
             except IdunnoError as error:
+                if unsure and isinstance(error, UNDECIDED):
+                    raise DeadlineExceeded(f"{self.what}: an answer was lost; asked again: {error}") from error
                 if not may_repeat(error):
                     raise
                 last = error
-                unsure = unsure or (isinstance(error, Unconfirmed) and method.access is not Role.READER)
+                unsure = unsure or (error.may_have_happened and method.access is not Role.READER)
             await self.pause(attempt)
             attempt += 1
-        if last is not None and (isinstance(last, Unconfirmed) or not unsure) and not self.problem:
+        if last is not None and (last.may_have_happened or not unsure) and not self.problem:
             raise last
         said = self.problem or f"waiting for {method.name}" + (f" ({last})" if last is not None else "")
         raise DeadlineExceeded(

@@ -5,7 +5,8 @@
 # Rule 2: a block read from begin to end is verified on the way; a rotten one goes to quarantine/ and is no longer held.
 # Rule 3: a block is never held in memory: WRITE_BYTES of it at a time.
 # Rule 4: each publication of a block has a serial: what was found out about an older file says nothing about a newer one.
-# Rule 5: below the floor of free space no block is taken; blocks under way count as used.
+# Rule 5: below the floor of free space no block is taken; blocks under way count as used. Nor while the disk fails.
+# Rule 6: whoever removes a block has decided so without an await since his barrier (`take_out`); what is being written stays.
 from __future__ import annotations
 
 import asyncio
@@ -19,13 +20,17 @@ from idunno.base.ids import BlockId
 from idunno.coordinator.records import BLOCK_BYTES_MAX
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.hashing import Digest, Offload, check_block_id
+from idunno.sdfs.pins import Pins
 
 log = logging.getLogger("idunno.sdfs")
 
 WRITE_BYTES: Final = 1024 * 1024
 """Written, read and hashed in pieces of this size: large enough that a system call and a hand-over cost nothing beside."""
+PIECES_MAX: Final = 256
+"""Pieces gathered for one write, however small they are: each costs memory beside its bytes."""
 QUARANTINE_FILES_MAX: Final = 64
 """Rotten blocks kept for a look, 512 MB at most; more are removed at once."""
+_PROBE: Final = "block-probe"
 _TEMPORARY: Final = "block-"  # tmp/ is shared with others; what begins with this is ours
 
 
@@ -43,6 +48,12 @@ class BlockStore:
         self._reserved_bytes = 0  # of writers under way
         self.buffered_bytes = 0  # received and not yet written
         self._serial = 0
+        self._writing: dict[BlockId, int] = {}  # writers under way, whether they come to an end or not
+        self.pins = Pins()
+        self.problem = ""
+        """Why no block is taken now, "" when blocks are: the disk's last failure, until `probe` goes well."""
+        self.rotten = 0
+        """Blocks found rotten or unreadable since the start."""
         self.on_change: Callable[[BlockId, bool], None] | None = None
 
     async def open(self) -> None:
@@ -61,6 +72,10 @@ class BlockStore:
                     self._held[BlockId(entry.name)] = (entry.size, 0)
                 else:
                     log.warning("no block", extra={"path": f"blocks/{directory.name}/{entry.name}", "size": entry.size})
+            # What was named by a process that died before it could sync the name is held from now on, so: synced from now on.
+            await self._disk.sync_directory(f"blocks/{directory.name}")
+        if self._directories:
+            await self._disk.sync_directory("blocks")
 
     def __contains__(self, block: BlockId) -> bool:
         return block in self._held
@@ -85,11 +100,19 @@ class BlockStore:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    async def begin(self, block: BlockId, size: int) -> BlockWriter:
-        """A writer for one block. Raises Exhausted below the floor of free space, InvalidArgument, DiskFailed."""
+    async def begin(self, block: BlockId, size: int, put: str = "") -> BlockWriter:
+        """A writer for one block, which is pinned for `put`.
+
+        Raises Exhausted below the floor of free space or while the disk fails, InvalidArgument, DiskFailed.
+        """
         check_block_id(block)
         if not 0 < size <= BLOCK_BYTES_MAX:
             raise InvalidArgument(f"a block has 1 to {BLOCK_BYTES_MAX} bytes, not {size}")
+        if self.problem:
+            raise Exhausted(f"no block is taken while the disk fails: {self.problem}")
+        if put:
+            self.pins.take(block, put)
+        self._writing[block] = self._writing.get(block, 0) + 1
         self._reserved_bytes += size  # before the first await: two at once must not share the last free bytes
         try:
             space = await self._disk.space()
@@ -103,9 +126,38 @@ class BlockStore:
             serial = self._serial
             path = f"tmp/{_TEMPORARY}{serial}-{block[:16]}"
             return BlockWriter(self, block, size, serial, path, await self._disk.open(path, create=True))
-        except BaseException:
-            self._reserved_bytes -= size
+        except BaseException as error:
+            self._note(error)
+            self._end(block, size)
             raise
+
+    def _end(self, block: BlockId, size: int) -> None:
+        """A writer is done, in whatever way."""
+        self._reserved_bytes -= size
+        self._writing[block] -= 1
+        if not self._writing[block]:
+            del self._writing[block]
+
+    def _note(self, error: BaseException) -> None:
+        if isinstance(error, DiskFailed) and not self.problem:
+            self.problem = str(error)
+            log.error("disk fails: no block is taken", extra={"error": self.problem})
+
+    async def probe(self) -> None:
+        """Find out whether a disk that failed works again. Never raises an IdunnoError."""
+        try:
+            file = await self._disk.open(f"tmp/{_PROBE}", create=True)
+            try:
+                await file.write(0, [bytes(4096)], sync=True)
+            finally:
+                await file.close()
+            await self._disk.remove(f"tmp/{_PROBE}")
+        except (DiskFailed, NotFound) as error:
+            self.problem = str(error)
+            return
+        if self.problem:
+            log.warning("disk works again: blocks are taken", extra={"was": self.problem})
+        self.problem = ""
 
     async def _publish(self, writer: BlockWriter) -> None:
         directory = writer.block[:2]
@@ -138,7 +190,11 @@ class BlockStore:
         try:
             at, end = offset, offset + length
             while at < end:
-                piece = await file.read(at, min(WRITE_BYTES, end - at))
+                try:
+                    piece = await file.read(at, min(WRITE_BYTES, end - at))
+                except DiskFailed as error:
+                    self._note(error)
+                    await self._quarantine(block, serial, f"cannot be read: {error}")
                 if not piece:
                     await self._quarantine(block, serial, f"ends at {at} of {size} bytes")
                 if digest is not None:
@@ -173,6 +229,7 @@ class BlockStore:
         log.error("block is corrupt", extra={"block": block, "why": why})
         async with self._names:
             if self._gone(block, serial):  # of two readers that find it, the first moves it
+                self.rotten += 1
                 try:
                     if len(await self._disk.list("quarantine")) < QUARANTINE_FILES_MAX:
                         await self._disk.rename(_path(block), f"quarantine/{block}")
@@ -190,6 +247,36 @@ class BlockStore:
         if self.on_change is not None:
             self.on_change(block, False)
         return True
+
+    # -- removing -----------------------------------------------------------------------------------------------------
+
+    def is_written(self, block: BlockId) -> bool:
+        """Whether somebody writes it now."""
+        return block in self._writing
+
+    def take_out(self, block: BlockId) -> None:
+        """Stop holding the block, at once; `erase` it then. The caller has made sure that nobody counts on this copy."""
+        assert block not in self._writing, "only what is at rest is removed"
+        self._gone(block, self._held[block][1])
+
+    async def erase(self, block: BlockId) -> None:
+        """Remove the file of a block that was taken out, unless it has come again since. Raises DiskFailed."""
+        async with self._names:
+            if block in self._held or block in self._writing:
+                return  # the file is, or will be, that of the newer copy
+            try:
+                await self._disk.remove(_path(block))
+            except NotFound:
+                return
+
+    async def quarantined(self) -> list[BlockId]:
+        return [BlockId(entry.name) for entry in await self._disk.list("quarantine") if not entry.is_directory]
+
+    async def clear_quarantine(self, block: BlockId) -> None:
+        try:
+            await self._disk.remove(f"quarantine/{block}")
+        except NotFound:
+            return
 
     async def _hash(self, digest: Digest, pieces: list[Buffer]) -> None:
         await self._offload(lambda: digest.update(pieces))
@@ -214,7 +301,7 @@ class BlockWriter:
         self._pieces.append(data)
         self._pieces_bytes += len(data)
         self._store.buffered_bytes += len(data)
-        if self._pieces_bytes >= WRITE_BYTES:
+        if self._pieces_bytes >= WRITE_BYTES or len(self._pieces) >= PIECES_MAX:
             await self._flush()
 
     async def _flush(self) -> None:
@@ -224,6 +311,9 @@ class BlockWriter:
         try:
             await self._store._hash(self._digest, pieces)
             await self._file.write(offset, pieces)
+        except DiskFailed as error:
+            self._store._note(error)
+            raise
         finally:
             self._store.buffered_bytes -= length
 
@@ -237,8 +327,12 @@ class BlockWriter:
             raise DecodeError(
                 f"{self._written} of {self.size} bytes came that are not block {self.block[:16]}; send again"
             )
-        await self._file.sync()
-        await self._store._publish(self)
+        try:
+            await self._file.sync()
+            await self._store._publish(self)
+        except DiskFailed as error:
+            self._store._note(error)
+            raise
         self._state = "published"
 
     async def close(self) -> None:
@@ -246,7 +340,7 @@ class BlockWriter:
         if self._state == "closed":
             return
         published, self._state = self._state == "published", "closed"
-        self._store._reserved_bytes -= self.size
+        self._store._end(self.block, self.size)
         self._store.buffered_bytes -= self._pieces_bytes
         self._pieces, self._pieces_bytes = [], 0
         try:

@@ -41,7 +41,7 @@ class LocalCopy:
 
     async def begin(self) -> None:
         try:
-            self._writer = await self._blocks.begin(self._request.block, self._request.size)
+            self._writer = await self._blocks.begin(self._request.block, self._request.size, self._request.put)
         except IdunnoError as error:
             self._fail(error)
 

@@ -5,13 +5,14 @@
 # Rule 3: nothing here touches files, threads or clocks: content comes from a `Source`, goes to a `Sink`, hashing to `offload`.
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from idunno.base.disk import Buffer
-from idunno.base.errors import Corrupt, Exhausted, InvalidArgument, NotReady
+from idunno.base.errors import Corrupt, Exhausted, IdunnoError, InvalidArgument, NotReady
 from idunno.base.ids import check_file_name
 from idunno.coordinator.records import COPIES_WANTED, SMALL_BYTES_MAX, Block
 from idunno.sdfs.asking import PATIENCE_S, Asker
@@ -59,6 +60,10 @@ ROWS_MAX: Final = 1_000
 """Of one page of a listing, the most that is answered."""
 REPAIRS_MAX: Final = 100
 """Commits refused for too few copies, because nodes came while the put was under way, before it is given up."""
+
+ABORT_S: Final = 5.0
+"""For ending a put that has failed: its error is waiting to be told."""
+REASON_MAX: Final = 200  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,7 @@ class FileClient:
             return await asker.ask(COMMIT, Commit(put, name, done.size, done.blocks, write_quorum, if_version))
         able = len(placed.replicas) + len(placed.spares)
         if (wanted := write_quorum or placed.quorum) > able:
-            await self._abort(asker, put, "not enough nodes")
+            await self._abort(put, "not enough nodes")
             raise Exhausted(
                 f"{name}: {wanted} copies are asked for, and {able} nodes can take blocks now "
                 f"({'; '.join(placed.left_out) or 'there are no others'}); free some space, add nodes, or give --write-quorum"
@@ -139,8 +144,9 @@ class FileClient:
         try:
             await upload.send(first, source)
             return await self._commit(asker, upload, begin, write_quorum)
-        except InvalidArgument as error:
-            await self._abort(asker, put, str(error))
+        except Exception as error:
+            if not (isinstance(error, IdunnoError) and error.may_have_happened):
+                await self._abort(put, str(error))
             raise
 
     async def upload(
@@ -285,8 +291,10 @@ class FileClient:
                 await upload.begin()
         raise NotReady(f"put of {begin.name}: nodes came and went {REPAIRS_MAX} times during the commit; try again")
 
-    async def _abort(self, asker: Asker, put: str, reason: str) -> None:
-        await asker.ask(ABORT, Abort(put, reason))
+    async def _abort(self, put: str, reason: str) -> None:
+        """End a put that has failed, so that nothing waits for it. If that cannot be had soon, the leader does it later."""
+        with contextlib.suppress(IdunnoError):  # why it failed is what matters, and is raised
+            await self._asker(f"abort of put {put}", ABORT_S).ask(ABORT, Abort(put, reason[:REASON_MAX]))
 
 
 def _verified(info: FileInfo, content: bytes) -> bytes:

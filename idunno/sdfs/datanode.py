@@ -113,7 +113,13 @@ class DataNode:
         if call.actor.role is not Role.NODE and not from_node:
             await self._may_write(request.put, call.actor)
         async with self._place(from_node=from_node):
-            return await self._take(call)
+            try:
+                async with asyncio.timeout(self._config.block_s):
+                    return await self._take(call)
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"block {request.block[:16]} was not here after {self._config.block_s:.0f} s, the longest for one block"
+                ) from None
 
     def _check_write(self, request: WriteBlock, *, from_node: bool) -> None:
         check_block_id(request.block)

@@ -14,6 +14,7 @@ from typing import Final
 from idunno.base.disk import Buffer
 from idunno.base.errors import Corrupt, DeadlineExceeded, Exhausted, IdunnoError, NotFound
 from idunno.base.ids import NodeId
+from idunno.coordinator.records import BLOCK_BYTES_MAX
 from idunno.sdfs.asking import Asker, may_repeat
 from idunno.sdfs.hashing import Offload, block_id
 from idunno.sdfs.messages import READ_BLOCK, BlockCopies, ReadBlock
@@ -55,6 +56,8 @@ async def fetch(asker: Asker, block: BlockCopies, offload: Offload) -> bytearray
     """One block, verified. Raises Unavailable or Corrupt after PATIENCE_S without success, DeadlineExceeded."""
     loop = asyncio.get_running_loop()
     give_up_s = loop.time() + PATIENCE_S
+    if not 0 < block.size <= BLOCK_BYTES_MAX:
+        raise Corrupt(f"{asker.what}: block {block.block[:16]} is said to have {block.size} bytes: ask another node")
     reading = _Reading(block)
     attempt = 0
     while True:

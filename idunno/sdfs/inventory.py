@@ -106,5 +106,16 @@ class Reporter:
         last: bool = False,
     ) -> None:
         space = await self._blocks.space()
-        page = Inventory(self._me, term, added, removed, first, last, space.free_bytes, space.total_bytes)
+        page = Inventory(
+            self._me,
+            term,
+            added,
+            removed,
+            first,
+            last,
+            space.free_bytes,
+            space.total_bytes,
+            self._blocks.problem,
+            self._blocks.rotten,
+        )
         await self._report(leader, page)

@@ -2,7 +2,10 @@
 #
 # Rule 1: soft state of one term: a new leader begins with nothing and hears it from the nodes; until every present node
 #         has reported in full, it is `recovering`, and "nobody holds it" means nothing.
-# Rule 2: a node's word about itself is taken; a commit's word is added to it. Reports of another term are refused.
+# Rule 2: a node's word about itself is taken. Reports of another term are refused, and changes by a node that has not reported
+#         in full since it was away.
+# Rule 3: a commit's word is a hint: it lapses at the node's second report after it, which has to say the same.
+# Rule 4: whatever changes is answered with the blocks concerned, so that repair need not look at all.
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -19,56 +22,124 @@ LOCATE_BLOCKS_MAX: Final = 1_000
 """Blocks in one question: with 100 nodes 100,000 look-ups, about 5 ms."""
 
 
+class _Hints:
+    """What commits said of a node: since its last report, and before that."""
+
+    __slots__ = ("fresh", "old")
+
+    def __init__(self) -> None:
+        self.fresh: set[BlockId] = set()
+        self.old: set[BlockId] = set()
+
+
 class Locator:
-    """Copies by node, and each node's free space."""
+    """Copies by node, and what each node said of its disk."""
 
     def __init__(self, term: Term) -> None:
         self.term = term
         self._held: dict[NodeId, set[BlockId]] = {}
+        self._hints: dict[NodeId, _Hints] = {}
         self._coming: dict[NodeId, set[BlockId]] = {}  # full reports under way; they replace `_held` at their end
         self._complete: set[NodeId] = set()
         self._space: dict[NodeId, Space] = {}
+        self._problem: dict[NodeId, str] = {}
+        self._rotten: dict[NodeId, int] = {}
 
-    def report(self, page: Inventory) -> None:
-        """Raises StaleTerm for a report to another term's leader, InvalidArgument beyond the bound."""
+    def report(self, page: Inventory) -> Iterable[BlockId]:
+        """The blocks about which something changed.
+
+        Raises StaleTerm for a report to another term's leader or of changes to nothing, InvalidArgument beyond the bound.
+        """
         if page.term != self.term:
             raise StaleTerm(f"report for term {page.term}, this is term {self.term}: report anew")
         if len(page.added) + len(page.removed) > INVENTORY_BLOCKS_MAX:
             raise InvalidArgument(f"a report has at most {INVENTORY_BLOCKS_MAX:,} blocks")
+        node = page.node
+        if not page.first and node not in self._coming and node not in self._complete:
+            raise StaleTerm(f"changes from {node}, which has not reported in full in term {self.term}: report anew")
         if page.first:
-            self._coming[page.node] = set()
-        for known in (self._held.setdefault(page.node, set()), self._coming.get(page.node)):
+            self._coming[node] = set()
+        for known in (self._held.setdefault(node, set()), self._coming.get(node)):
             if known is not None:
                 known.difference_update(page.removed)
                 known.update(page.added)
-        if page.last and (whole := self._coming.pop(page.node, None)) is not None:
-            self._held[page.node] = whole
-            self._complete.add(page.node)
-        self._space[page.node] = Space(page.free_bytes, page.total_bytes)
+        self._space[node] = Space(page.free_bytes, page.total_bytes)
+        self._problem[node], self._rotten[node] = page.problem, page.rotten
+        changed = {*page.added, *page.removed}
+        hints = self._hints.get(node)
+        if hints is not None:
+            hints.fresh.difference_update(page.removed)
+            hints.old.difference_update(page.removed)
+        if page.last and (whole := self._coming.pop(node, None)) is not None:
+            changed |= self._held[node]
+            self._held[node] = whole
+            self._complete.add(node)
+            changed |= whole
+        if hints is not None and node not in self._coming:
+            changed |= hints.old - self._held[node]
+            hints.old, hints.fresh = hints.fresh, set()
+            if not hints.old:
+                del self._hints[node]
+        return changed
 
     def stored(self, block: BlockId, nodes: Iterable[NodeId]) -> None:
-        """A commit says that these nodes have synced the block."""
+        """A commit, or the node to which a copy was ordered, says that these have synced the block."""
         for node in nodes:
-            self._held.setdefault(node, set()).add(block)
-            if (coming := self._coming.get(node)) is not None:
-                coming.add(block)
+            self._hints.setdefault(node, _Hints()).fresh.add(block)
 
-    def forget(self, node: NodeId) -> None:
-        """The node is out of the roster."""
-        for known in (self._held, self._coming, self._space):
-            known.pop(node, None)
+    def lacks(self, block: BlockId, node: NodeId) -> None:
+        """Who was asked for the block there did not get it. (Its next full report is believed again.)"""
+        for known in (self._held.get(node), self._coming.get(node)):
+            if known is not None:
+                known.discard(block)
+        if (hints := self._hints.get(node)) is not None:
+            hints.fresh.discard(block)
+            hints.old.discard(block)
+
+    def doubt(self, node: NodeId) -> Iterable[BlockId]:
+        """The node is away: what it holds counts again when it has reported in full. The blocks concerned."""
         self._complete.discard(node)
+        self._coming.pop(node, None)
+        self._hints.pop(node, None)
+        return list(self._held.get(node, ()))
+
+    def forget(self, node: NodeId) -> Iterable[BlockId]:
+        """The node is out of the roster. The blocks concerned."""
+        gone = self.doubt(node)
+        for known in (self._held, self._space, self._problem, self._rotten):
+            known.pop(node, None)
+        return gone
 
     def holders(self, block: BlockId) -> list[NodeId]:
         """Sorted by node id."""
-        return sorted(node for node, blocks in self._held.items() if block in blocks)
+        found = [node for node, blocks in self._held.items() if block in blocks]
+        for node, hints in self._hints.items():
+            if (block in hints.fresh or block in hints.old) and node not in found:
+                found.append(node)
+        return sorted(found)
+
+    def held_by(self, node: NodeId) -> list[BlockId]:
+        return list(self._held.get(node, ()))
+
+    def count(self, node: NodeId) -> int:
+        return len(self._held.get(node, ()))
 
     def nodes(self) -> list[NodeId]:
         """Who is known to have anything."""
-        return [*self._held, *(node for node in self._space if node not in self._held)]
+        return list(dict.fromkeys((*self._held, *self._hints, *self._space)))
 
     def space(self, node: NodeId) -> Space | None:
         return self._space.get(node)
+
+    def problem(self, node: NodeId) -> str:
+        return self._problem.get(node, "")
+
+    def rotten(self, node: NodeId) -> int:
+        return self._rotten.get(node, 0)
+
+    def is_complete(self, node: NodeId) -> bool:
+        """Whether the node has reported in full since it was last away."""
+        return node in self._complete
 
     def recovering(self, present: Iterable[NodeId]) -> bool:
         """Whether a present node has not yet reported in full to this term's leader."""

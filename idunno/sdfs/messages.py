@@ -68,10 +68,12 @@ class WriteBlockAnswer(msgspec.Struct, frozen=True):
 
 
 class HaveBlock(msgspec.Struct, frozen=True):
-    """Whether the nodes hold the block, synced and re-hashed: answered for the node itself only."""
+    """Whether the node holds the block, synced and re-hashed: answered for the node itself only. With a put it is pinned for
+    that; with a term (the leader's, before it trims) one older than the node has seen is refused."""
 
     block: BlockId
     put: str
+    term: int = 0
 
 
 class HaveBlockAnswer(msgspec.Struct, frozen=True):
@@ -165,6 +167,7 @@ class List(msgspec.Struct, frozen=True):
     after: str = ""  # names greater than this: for paging
     limit: int = 1000
     system: bool = False
+    long: bool = False
 
 
 class ListRow(msgspec.Struct, frozen=True):
@@ -172,6 +175,9 @@ class ListRow(msgspec.Struct, frozen=True):
     version: int
     size: int
     created: str
+    versions: int = 0  # the rest only in a long listing: how many there are,
+    logical: int = 0  # their bytes together,
+    stored: int = 0  # and the bytes of one copy of their distinct blocks
 
 
 class ListAnswer(msgspec.Struct, frozen=True):
@@ -286,6 +292,142 @@ class Inventory(msgspec.Struct, frozen=True):
     last: bool = False  # ends it
     free_bytes: int = 0
     total_bytes: int = 0
+    problem: str = ""  # why the node takes no blocks at all now: its disk fails
+    rotten: int = 0  # blocks that it found rotten or unreadable since its start
+
+
+class Copy(msgspec.Struct, frozen=True):
+    """The leader's order: become a holder of the block, from one of these, in that order."""
+
+    block: BlockId
+    size: int
+    sources: list[NodeId]
+    term: int
+
+
+class CopyAnswer(msgspec.Struct, frozen=True):
+    """`made`: it is verified and synced here. `lacking`: sources that have it not, or not as its name says."""
+
+    made: bool
+    lacking: list[NodeId] = []
+    why: str = ""
+
+
+class Drop(msgspec.Struct, frozen=True):
+    """The leader's order: stop holding the block, others have it."""
+
+    block: BlockId
+    term: int
+
+
+class Repair(msgspec.Struct, frozen=True):
+    """How far the file store is from four copies of everything."""
+
+
+class StoreNode(msgspec.Struct, frozen=True):
+    node: str
+    presence: str
+    blocks: int
+    free_bytes: int
+    rotten: int
+    problem: str = ""
+
+
+class RepairAnswer(msgspec.Struct, frozen=True):
+    blocks: int  # below their copies
+    copies: int  # that are missing in all
+    bytes: int  # that have to be copied
+    seconds: float | None  # about; None when nothing has been copied lately to tell by
+    running: int  # copies being made now
+    surplus: int  # blocks with more copies than wanted
+    recovering: bool
+    lost: list[BlockId]  # no copy is left on a present node; the first 100
+    lost_blocks: int
+    lost_files: list[str]  # files that refer to these; the first 100
+    waiting_for: list[str]  # stopped nodes that are expected back
+    nodes: list[StoreNode]
+
+
+class Scrub(msgspec.Struct, frozen=True):
+    """Read all blocks again from end to end, now. `node`: a name or id; "" all of them."""
+
+    node: str = ""
+
+
+class ScrubAnswer(msgspec.Struct, frozen=True):
+    nodes: list[str]  # that have begun
+    failed: list[str] = []
+
+
+# -- retention and trash ----------------------------------------------------------------------------------------------
+
+
+class Retain(msgspec.Struct, frozen=True):
+    """Set how many versions below the prefix are kept and how long superseded ones; `show` changes nothing."""
+
+    prefix: str
+    request: str
+    versions: int = 0
+    age_ms: int = 0
+    show: bool = False
+
+
+class RetainRow(msgspec.Struct, frozen=True):
+    prefix: str
+    owner: str  # whose files; "" everybody's
+    versions: int
+    age_ms: int
+
+
+class RetainAnswer(msgspec.Struct, frozen=True):
+    """The rules that can matter below the prefix: those below it and those above it."""
+
+    rules: list[RetainRow]
+
+
+class ListTrash(msgspec.Struct, frozen=True):
+    prefix: str = ""
+    after: int = 0  # entries after this one: for paging
+    limit: int = 1000
+
+
+class TrashRow(msgspec.Struct, frozen=True):
+    entry: int
+    name: str
+    versions: list[int]  # the last 100
+    size: int  # of all of them together
+    deleted: str
+    by: str
+    expired: bool
+    purged: str  # when it will be
+
+
+class TrashAnswer(msgspec.Struct, frozen=True):
+    entries: list[TrashRow]
+    more: bool = False
+
+
+class RestoreFile(msgspec.Struct, frozen=True):
+    name: str
+    request: str
+
+
+class RestoreAnswer(msgspec.Struct, frozen=True):
+    name: str
+    versions: int
+
+
+class EmptyTrash(msgspec.Struct, frozen=True):
+    """Purge what the caller owns below the prefix, now."""
+
+    prefix: str
+    request: str
+
+
+class EmptyTrashAnswer(msgspec.Struct, frozen=True):
+    versions: int
+    size: int
+    more: bool = False  # ask again
 
 
 BEGIN: Final = Method("file.begin", Begin, BeginAnswer, Role.USER)
@@ -305,3 +447,11 @@ PLACE: Final = Method("sdfs.place", Place, PlaceAnswer, Role.NODE)
 COPIED: Final = Method("sdfs.copied", Copied, Empty, Role.NODE)
 LOCATE: Final = Method("sdfs.locate", Locate, LocateAnswer, Role.NODE)
 INVENTORY: Final = Method("sdfs.inventory", Inventory, Empty, Role.NODE)
+COPY: Final = Method("sdfs.copy", Copy, CopyAnswer, Role.NODE)
+DROP: Final = Method("sdfs.drop", Drop, Empty, Role.NODE)
+REPAIR: Final = Method("sdfs.repair", Repair, RepairAnswer, Role.READER)
+SCRUB: Final = Method("sdfs.scrub", Scrub, ScrubAnswer, Role.ADMIN)
+RETAIN: Final = Method("file.retain", Retain, RetainAnswer, Role.READER)
+LIST_TRASH: Final = Method("file.trash", ListTrash, TrashAnswer, Role.READER)
+RESTORE: Final = Method("file.restore", RestoreFile, RestoreAnswer, Role.USER)
+EMPTY_TRASH: Final = Method("file.empty-trash", EmptyTrash, EmptyTrashAnswer, Role.USER)

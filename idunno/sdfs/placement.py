@@ -32,6 +32,7 @@ class Candidate:
     zone: str
     presence: str  # as in the roster
     space: Space | None  # as last reported, None: not reported yet
+    problem: str = ""  # why it takes no blocks, as it said itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def place(
     able: list[Candidate] = []
     left_out: dict[str, str] = {}
     for candidate in candidates:
-        why = _unable(candidate, config, size)
+        why = unable(candidate, config, size)
         if why:
             left_out[candidate.name] = why
         else:
@@ -62,7 +63,7 @@ def place(
     ranked = rank(key, able)
     if entry is not None:
         ranked.sort(key=lambda candidate: candidate.node != entry)  # stable: the others keep their order
-    replicas, others = _spread(ranked, COPIES_WANTED)
+    replicas, others = spread(ranked, COPIES_WANTED)
     return Placement(tuple(replicas), tuple(others[:SPARES_MAX]), left_out)
 
 
@@ -85,10 +86,12 @@ def draw(key: str, node: NodeId) -> float:
     return (bits + 0.5) / 2**53
 
 
-def _unable(candidate: Candidate, config: SdfsConfig, size: int) -> str:
+def unable(candidate: Candidate, config: SdfsConfig, size: int) -> str:
     """Why the node cannot take `size` bytes, "" when it can."""
     if candidate.presence != "present":
         return candidate.presence
+    if candidate.problem:
+        return candidate.problem
     if candidate.space is None:
         return ""  # the node itself refuses when it must
     floor = config.floor(candidate.space)
@@ -97,7 +100,7 @@ def _unable(candidate: Candidate, config: SdfsConfig, size: int) -> str:
     return ""
 
 
-def _spread(ranked: list[Candidate], wanted: int) -> tuple[list[Candidate], list[Candidate]]:
+def spread(ranked: list[Candidate], wanted: int) -> tuple[list[Candidate], list[Candidate]]:
     """The first `wanted`, in as many zones as there are; and the others, in order."""
     zones: set[str] = set()
     chosen: list[Candidate] = []

@@ -19,6 +19,7 @@ from idunno.base.errors import (
     DecodeError,
     Exhausted,
     IdunnoError,
+    InvalidArgument,
     Unavailable,
     Unconfirmed,
 )
@@ -148,15 +149,16 @@ class Connection:
     def received(self, frame: Frame) -> None:
         kind, number = frame.kind, frame.request
         if kind is Kind.ANSWER or (kind is Kind.ERROR and number):
+            error = decode_error(frame.header) if kind is Kind.ERROR else None  # first: `lost` ends what is pending
             pending = self._pending.pop(number, None)
             if pending is None:
                 return  # it was cancelled here while the answer was on its way
             if pending.timer is not None:
                 pending.timer.cancel()
-            if kind is Kind.ANSWER:
+            if error is None:
                 pending.answered(frame)
             else:
-                pending.failed(decode_error(frame.header))
+                pending.failed(error)
         elif kind is Kind.ITEM or kind is Kind.END or kind is Kind.CREDIT:
             self._stream_frame(frame)
         elif kind is Kind.ERROR:
@@ -201,7 +203,10 @@ class Connection:
         if left_ms <= 0:
             raise Unavailable(f"{method.name} was not sent to {self.label}: no time was left")
         on_behalf = None if actor is None else (actor.name, actor.role)
-        raw = msgspec.Raw(encode(request))
+        try:
+            raw = msgspec.Raw(encode(request))
+        except (ValueError, OverflowError) as error:  # text that is no Unicode, a number of more than 64 bits
+            raise InvalidArgument(f"{method.name} cannot be sent: {error}") from None
         header = encode(RequestHead(method.name, min(left_ms, DEADLINE_MS_MAX), raw, pending.is_stream, on_behalf))
         content = frozen(body)
         check_sizes(method.name, header, content)
@@ -321,7 +326,10 @@ class ClientStream(_Pending, Generic[A]):
         check_sizes(self._method.name, note, content)
         assert not self._ended, "item after end()"
         if await self._outbox.reserve(cost(note, content)):
-            await self._connection.until_writable(self._method.name, self._deadline)
+            try:
+                await self._connection.until_writable(self._method.name, self._deadline)
+            except Unavailable as error:  # the request itself was sent long ago
+                raise self._error or DeadlineExceeded(str(error)) from None
             self._connection.send(self, Kind.ITEM, note, content)
 
     async def end(self) -> None:

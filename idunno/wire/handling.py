@@ -175,6 +175,8 @@ class Serving:
             if frame.kind is Kind.REQUEST:
                 self.link.send(Kind.ERROR, number, encode_error(error))
             else:
+                if self.peer.actor.role is Role.ANYONE:  # nor shall a stranger fill the log
+                    raise DecodeError(f"a notification without a certificate: {error}") from None
                 log.warning("notification refused", extra={"peer": self.peer.actor.name, "error": str(error)})
             return
         loop = asyncio.get_running_loop()

@@ -78,6 +78,9 @@ async def _connected(
     except OSError as error:
         wire.abort()
         raise Unavailable(f"cannot reach {where}: {error.strerror or error}; is the node running?") from None
+    except UnicodeError:  # a host with an empty or too long part
+        wire.abort()
+        raise Unavailable(f"cannot reach {where}: no host can have that name") from None
     except BaseException:
         wire.abort()
         raise

@@ -42,6 +42,7 @@ class Limits:
     """What a server takes."""
 
     connections_max: int = 1024
+    clients_max: int = 768  # of these, who is no node: people must not shut nodes out
     anonymous_max: int = 64
     first_frame_s: float = 10.0  # handshake and first frame
     anonymous_idle_s: float = 30.0
@@ -192,6 +193,11 @@ class Server:
             if strangers >= self._limits.anonymous_max:
                 raise Exhausted(f"node {self.name} has {strangers} connections without a certificate: try again later")
             door.anonymous = True
+        if peer.node is None:
+            clients = sum(1 for other in self._doors if other.client)
+            if clients >= self._limits.clients_max:
+                raise Exhausted(f"node {self.name} has {clients} connections of clients, its bound: ask another node")
+            door.client = True
         self._doors.add(door)
         self.counters["accepted"] += 1
         return Serving(self._dispatch, link, peer)
@@ -210,7 +216,8 @@ class _Door:
     """connection.Session of an accepted connection: admits the peer, then hands everything to its Serving."""
 
     def __init__(self, server: Server, limits: Limits, *, unix: bool) -> None:
-        self.unix, self.anonymous = unix, False
+        self.unix = unix
+        self.anonymous = self.client = False
         self.fingerprint: bytes | None = None
         self.serving: Serving | None = None
         self.link: Link | None = None

@@ -44,6 +44,8 @@ def test_all_are_active_and_healthy(cluster: Cluster) -> None:
     assert [member["role"] for member in members].count("scheduler") == 1
     status = until(lambda: (found := cluster.json("status"))["healthy"] and found, "a healthy cluster")
     assert len(status["voters"]) == 5
+    events = cluster.json("members", "--events", where=str(cluster.directory / "n1"))
+    assert {event["name"] for event in events if event["event"] == "joined"} == {"n2", "n3", "n4", "n5"}
 
 
 def test_the_main_job(cluster: Cluster, tmp_path: Path) -> None:

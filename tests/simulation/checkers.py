@@ -33,8 +33,11 @@ class Checkers:
         self.world = world
         self.disturbances: list[tuple[float, float, frozenset[str]]] = []
         """(from, until, machines; none means all): when a fault explains that somebody is called dead."""
+        self.excuse_accusers = True
+        """Whether a fault of who accuses explains that somebody healthy is called dead."""
         self.false_failures = 0
-        self.noticed_s: list[float] = []
+        self.deaths = 0
+        """Of which somebody undisturbed had to know."""
         self._entries: dict[int, tuple[bytes, str]] = {}
         self._digests: dict[int, tuple[bytes, str]] = {}
         self._applied: dict[Node, int] = {}
@@ -117,10 +120,13 @@ class Checkers:
         if subject is None or not self._healthy(subject):
             return
         accuser = world.name(change.accuser) if change.accuser else ""
-        if self.disturbed(now - DISTURBED_S, now, subject.name, observer.name, accuser):
+        excused = (subject.name, observer.name, accuser) if self.excuse_accusers else (subject.name,)
+        if self.disturbed(now - DISTURBED_S, now, *excused):
             return
         self.false_failures += 1
-        world.found(f"{observer.name} calls {subject.name} failed, and nothing is wrong with it: {change.reason} ({accuser})")
+        world.found(
+            f"{observer.name} calls {subject.name} failed, and nothing is wrong with it: {change.reason} ({accuser})"
+        )
 
     def _healthy(self, machine: Machine) -> bool:
         return machine.loop is not None and machine.loop.state is State.RUNNING
@@ -136,6 +142,7 @@ class Checkers:
         now = self.world.scheduler.now
         if machine.boot != boot:
             return  # it came back meanwhile
+        self.deaths += 1
         for other in self.world.machines:
             if not other.serving or other.node is None or not self._up_since(other, died):
                 continue

@@ -1,8 +1,9 @@
 # tests/simulation/clients.py: users of the simulated cluster, who write down what they were promised.
 #
 # Rule 1: a client runs on a machine of its own, talks to any node over the product's own session, and shows a user's certificate.
-# Rule 2: `Promises` holds what was acknowledged, and what may have happened. Each name has one writer, so that what a read may
-#         return is known: the last acknowledged version or a later one that was attempted.
+# Rule 2: `Promises` holds what was acknowledged, and what may have happened. Each name has one writer, so what anybody's read
+#         may return is known (linearizability of one register): no version older than the newest that was acknowledged or
+#         read before it began, and a content that was put.
 # Rule 3: an answer that contradicts a promise is a finding at once; whether promises are kept in the end, `verify` asks.
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from idunno.base.disk import Buffer
 from idunno.base.errors import IdunnoError, NotFound
 from idunno.client.locate import Door, Place, TcpDoor
 from idunno.client.session import Link, Session
+from idunno.coordinator.records import BLOCK_BYTES_MAX
 from idunno.scheduler.messages import (
     DEPLOY,
     GET_JOB,
@@ -36,7 +38,7 @@ from idunno.scheduler.messages import (
 )
 from idunno.sdfs.client import FileClient, source_of
 from idunno.wire.rpc import connect_tcp
-from tests.simulation.loop import SimLoop
+from tests.simulation.loop import new_loop
 from tests.simulation.machine import PORT, TLS, certificate_of
 from tests.simulation.models import answer_to
 from tests.simulation.network import Host
@@ -59,8 +61,14 @@ class FileStory:
 
     acknowledged: dict[int, bytes] = field(default_factory=dict)
     """By version."""
-    unsure: list[bytes] = field(default_factory=list)
-    """Contents whose fate was not told: each may be a version."""
+    tried: list[bytes] = field(default_factory=list)
+    """All contents that were ever sent: each may be a version."""
+    read: dict[int, bytes] = field(default_factory=dict)
+    """What reads gave, by version."""
+
+    @property
+    def newest(self) -> int:
+        return max(max(self.acknowledged, default=0), max(self.read, default=0))
 
 
 @dataclass(slots=True)
@@ -73,6 +81,7 @@ class JobStory:
 class Promises:
     files: dict[str, FileStory] = field(default_factory=dict)
     jobs: dict[str, JobStory] = field(default_factory=dict)
+    deleted: list[str] = field(default_factory=list)
     puts_under_way: int = 0
     deploys_under_way: int = 0
     done: dict[str, int] = field(default_factory=dict)
@@ -91,7 +100,7 @@ class Client:
     def __init__(self, world: World, number: int, promises: Promises) -> None:
         self.world, self.promises, self.name = world, promises, f"c{number}"
         self.host = Host(world.network, f"10.0.1.{number}", certificate_of(ADMIN))
-        self.loop = self.host.loop = SimLoop(world.scheduler, self.name, self.host)
+        self.loop = self.host.loop = new_loop(world.scheduler, self.name, self.host)
         self.rng = random.Random(f"{world.seed} client {number}")
         self.stopping = False
         self._working: list[asyncio.Future[None]] = []
@@ -134,42 +143,67 @@ class Client:
         while not self.stopping:
             await asyncio.sleep(rng.random() * 0.6)
             name = f"{self.name}/file-{rng.randrange(FILES_A_CLIENT)}"
-            if rng.random() < 0.6:
+            chance = rng.random()
+            if chance < 0.55:
                 await self.put(name, self._content())
+            elif chance < 0.92:
+                await self.check_latest(rng.choice(list(self.promises.files) or [name]))
+            elif chance < 0.96:
+                await self._delete_one(f"{self.name}/gone-{rng.getrandbits(32):08x}")
             else:
-                await self.check_latest(name)
+                await asyncio.sleep(3.0 * rng.random())  # now and then nobody wants anything
 
     def _content(self) -> bytes:
         rng = self.rng
         kind = rng.random()
+        if kind < 0.01:
+            return rng.randbytes(BLOCK_BYTES_MAX + rng.randrange(1, 500_000))  # two blocks
         size = rng.randrange(1, 600) if kind < 0.5 else rng.randrange(4096, 40_000) if kind < 0.9 else 0
         return rng.randbytes(size) if size else b""
+
+    async def _delete_one(self, name: str) -> None:
+        """A file of its own comes and goes. What was deleted stays so; a deletion whose fate is not known promises nothing."""
+        await self.put(name, b"to be deleted")
+        acknowledged = bool(self.promises.files.pop(name).acknowledged)
+        try:
+            await self.files.delete(name, timeout_s=PUT_S)
+        except IdunnoError as error:
+            self.promises.count(f"delete: {error.code}")
+            return
+        self.promises.count("delete")
+        if acknowledged:
+            self.promises.deleted.append(name)
 
     async def put(self, name: str, content: bytes) -> None:
         promises, story = self.promises, self.promises.files.setdefault(name, FileStory())
         promises.puts_under_way += 1
+        story.tried.append(content)
         try:
             answer = await self.files.put(source_of(content), name, size=len(content), timeout_s=PUT_S)
         except IdunnoError as error:
-            story.unsure.append(content)  # even "certainly not": what is never a version harms nobody
             promises.count(f"put: {error.code}")
             self.world.trace.tell("put failed", client=self.name, name=name, error=str(error)[:300])
             return
         finally:
             promises.puts_under_way -= 1
         promises.count("put")
-        if (known := story.acknowledged.get(answer.version)) is not None and known != content:
-            self.world.found(f"{name} version {answer.version} was acknowledged for two contents")
+        for known in (story.acknowledged.get(answer.version), story.read.get(answer.version)):
+            if known is not None and known != content:
+                self.world.found(
+                    f"{name} version {answer.version} is acknowledged, and is the version of another content"
+                )
         story.acknowledged[answer.version] = content
         self.world.trace.note("put acknowledged", self.name, name, answer.version)
 
     async def check_latest(self, name: str) -> None:
         story = self.promises.files.get(name)
-        least = max(story.acknowledged, default=0) if story is not None else 0
+        least = story.newest if story is not None else 0
         got = await self._get(name, None, GET_S)
+        if name not in self.promises.files:
+            return  # deleted meanwhile, or never there
         if isinstance(got, NotFound):
             if least:
-                self.world.found(f"{name}: version {least} was acknowledged, a read says {got}")
+                self.world.found(f"{name}: version {least} was there, a read says {got}")
         elif not isinstance(got, IdunnoError):
             self.promises.count("get")
             self._check(name, got[0], got[1], least)
@@ -177,12 +211,15 @@ class Client:
     def _check(self, name: str, version: int, content: bytes, least: int) -> None:
         story = self.promises.files[name]
         if version < least:
-            self.world.found(f"{name}: version {least} was acknowledged, a read gives version {version}")
-        known = story.acknowledged.get(version)
-        if known is None and content not in story.unsure:
+            self.world.found(f"{name}: version {least} was there, a later read gives version {version}")
+        known = story.acknowledged.get(version, story.read.get(version))
+        if known is None and content not in story.tried:
             self.world.found(f"{name} version {version} has a content that nobody put as that version")
         if known is not None and content != known:
-            self.world.found(f"{name} version {version} is not as it was put: {len(content)} bytes, {len(known)} were put")
+            self.world.found(
+                f"{name} version {version} is not as it was put: {len(content)} bytes, {len(known)} were put"
+            )
+        story.read[version] = content
 
     async def _get(self, name: str, version: int | None, timeout_s: float) -> tuple[int, bytes] | IdunnoError:
         pieces: dict[int, bytes] = {}
@@ -200,10 +237,12 @@ class Client:
     # -- models and jobs ------------------------------------------------------------------------------------------
 
     async def work_with_jobs(self, model: str) -> None:
-        while not self.stopping and not await self._deploy(model):
-            await asyncio.sleep(1.0)
+        deployed = False
         while not self.stopping:
-            await self._job(model)
+            if deployed:
+                await self._job(model)
+            else:
+                deployed = await self._deploy(model)
             await asyncio.sleep(self.rng.random())
 
     async def _deploy(self, model: str) -> bool:
@@ -266,11 +305,19 @@ class Client:
                     self.world.found(f"{name} version {version}, {len(content)} bytes, was acknowledged: {got}")
                 elif got[1] != content:
                     self.world.found(f"{name} version {version} is not as it was put")
+        for name in self.promises.deleted:
+            got = await self._get(name, None, VERIFY_S)
+            if not isinstance(got, NotFound):
+                self.world.found(f"{name} was deleted, a read says {got}")
         for job, job_story in self.promises.jobs.items():
             await self._verify_job(job, job_story)
 
     async def _verify_job(self, job: str, story: JobStory) -> None:
         info = await self.session.call(GET_JOB, GetJob(job), timeout_s=VERIFY_S)
+        if info.finished is None and "is failed" in info.reason:  # no worker could set the model up: its user tries again
+            self.stopping = False
+            await self._deploy(info.model)
+            self.stopping = True
         end = self.loop.time() + 90.0
         while info.finished is None and self.loop.time() < end:
             info = await self.session.call(GET_JOB, GetJob(job, 5.0, info), timeout_s=VERIFY_S)
@@ -279,6 +326,8 @@ class Client:
             self.world.found(f"job {job} is {info.state} 90 s after everything is well: {info.reason}, {info.tasks}")
             return
         self.promises.count(f"job {info.state}")
+        if info.done != info.queries or info.queries not in (0, len(story.lines)):
+            self.world.found(f"job {job} has {len(story.lines)} queries; it counts {info.done} done of {info.queries}")
         answered = 0
         for part in await self._outputs(job):
             if part.first != answered:

@@ -181,7 +181,7 @@ class SimDisk:
         )
         self._count_used()
 
-    # -- Disk ----------------    # -- inside ---------------------------------------------------------------------------------------------------
+    # -- for the view -----------------------------------------------------------------------------------------------
 
     def takes(self, size: int) -> float:
         return size / self.speed.bytes_per_s
@@ -208,6 +208,19 @@ class SimDisk:
     def changed(self, what: str, about: str, directory: str | None = None) -> None:
         where = _parent(about) if directory is None else directory
         self.changes.setdefault(where, []).append((what, about))
+
+    def entries(self, path: str) -> list[Entry]:
+        prefix = path.rstrip("/") + "/" if path.rstrip("/") else ""
+        found = {
+            name[len(prefix) :]: Entry(name[len(prefix) :], inode.size, 0.0, False)
+            for name, inode in self.names.items()
+            if name.startswith(prefix) and "/" not in name[len(prefix) :]
+        }
+        for directory in self.directories:
+            if directory and _parent(directory) == path.rstrip("/"):
+                name = directory[len(prefix) :]
+                found[name] = Entry(name, 0, 0.0, True)
+        return [found[name] for name in sorted(found)]
 
     def _count_used(self) -> None:
         self.used = sum(inode.size for inode in self.names.values())
@@ -291,21 +304,7 @@ class DiskView:
         await self.do(path, ("remove", 0.0, remove))
 
     async def list(self, path: str) -> list[Entry]:
-        found: list[Entry] = await self.do(path, ("list", 0.0, lambda: self._list(path)))
-        return found
-
-    def _list(self, path: str) -> list[Entry]:
-        prefix = path.rstrip("/") + "/" if path.rstrip("/") else ""
-        found = {
-            name[len(prefix) :]: Entry(name[len(prefix) :], inode.size, 0.0, False)
-            for name, inode in self._disk.names.items()
-            if name.startswith(prefix) and "/" not in name[len(prefix) :]
-        }
-        for directory in self._disk.directories:
-            if directory and _parent(directory) == path.rstrip("/"):
-                name = directory[len(prefix) :]
-                found[name] = Entry(name, 0, 0.0, True)
-        return [found[name] for name in sorted(found)]
+        return self._disk.entries(path) if await self.do(path, ("list", 0.0, lambda: True)) else []
 
     async def make_directory(self, path: str) -> None:
         def make() -> None:

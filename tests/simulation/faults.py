@@ -33,7 +33,7 @@ class Faults:
 
     # -- running --------------------------------------------------------------------------------------------------
 
-    async def storm(self, seconds: float, kinds: list[str], every_s: float = 1.2) -> None:
+    async def storm(self, seconds: float, kinds: list[str], every_s: float) -> None:
         """Faults of these kinds, one after another and over each other, for so long."""
         end = self.world.scheduler.now + seconds
         bag: list[str] = []
@@ -47,6 +47,8 @@ class Faults:
     def strike(self, kind: str, *machines: str) -> None:
         """Let it happen now, to these machines or to some drawn by chance."""
         chosen = [self.world.machine(name) for name in machines]
+        if len(self.world.machines) < NODES_LEAST.get(kind, 1):
+            return
         stages = stages_now(self.world, self.promises)
         if KINDS[kind](self, chosen):
             self.dose.strike(kind, stages)
@@ -211,7 +213,13 @@ class Faults:
         network = self.world.network
         before = network.quality
         network.quality = Quality(
-            before.delay_s, before.jitter_s, before.loss, before.duplicate, before.reorder, before.reorder_s, before.bytes_per_s
+            before.delay_s,
+            before.jitter_s,
+            before.loss,
+            before.duplicate,
+            before.reorder,
+            before.reorder_s,
+            before.bytes_per_s,
         )
         worse(network.quality)
         self.world.trace.tell("wires get worse", how=what, quality=network.quality)
@@ -293,7 +301,11 @@ class Faults:
     def rot(self, chosen: list[Machine]) -> bool:
         """A bit of a block flips on one disk at most: three good copies are left."""
         machine = self.world.machines[0]
-        paths = [p for p in machine.disk.paths("blocks/") + machine.disk.paths("small/") if machine.disk.written_bytes(p) > 64]
+        paths = [
+            p
+            for p in machine.disk.paths("blocks/") + machine.disk.paths("small/")
+            if machine.disk.written_bytes(p) > 64
+        ]
         if not paths:
             return False
         path = self.rng.choice(paths)
@@ -323,3 +335,5 @@ KINDS: Final[dict[str, Callable[[Faults, list[Machine]], bool]]] = {
     "disk_slow": Faults.disk_slow,
     "rot": Faults.rot,
 }
+NODES_LEAST: Final = {"partition": 2, "one_way": 2, "protocol": 2, "rot": 2}
+"""What needs others: to be cut off from, or to hold the other copies of what rots."""

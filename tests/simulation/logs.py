@@ -2,10 +2,9 @@
 from __future__ import annotations
 
 import logging
+from asyncio import events
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
-
-from asyncio import events
 
 from idunno.base.errors import IdunnoError
 from tests.simulation.loop import SimLoop, State
@@ -33,7 +32,9 @@ class LogWatch(logging.Handler):
         self._logger.setLevel(logging.INFO)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         level, self._logger.propagate, self._logger.handlers = self._before
         self._logger.setLevel(level)
 

@@ -10,11 +10,12 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import msgspec
 
-from idunno.base.errors import IdunnoError
+from idunno.base.errors import Corrupt, IdunnoError
 from idunno.base.ids import Index, NodeId
 from idunno.grep.messages import NodeResult
 from idunno.node.config import NodeConfig
@@ -23,7 +24,7 @@ from idunno.node.node import Node
 from idunno.node.platform import Platform
 from idunno.worker.runner import Runner
 from tests.simulation.disk import DiskView, SimDisk
-from tests.simulation.loop import SimLoop, State
+from tests.simulation.loop import SimLoop, State, new_loop
 from tests.simulation.models import Cost, SimRunner
 from tests.simulation.network import Host, Network
 
@@ -41,6 +42,7 @@ TLS: Final = cast(Any, object())
 CLUSTER: Final = "5".ljust(32, "0")
 CLUSTER_KEY: Final = bytes(range(32))
 BOOT_FILE: Final = "boot"
+SEGMENT_BYTES: Final = 64 * 1024
 
 
 def node_id(number: int) -> NodeId:
@@ -59,6 +61,8 @@ class WatchedNode(Node):
 
     def _make(self) -> None:
         super()._make()
+        # The log's files are small here, so that a world of seconds begins many of them, and reads little when it starts.
+        self.driver.config = replace(self.driver.config, segment_bytes=SEGMENT_BYTES)
         self.made(self)
 
 
@@ -97,7 +101,7 @@ class Machine:
         assert self.loop is None, f"{self.name} runs already"
         self.boot = int(self.disk.content(BOOT_FILE) or b"0") + 1
         self.disk.put(BOOT_FILE, b"%d" % self.boot)
-        self.loop = SimLoop(self.host.network.scheduler, f"{self.name}.{self.boot}", self.host)
+        self.loop = new_loop(self.host.network.scheduler, f"{self.name}.{self.boot}", self.host)
         self.host.loop, self.host.up = self.loop, True
         self.up_since = self.host.network.scheduler.now
         return self.loop
@@ -126,7 +130,10 @@ class Machine:
         rng = random.Random(f"{self._seed} node {self.number} boot {self.boot}")
         disk = DiskView(self.disk, serial=False)
         secrets = Secrets(b"certificate of the CA", self.certificate, b"", CLUSTER_KEY, None)
-        peers = msgspec.json.decode(self.disk.content(PEERS_FILE), type=KnownPeers)
+        try:
+            peers = msgspec.json.decode(self.disk.content(PEERS_FILE), type=KnownPeers)
+        except msgspec.MsgspecError as error:
+            raise Corrupt(f"{PEERS_FILE} is damaged ({error})") from None
         return Platform(
             identity=Identity(1, CLUSTER, self.id),
             boot=self.boot,

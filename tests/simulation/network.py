@@ -1,6 +1,6 @@
 # tests/simulation/network.py: the wires between simulated machines: datagrams, byte streams, and what goes wrong with them.
 #
-# Rule 1: the network decides by its own chance alone when, how often and whether a packet arrives; what it carries it never looks at.
+# Rule 1: the network decides by its own chance alone when, how often and whether a packet arrives; it never looks into one.
 # Rule 2: datagrams are lost, doubled and overtaken. A stream is what TCP makes of the same wire: bytes arrive once and in
 #         order, a loss costs a retransmission delay, a broken link stalls it, a dead end resets it or times out.
 # Rule 3: a stream has a window: what its reader has not taken is bounded, and then the writer's buffer fills.
@@ -124,7 +124,7 @@ class Host:
         port = port or self._port()
         if port in self._listening:
             raise OSError(errno.EADDRINUSE, "address already in use")
-        self._listening[port] = listener = Listener(self, loop, factory, port, tls)
+        self._listening[port] = listener = Listener(self, loop, factory, port, tls)  # type: ignore[abstract]
         return listener
 
     def bind(self, loop: SimLoop, factory: Callable[[], Any], local_addr: Address) -> tuple[Datagrams, Any]:
@@ -265,7 +265,7 @@ class Datagrams(asyncio.DatagramTransport):
             return self.host.address, self.port
         return _Family if name == "socket" else default
 
-    def sendto(self, data: Any, addr: Address | None = None) -> None:
+    def sendto(self, data: Any, addr: Any = None) -> None:
         if not self._closing and addr is not None and self.loop.state is State.RUNNING:
             self.host.network.datagram((self.host.address, self.port), addr, bytes(data))
 

@@ -15,6 +15,8 @@ from tests.simulation.world import World
 CALM_S: Final = 60.0
 """After everything is mended, a cluster is one again within this."""
 CLIENTS: Final = 2
+EVERY_S: Final = 1.2
+"""Between two faults, on average: about as long as one lasts, so that often two overlap and sometimes four."""
 
 
 @dataclass(slots=True)
@@ -61,7 +63,7 @@ class Cluster:
         for client in self.clients:
             await client.finish()
         try:
-            await world.until(self._one, "one cluster", CALM_S)
+            await world.until(self.one, "one cluster", CALM_S)
         except AssertionError:
             world.found(f"not one cluster {CALM_S:g} s after everything is mended: {self.not_one}")
             world.check()
@@ -70,13 +72,15 @@ class Cluster:
         await self.clients[0].inside(self.clients[0].verify)
         self._count()
 
-    def _one(self) -> bool:
+    def one(self) -> bool:
         """Everybody serves, follows one leader, has applied the same, and takes everybody for alive."""
         world = self.world
         for machine in world.machines:
             if not machine.running:
                 world.start(machine.name)  # it ended by itself while things were broken, and somebody starts it again
-        nodes = {machine.name: machine.node for machine in world.machines if machine.serving and machine.node is not None}
+        nodes = {
+            machine.name: machine.node for machine in world.machines if machine.serving and machine.node is not None
+        }
         found = {name: node for name, node in nodes.items() if hasattr(node, "seat")}
         if len(found) < len(world.machines):
             self.not_one = f"only {sorted(found)} run"
@@ -113,7 +117,13 @@ def make(seed: int | str, nodes: int = 5, *, watch: bool = False, clients: int =
 
 
 def mixed(
-    seed: int | str, *, nodes: int = 5, seconds: float = 20.0, kinds: list[str] | None = None, watch: bool = False
+    seed: int | str,
+    *,
+    nodes: int = 5,
+    seconds: float = 20.0,
+    kinds: list[str] | None = None,
+    every_s: float = EVERY_S,
+    watch: bool = False,
 ) -> Report:
     """One world with faults of these kinds (all by default). Raises AssertionError with the end of its story."""
     cluster = make(seed, nodes, watch=watch)
@@ -122,7 +132,7 @@ def mixed(
     async def story(world: World) -> None:
         await cluster.begin()
         if chosen:
-            await cluster.faults.storm(seconds, chosen)
+            await cluster.faults.storm(seconds, chosen, every_s)
         else:
             await asyncio.sleep(seconds)
         await cluster.end()
@@ -130,7 +140,12 @@ def mixed(
     cluster.world.run(story, limit_s=seconds + 600.0)
     world = cluster.world
     return Report(
-        world.seed, world.scheduler.now, world.trace.digest(), world.scheduler.steps, cluster.dose, cluster.promises.done
+        world.seed,
+        world.scheduler.now,
+        world.trace.digest(),
+        world.scheduler.steps,
+        cluster.dose,
+        cluster.promises.done,
     )
 
 

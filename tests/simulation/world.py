@@ -28,8 +28,18 @@ from idunno.wire.calls import Actor, Role
 from idunno.wire.security import fingerprint
 from tests.simulation.disk import DiskView
 from tests.simulation.logs import LogWatch
-from tests.simulation.loop import Scheduler, SimLoop, State
-from tests.simulation.machine import BOOT_FILE, CLUSTER, CLUSTER_KEY, EPOCH_MS, PORT, Machine, certificate_of, refusal
+from tests.simulation.loop import Scheduler, SimLoop, State, new_loop
+from tests.simulation.machine import (
+    BOOT_FILE,
+    CLUSTER,
+    CLUSTER_KEY,
+    EPOCH_MS,
+    PORT,
+    SEGMENT_BYTES,
+    Machine,
+    certificate_of,
+    refusal,
+)
 from tests.simulation.network import Host, Network
 from tests.simulation.trace import Trace
 
@@ -53,7 +63,7 @@ class World:
         self.trace.watch = watch
         self.rng = random.Random(f"{self.seed} world")
         self.network = Network(self.scheduler, random.Random(f"{self.seed} network"), self.trace)
-        self.loop = SimLoop(self.scheduler, "world")
+        self.loop = new_loop(self.scheduler, "world")
         voters = voters_of(nodes)
         self.machines = [
             Machine(n, self.network, self.seed, self.trace, voter=n <= voters) for n in range(1, nodes + 1)
@@ -144,7 +154,7 @@ class World:
                 await disk.make_directory(name)
             machine.disk.put(PEERS_FILE, encode_peers(peers))
             machine.disk.put(BOOT_FILE, b"0")
-            await Log.create(disk, payload if machine.voter else None)
+            await Log.create(disk, payload if machine.voter else None, segment_bytes=SEGMENT_BYTES)
 
     def machine(self, name: str) -> Machine:
         return next(machine for machine in self.machines if machine.name == name)
@@ -161,8 +171,8 @@ class World:
 
     async def _run_node(self, machine: Machine, loop: SimLoop) -> None:
         """In the process: as node.run_node does, without signals."""
-        node = machine.make_node(self._made)
         try:
+            node = machine.make_node(self._made)
             await node.start()
         except IdunnoError as error:
             self.loop.call_soon(self._exits, machine, loop, f"did not start: {refusal(error)}")

@@ -206,7 +206,8 @@ def test_jobs_are_listed_cancelled_and_forgotten(idunno: Terminal) -> None:
 
 def test_members_and_status(idunno: Terminal) -> None:
     rows = idunno.ok("members", "--json").json
-    assert list(rows[0]) == ["name", "id", "address", "state", "role", "incarnation", "version", "slots", "zone"]
+    fixed = ["name", "id", "address", "state", "role", "incarnation", "version", "slots", "zone"]
+    assert list(rows[0]) == [*fixed, "problem"]
     assert [row["name"] for row in idunno.ok("members", "--self", "--json").json] == ["n1"]
     status = idunno.ok("status", "--json").json
     assert (status["healthy"], status["why"], status["scheduler"]) == (False, "n2 has failed", "n1")
@@ -284,4 +285,11 @@ def test_running_a_node_replaces_the_command_line(
     ran: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda program, arguments: ran.append(arguments))
     idunno.ok("node", "run", "--dir", str(tmp_path), "--seed", "10.0.0.1:7400")
-    assert ran[0][1:] == ["-m", "idunno.node", "--dir", str(tmp_path), "--seed", "10.0.0.1:7400"]
+    assert ran[0][1:] == ["-P", "-m", "idunno.node", "--dir", str(tmp_path), "--seed", "10.0.0.1:7400"]
+
+
+def test_the_bounds_of_grep_are_those_of_the_nodes() -> None:
+    from idunno.cli import logs
+    from idunno.grep import engine
+
+    assert (logs.CONTEXT_MAX, logs.LIMIT_MAX) == (engine.CONTEXT_LINES_MAX, engine.LIMIT_MAX)

@@ -46,6 +46,7 @@ class World:
     trouble: Callable[[str, str], IdunnoError | None] = lambda node, method: None
     after: Callable[[str], None] = lambda method: None  # runs when a request was served, before its answer
     down: set[str] = field(default_factory=set)
+    closed: dict[str, IdunnoError] = field(default_factory=dict)  # what nodes tell who knocks
     lost: set[str] = field(default_factory=set)  # nodes whose answers get lost, once
     model_story: list[scheduler.ModelInfo] = field(default_factory=list)  # what polls see, one after another
     job_story: list[scheduler.JobInfo] = field(default_factory=list)
@@ -109,6 +110,8 @@ class FakeCluster:
 
         async def dial(door: Door, timeout_s: float) -> Link:
             self.dialled.append(door.label)
+            if door.label in self.world.closed:
+                raise self.world.closed[door.label]
             if door.label in self.world.down:
                 raise Unavailable(f"cannot reach {door.label}: Connection refused; is the node running?")
             return LocalCaller(nodes[door.label].server, ME)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from idunno.base.errors import InvalidArgument, Unauthenticated, Unavailable
+from idunno.base.errors import Conflict, ConnectionLost, InvalidArgument, Unauthenticated, Unavailable
 from idunno.client.dial import dialer, login
 from idunno.client.locate import locate
 from idunno.coordinator.messages import (
@@ -25,7 +25,7 @@ from idunno.coordinator.messages import (
 )
 from idunno.wire.calls import Actor, Call, Peer, Role
 from idunno.wire.rpc import Server
-from idunno.wire.security import fingerprint, make_ca, make_key_and_csr, server_context, sign
+from idunno.wire.security import fingerprint, key_fingerprint, make_ca, make_key_and_csr, server_context, sign
 from idunno.wire.tokens import make_token
 
 
@@ -41,6 +41,8 @@ class Door:
         self.token = make_token(fingerprint(self.ca_pem))[0]
         self.users: dict[bytes, str] = {}
         self.tokens_heard: list[str] = []
+        self.keys: dict[str, bytes] = {}
+        self.answers_lost = 0
         self.server = Server(self._identify, name="n1")
         self.server.register(HELLO, self._hello)
         self.server.register(ENROLL, self._enroll)
@@ -61,8 +63,14 @@ class Door:
         if call.request.token != self.token:
             raise Unauthenticated("this token has expired; ask an admin for `idunno token new`")
         name = call.request.name
+        key = key_fingerprint(call.request.csr_pem)
+        if self.keys.setdefault(name, key) != key:
+            raise Conflict(f"there is a user {name} already")
         pem = sign(self.ca_pem, self.ca_key, call.request.csr_pem, common_name=name, role=Role.USER)
         self.users[fingerprint(pem)] = name
+        if self.answers_lost:
+            self.answers_lost -= 1
+            raise ConnectionLost("the connection broke")
         return EnrollAnswer("c" * 32, pem, "user", name, [])
 
     async def _members(self, call: Call[Members]) -> MembersAnswer:
@@ -94,6 +102,7 @@ def test_a_login_opens_the_door_from_then_on_and_is_for_this_user_alone(tmp_path
         assert place.login is not None
         assert stat.S_IMODE(place.login.stat().st_mode) == 0o700
         assert {stat.S_IMODE(path.stat().st_mode) for path in place.login.iterdir()} == {0o600}
+        door.keys.clear()
         await login(address, door.token, "alice", home, 10)  # again: replaces it
         assert [path.name for path in place.login.parent.iterdir()] == [place.login.name]
 
@@ -141,5 +150,14 @@ def test_nobody_there(tmp_path: Path) -> None:
         await door.server.close(0)
         with pytest.raises(Unavailable, match="cannot reach"):
             await login(address, door.token, "alice", home, 5)
+
+    play(tmp_path, body)
+
+
+def test_a_login_whose_answer_was_lost_asks_again_with_the_same_key(tmp_path: Path) -> None:
+    async def body(door: Door, address: str, home: Path) -> None:
+        door.answers_lost = 1
+        assert (await login(address, door.token, "alice", home, 10)).name == "alice"
+        assert len(door.tokens_heard) == 2
 
     play(tmp_path, body)

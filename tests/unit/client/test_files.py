@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from idunno.base.errors import Conflict, InvalidArgument, NotFound, Unavailable
+from idunno.base.errors import Conflict, Corrupt, InvalidArgument, NotFound, Unavailable
 from idunno.client.api import Cluster
 from idunno.client.local import replacing
+from idunno.sdfs.messages import ListRow
 from tests.unit.client.fake import FakeCluster
 
 
@@ -206,3 +207,24 @@ def test_a_transfer_ends_with_the_time_it_was_given(tmp_path: Path) -> None:
 
     play(fake, body, timeout_s=0.3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_listing_that_names_what_was_not_asked_for_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        fake = FakeCluster()
+        outside = tmp_path / "outside"
+        async with await fake.connect() as cluster:
+            prefix = "ab/"
+
+            async def lies(*_: object, **__: object) -> list[ListRow]:
+                return [ListRow(f"xyz{outside}", 1, 3, "")]
+
+            fake.world.put(f"xyz{outside}", b"bad")
+            monkeypatch.setattr(cluster.file_client, "ls", lies)
+            with pytest.raises(Corrupt, match="xyz"):
+                await cluster.get_folder(prefix, tmp_path / "here")
+        assert not outside.exists()
+
+    asyncio.run(story())

@@ -278,3 +278,16 @@ def test_lines_that_cannot_be_read_are_an_error_and_not_a_crash(monkeypatch: pyt
     monkeypatch.setattr(support, "HANDLERS", [*others, (QUERY, nonsense)])
     with pytest.raises(DecodeError, match="are no lines"):
         play(FakeCluster(1), lambda cluster: cluster.grep("x", lambda lines: None))
+
+
+def test_what_was_uploaded_for_a_refused_job_or_deployment_is_taken_away_again(tmp_path: Path, onnx: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY")
+    fake = ready()
+    refused = InvalidArgument("batch size 1000000 is too large")
+    fake.world.trouble = lambda node, method: refused if method in ("job.submit", "model.deploy") else None
+    with pytest.raises(InvalidArgument, match="too large"):
+        play(fake, lambda cluster: cluster.infer("digits", tmp_path / "a.npy", batch_size=1_000_000))
+    with pytest.raises(InvalidArgument, match="too large"):
+        play(fake, lambda cluster: cluster.deploy("digits", onnx))
+    assert len(fake.world.asked("file.put-small")) == 2
+    assert fake.world.files == {}

@@ -5,7 +5,18 @@ import asyncio
 
 import pytest
 
-from idunno.base.errors import Conflict, DeadlineExceeded, NoQuorum, NotFound, NotLeader, Unavailable
+from idunno.base.errors import (
+    Conflict,
+    ConnectionLost,
+    DeadlineExceeded,
+    Exhausted,
+    IdunnoError,
+    NoQuorum,
+    NotFound,
+    NotLeader,
+    Unauthenticated,
+    Unavailable,
+)
 from idunno.sdfs.messages import BEGIN, DELETE, LIST, PUT_SMALL, Begin, Delete, List, PutSmallFile
 from tests.unit.client.fake import FakeCluster
 
@@ -143,5 +154,32 @@ def test_what_is_not_found_is_said_by_the_node_not_by_the_session() -> None:
         async with await FakeCluster().connect() as cluster:
             with pytest.raises(NotFound, match="no file gone"):
                 await cluster.versions("gone")
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("then", [Exhausted("1024 requests are under way"), Unauthenticated("was revoked")])
+def test_a_refusal_after_a_lost_answer_does_not_say_that_nothing_happened(then: IdunnoError) -> None:
+    async def story() -> None:
+        fake = FakeCluster()
+        errors = [then, ConnectionLost("the connection broke")]
+        fake.world.trouble = lambda node, method: errors.pop()
+        async with await fake.connect() as cluster:
+            with pytest.raises(DeadlineExceeded, match=str(then)):
+                await cluster.session.call(DELETE, Delete("a", "r1"), timeout_s=5)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("refusal", [Exhausted("node n1 has 1024 connections"), Unauthenticated("n1 knows nobody")])
+def test_a_door_that_lets_nobody_in_is_passed_over_but_all_of_them_say_why(refusal: IdunnoError) -> None:
+    async def story() -> None:
+        fake = FakeCluster(3)
+        fake.world.closed = {"n1": refusal, "n2": refusal}
+        async with await fake.connect() as cluster:
+            assert await cluster.ls() == []
+        fake.world.closed["n3"] = Unavailable("n3 is down")
+        with pytest.raises(type(refusal), match=str(refusal)):
+            await fake.connect()
 
     asyncio.run(story())

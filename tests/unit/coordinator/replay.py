@@ -85,6 +85,13 @@ def _command(rng: random.Random, nodes: list[NodeId], at: int, world: World) -> 
         (c.PutSmall(put, name, small_block(put.encode()).block, put.encode()), person),
         (c.PutSmall(f"w-{model}", f"models/{model}", weights.block, model.encode()), ALICE),
         (c.DeleteFile(name), person),
+        (c.SetRetention(rng.choice(["f/", "f/1", ""]), rng.randrange(4), rng.choice([0, 5_000])), person),
+        (c.Expire(name, tuple(range(rng.randrange(4)))), SYSTEM),
+        (c.RestoreTrash(name), person),
+        (
+            c.Purge(tuple(range(max(0, world.machine.namespace.trash.last - i), world.machine.namespace.trash.last))),
+            ADMIN,
+        ),
         (c.Deploy(model if record is None or at % 40 == 0 else "m9", "onnx", files, 0, i, 1_000, 0, 0, (who,)), person),
         (c.Undeploy("m9"), person),
         (c.Assign(model, current, who, "more"), SYSTEM),
@@ -106,6 +113,10 @@ def _command(rng: random.Random, nodes: list[NodeId], at: int, world: World) -> 
 
 def main(seed: int) -> None:
     world = history(seed, 2_000)
+    counted = world.machine.recount()
+    assert {b: counted.count(b) for b in counted} == {
+        b: world.machine.references.count(b) for b in world.machine.references
+    }
     snapshot = world.machine.snapshot()
     assert Machine.restore(snapshot).snapshot() == snapshot
     log = blake3(b"".join(world.log)).hexdigest()

@@ -13,11 +13,12 @@ from idunno.base.errors import Conflict, DecodeError, InvalidArgument, NotFound
 from idunno.base.ids import BlockId, Index
 from idunno.coordinator import commands as c
 from idunno.coordinator import namespace as ns
-from idunno.coordinator.effects import FileDeleted, KeepSmall, VersionMade
+from idunno.coordinator import trash
+from idunno.coordinator.effects import BlocksFreed, FileDeleted, KeepSmall, VersionMade
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.namespace import small_block
 from idunno.coordinator.records import Block
-from tests.unit.coordinator.world import ADMIN, ALICE, SYSTEM, World, block
+from tests.unit.coordinator.world import ADMIN, ALICE, BOB, SYSTEM, World, block
 
 
 def small(put: str, name: str, content: bytes = b"hello", if_version: int | None = None) -> c.PutSmall:
@@ -255,6 +256,8 @@ class Histories(RuleBasedStateMachine):
         self.last: dict[str, int] = {}
         self.open: dict[str, str] = {}
         self.made: dict[str, tuple[str, int]] = {}
+        self.trash: dict[int, tuple[str, list[tuple[int, str]]]] = {}  # entry -> name, its versions
+        self.small: set[str] = set()
         self.serial = 0
 
     names = st.sampled_from(["a", "b", "b/c", "d"])
@@ -306,6 +309,7 @@ class Histories(RuleBasedStateMachine):
     @rule(name=names)
     def put_small(self, name: str) -> None:
         put = self.fresh()
+        self.small.add(put)
         assert self.world.do(small(put, name)).version == self.add(name, put)
 
     @precondition(lambda self: self.made)
@@ -325,9 +329,42 @@ class Histories(RuleBasedStateMachine):
         if count:
             assert applied.result.versions == count  # type: ignore[union-attr]
             assert self.world.do(c.DeleteFile(name), request=request).versions == count
+            self.into_trash(name, self.versions[name])
             self.versions[name] = []
         else:
             assert isinstance(applied.error, NotFound)
+
+    def into_trash(self, name: str, gone: list[tuple[int, str]]) -> None:
+        self.trash[self.world.machine.namespace.trash.last] = (name, gone)
+
+    @rule(name=names, numbers=st.sets(st.integers(0, 8)))
+    def expire(self, name: str, numbers: set[int]) -> None:
+        applied = self.world.apply(c.Expire(name, tuple(sorted(numbers))), SYSTEM)
+        assert applied.error is None
+        versions = self.versions.get(name, [])
+        gone = [given for given in versions[:-1] if given[0] in numbers]
+        if gone:
+            self.into_trash(name, gone)
+            self.versions[name] = [given for given in versions if given not in gone]
+
+    @rule(name=names)
+    def restore(self, name: str) -> None:
+        mine = [entry for entry, (of, _) in self.trash.items() if of == name]
+        applied = self.world.apply(c.RestoreTrash(name), request=self.fresh())
+        if not mine:
+            assert isinstance(applied.error, NotFound)
+            return
+        back = [given for entry in mine for given in self.trash.pop(entry)[1]]
+        assert applied.result.versions == len(back)  # type: ignore[union-attr]
+        self.versions[name] = sorted([*self.versions.get(name, []), *back])
+
+    @rule(entries=st.sets(st.integers(1, 12)))
+    def purge(self, entries: set[int]) -> None:
+        gone = [given for entry in entries if entry in self.trash for given in self.trash.pop(entry)[1]]
+        freed = {block(put).block for _, put in gone if put not in self.small}
+        applied = self.world.apply(c.Purge(tuple(sorted(entries))))
+        assert applied.result.versions == len(gone)  # type: ignore[union-attr]
+        assert [set(effect.blocks) for effect in applied.effects] == ([freed] if freed else [])  # type: ignore[union-attr]
 
     @rule()
     def restart_from_a_snapshot(self) -> None:
@@ -344,12 +381,93 @@ class Histories(RuleBasedStateMachine):
         for name in alive:
             assert [(v.version, v.request) for v in files.last(name, 99)] == self.versions[name][::-1]
         assert sorted(put.put for put in files.open_puts()) == sorted(self.open)
+        lying = {
+            number: (e.name, [(v.version, v.request) for v in e.versions]) for number, e in files.trash.entries.items()
+        }
+        assert lying == self.trash
+        kept = [given for versions in self.versions.values() for given in versions]
+        kept += [given for _, versions in self.trash.values() for given in versions]
+        assert set(self.world.machine.references) == {block(put).block for _, put in kept if put not in self.small}
 
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
     max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+def test_what_was_deleted_comes_back_with_its_numbers_and_a_retry_finds_it() -> None:
+    world = World()
+    world.put("a", "1", put="p1")
+    world.put("a", "2", put="p2")
+    world.do(c.DeleteFile("a"), request="r1")
+    assert world.put("a", "3") == 3
+    assert world.do(c.RestoreTrash("a"), request="r2").versions == 2
+    assert [v.version for v in world.machine.namespace.history("a")] == [1, 2, 3]
+    assert world.do(c.BeginPut("p1", "a")).committed.blocks == (block("1"),)
+    assert world.do(c.RestoreTrash("a"), request="r2").versions == 0  # the same request again
+    with pytest.raises(NotFound, match="the trash holds nothing of 'a'"):
+        world.do(c.RestoreTrash("a"), request="r3")
+    assert world.machine.namespace.trash.versions == 0
+
+
+def test_what_is_purged_is_gone_and_frees_only_what_nothing_else_refers_to() -> None:
+    world = World()
+    world.put("a", "shared")
+    world.put("a", "own")
+    world.put("b", "shared")
+    assert world.apply(c.DeleteFile("a"), request="r1").effects[1:] == ()  # its blocks are in the trash
+    applied = world.apply(c.Purge((1, 7)))
+    assert applied.result.versions == 2  # type: ignore[union-attr]
+    assert applied.effects == (BlocksFreed((block("own").block,)),)
+    assert world.do(c.Purge((1,))).changed is False
+    assert world.machine.references.count(block("shared").block) == 1
+
+
+def test_the_systems_own_names_have_no_trash() -> None:
+    world = World()
+    world.put(".idunno/jobs/j/input", "x")
+    applied = world.apply(c.DeleteFile(".idunno/jobs/j/input"), request="r1")
+    assert applied.effects[1:] == (BlocksFreed((block("x").block,)),)
+    assert world.machine.namespace.trash.versions == 0
+
+
+def test_the_trash_is_bounded_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trash, "TRASH_VERSIONS_MAX", 2)
+    world = World()
+    for name in ("a", "b", "c"):
+        world.put(name, name)
+        applied = world.apply(c.DeleteFile(name), request=f"r-{name}")
+    assert applied.effects[1:] == (BlocksFreed((block("a").block,)),)
+    assert [entry.name for entry in world.machine.namespace.trash.entries.values()] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("versions", "age_ms", "gone"),
+    [(2, 0, (1, 2, 3)), (9, 0, ()), (1, 0, (1, 2, 3, 4)), (0, 1_500, (1, 2, 3)), (0, 9_000, ()), (2, 2_500, (1, 2))],
+)
+def test_what_is_beyond_every_limit_expires_but_never_the_current_version(
+    versions: int, age_ms: int, gone: tuple[int, ...]
+) -> None:
+    world = World()
+    for i in range(1, 6):
+        world.now_ms = i * 1_000
+        world.put("a", str(i))
+    world.do(c.SetRetention("a", versions, age_ms))
+    rule = world.machine.namespace.retention.rule_for("a", "alice")
+    assert rule is not None
+    assert trash.expired(world.machine.namespace.history("a"), rule, 6_000) == gone
+
+
+def test_the_longest_prefix_and_then_ones_own_rule_decides() -> None:
+    world = World()
+    for prefix, count, actor in (("", 9, ADMIN), ("logs/", 5, ADMIN), ("logs/", 3, ALICE), ("logs/x", 1, BOB)):
+        world.do(c.SetRetention(prefix, count), actor)
+    rule_for = world.machine.namespace.retention.rule_for
+    kept = [(name, owner, rule_for(name, owner)) for name in ("a", "logs/x") for owner in ("alice", "bob", "carol")]
+    assert [rule.versions for _, _, rule in kept if rule] == [9, 9, 9, 3, 1, 5]
+    assert world.do(c.SetRetention("", 0, 0), ADMIN).changed
+    assert rule_for("a", "bob") is None
 
 
 def test_a_refused_command_changes_nothing() -> None:
@@ -361,6 +479,8 @@ def test_a_refused_command_changes_nothing() -> None:
         c.CommitPut("p9", "a", 10, (block("x"),)),
         small("p9", "a", if_version=0),
         c.DeleteFile("nothing"),
+        c.RestoreTrash("nothing"),
+        c.SetRetention("a", -1),
     ):
         assert world.apply(command, ALICE, "r").error is not None
         assert world.machine.namespace.state() == before

@@ -60,6 +60,10 @@ COMMANDS: list[c.Command] = [
     c.FailAttempt("job1", 0, N1, 0, ""),
     c.CancelJob("job1"),
     c.ForgetJob("job1"),
+    c.SetRetention("f", 3),
+    c.Expire("file", (1,)),
+    c.RestoreTrash("gone"),
+    c.Purge((1,)),
 ]
 
 
@@ -72,6 +76,8 @@ def alices_world() -> World:
     world = World()
     world.do(c.AddUser(user("alice", i=60), "t-user"), SYSTEM)
     world.put("file")
+    world.put("gone")
+    world.do(c.DeleteFile("gone"))
     world.do(c.BeginPut("open", "other"))
     world.planned(4, 4)
     return world

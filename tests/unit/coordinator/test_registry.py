@@ -8,7 +8,7 @@ import pytest
 from idunno.base.errors import Conflict, InvalidArgument, NotFound, NotReady
 from idunno.base.ids import NodeId
 from idunno.coordinator import commands as c
-from idunno.coordinator.effects import FileDeleted, ModelChanged
+from idunno.coordinator.effects import BlocksFreed, FileDeleted, ModelChanged
 from idunno.coordinator.records import ModelFile, ModelRecord
 from tests.unit.coordinator.world import ALICE, N1, N2, N3, SYSTEM, World, block, done
 
@@ -141,7 +141,7 @@ def test_files_that_were_put_for_a_deploy_go_with_it() -> None:
     with pytest.raises(Conflict, match="is part of model digits"):
         world.do(c.DeleteFile(name))
     applied = world.apply(c.Undeploy("digits"))
-    assert [type(e) for e in applied.effects] == [ModelChanged, FileDeleted]
+    assert [type(e) for e in applied.effects] == [ModelChanged, FileDeleted, BlocksFreed]
     assert world.machine.namespace.find(name) is None
 
 

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from idunno.base.errors import InvalidArgument
 from idunno.grep import engine
 from idunno.grep.engine import LINE_BYTES_MAX, Search, check, is_literal, log_order, whole_lines
-from idunno.grep.messages import Line, Query
+from idunno.grep.messages import Line, LineBatch, Query
+from idunno.wire.calls import HEADER_BYTES_MAX
 
 
 def find(query: Query, data: bytes, chunk: int = 7) -> tuple[list[Line], engine.Found]:
@@ -125,6 +127,18 @@ def test_batches_are_bounded() -> None:
     size = [sum(len(line.text) + engine.LINE_OVERHEAD_BYTES for line in batch) for batch in batches]
     assert sum(map(len, batches)) == search.found.count == 100_000
     assert max(size) <= engine.BATCH_BYTES_MAX + LINE_BYTES_MAX
+
+
+@pytest.mark.parametrize(
+    "query", [Query("hit", before=100), Query("hit", after=100), Query("hit", before=1, invert=True)]
+)
+def test_batches_with_context_are_bounded_too(query: Query) -> None:
+    line = b"\xff" * 16_000 + b"\n"
+    lines = line * 100 + b"hit\n" + line * 100
+    search = Search(query, "n1")
+    batches = list(search.file("f", [lines[at : at + (1 << 20)] for at in range(0, len(lines), 1 << 20)]))
+    assert sum(map(len, batches)) >= 101
+    assert max(len(msgspec.msgpack.encode(LineBatch(batch))) for batch in batches) < HEADER_BYTES_MAX
 
 
 def test_bytes_that_are_no_text_are_searched_too() -> None:

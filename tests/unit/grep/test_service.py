@@ -24,9 +24,10 @@ from idunno.base.errors import (
     Unavailable,
 )
 from idunno.base.ids import NodeId
+from idunno.grep.child import Order
 from idunno.grep.messages import QUERY, SEARCH, Line, LineBatch, NodeResult, Query, QueryAnswer
 from idunno.grep.process import Child, Spawn, spawn_child
-from idunno.grep.service import QUERIES_MAX, SEARCHES_MAX, GrepService
+from idunno.grep.service import QUERIES_MAX, SEARCH_S_MAX, SEARCHES_MAX, GrepService
 from idunno.membership.messages import MemberView
 from idunno.wire.calls import Actor, Call, Caller, Item, Lane, Method, Peer, Peers, Registrar, Role
 
@@ -375,3 +376,19 @@ def test_searches_and_queries_are_bounded(tmp_path: Path) -> None:
         await asyncio.gather(*elsewhere, *here, return_exceptions=True)
 
     asyncio.run(story())
+
+
+def test_no_asker_can_give_a_search_more_than_its_longest_time(tmp_path: Path) -> None:
+    class Heard(FakeChild):
+        async def give(self, order: bytes) -> None:
+            seconds.append(msgspec.msgpack.decode(order, type=Order).seconds_max)
+
+    seconds: list[int] = []
+
+    async def story() -> None:
+        ring = Ring(tmp_path, 1, Heard(DONE, hang=True).spawn)
+        week_s = 7 * 24 * 3600.0
+        await ring.handlers[1, SEARCH.name](FakeCall(Query("x"), week_s))
+
+    asyncio.run(story())
+    assert seconds == [SEARCH_S_MAX + 1]

@@ -28,6 +28,8 @@ from idunno.membership.events import (
 from idunno.membership.gossip import News, sends_wanted
 from idunno.membership.health import suspicion_ms
 from idunno.membership.messages import (
+    LIST_BYTES_MAX,
+    LIST_MAX,
     NUMBER_MAX,
     RUMOR_BYTES_BUDGET,
     Ack,
@@ -40,6 +42,7 @@ from idunno.membership.messages import (
     State,
     WholeList,
     decode,
+    decode_list,
     encode,
     rumor_bytes,
 )
@@ -198,6 +201,7 @@ def test_nobody_else_can_clear_a_suspect_at_the_same_incarnation() -> None:
 def test_the_accusations_and_verdicts_of_the_failed_are_not_heard() -> None:
     node = Lone()
     node.tell(2, rumor(3, State.SUSPICIOUS, accusers=(2,)))
+    node.wait(600, answering={2, 4, 5})
     node.tell(2, rumor(3, State.FAILED))
     node.tell(3, rumor(4, State.SUSPICIOUS, accusers=(3,)), rumor(5, State.FAILED))
     assert (node.state(4), node.state(5)) == (State.ACTIVE, State.ACTIVE)
@@ -238,8 +242,23 @@ def test_hearsay_of_a_death_accuses_whom_this_node_believes_to_live() -> None:
     assert node.state(2) is State.SUSPICIOUS
     told = [o.message for o in out if isinstance(o, Send) and o.address == address(2)]
     assert any(r.node == node_id(2) and r.state is State.SUSPICIOUS for m in told for r in m.rumors)
-    node.tell(4, rumor(2, State.FAILED))  # for a suspect the verdict counts
+    node.tell(4, rumor(2, State.FAILED))
+    assert node.state(2) is State.SUSPICIOUS  # it had no time to answer
+    node.wait(500)
+    node.tell(4, rumor(2, State.FAILED))
     assert node.state(2) is State.FAILED
+
+
+def test_who_counts_as_dead_does_not_pass_its_own_accusations_on() -> None:
+    node = Lone()
+    node.wait(3_000)
+    node.wait(1_500, answering={5})
+    suspects = {number for number in (2, 3, 4) if node.state(number) is State.SUSPICIOUS}
+    assert suspects
+    node.tell(5, rumor(1, State.FAILED))
+    assert not any(node_id(number) in node.core.book.news._queue for number in suspects)
+    node.wait(1_000, answering={5})
+    assert {node.state(number) for number in suspects} == {State.SUSPICIOUS}  # they got time to be heard again
 
 
 # -- being accused ----------------------------------------------------------------------------------------------------
@@ -464,6 +483,24 @@ def test_arbitrary_bytes_are_a_message_or_a_decode_error(payload: bytes) -> None
     except DecodeError:
         return
     assert decode(encode(message)) == message
+
+
+@given(st.binary(max_size=600))
+def test_arbitrary_bytes_are_a_list_or_a_decode_error(payload: bytes) -> None:
+    try:
+        whole = decode_list(payload)
+    except DecodeError:
+        return
+    assert decode_list(encode(whole)) == whole
+
+
+def test_lists_survive_the_wire_within_their_bounds() -> None:
+    whole = WholeList("n1", address(1), 3, 4, tuple(rumor(number, State.ACTIVE) for number in range(2_000)))
+    assert decode_list(encode(whole)) == whole
+    with pytest.raises(DecodeError):
+        decode_list(encode(WholeList("n1", address(1), 3, 4, (rumor(2, State.ACTIVE),) * (LIST_MAX + 1))))
+    with pytest.raises(DecodeError):
+        decode_list(bytes(LIST_BYTES_MAX + 1))
 
 
 @given(messages)

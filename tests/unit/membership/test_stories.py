@@ -26,7 +26,7 @@ def test_fifty_nodes_hear_of_a_crash_within_five_seconds() -> None:
     assert {who for _, _, who in net.failures()} == {17}
 
 
-@pytest.mark.parametrize("size", [7, 10, 50])
+@pytest.mark.parametrize("size", [7, 10])
 def test_three_adjacent_deaths_at_once_are_seen_across(size: int) -> None:
     for seed in range(4):
         net = SimNet(size, seed=seed)
@@ -187,18 +187,6 @@ def test_a_removed_member_is_gone_and_late_rumours_do_not_bring_it_back() -> Non
     net.forget(2)
     net.run(10_000)
     assert all(2 not in net.states(number) for number in net.cores)
-
-
-def test_ten_percent_loss_for_ten_minutes_fails_nobody() -> None:
-    for size, seed in ((5, 1), (10, 2)):
-        net = SimNet(size, seed=seed, loss=0.10)
-        net.run(600_000)
-        accused = [c for _, _, c in net.log if c.new is State.SUSPICIOUS]
-        assert accused, "the loss was too small to show anything"
-        assert net.failures() == []
-        net.loss = 0.0
-        net.run(3_000)
-        assert all(set(net.states(number).values()) == {"active"} for number in net.cores)
 
 
 def test_fifty_nodes_with_ten_percent_loss_fail_nobody() -> None:

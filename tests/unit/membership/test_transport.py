@@ -14,7 +14,15 @@ from idunno.base.ids import NodeId
 from idunno.membership.config import SwimConfig
 from idunno.membership.events import Changed, Seed, Self
 from idunno.membership.messages import Gossip, State, encode
-from idunno.membership.transport import SOURCE_RATE_MAX, Membership, SourceRates, join_address, split_address
+from idunno.membership.talks import ExchangeBytes, TcpProbe
+from idunno.membership.transport import (
+    EVENTS_MAX,
+    SOURCE_RATE_MAX,
+    Membership,
+    SourceRates,
+    join_address,
+    split_address,
+)
 from idunno.wire.sealed import Opener, Sealer
 from tests.unit.membership.net import node_id
 
@@ -47,7 +55,14 @@ def opened(datagram: bytes) -> tuple[NodeId, int, bytes]:
     return NodeId(datagram[4:20].decode()), datagram[20], datagram[21:]
 
 
-def make(number: int, port: int, boot: int = 1, host: str = "127.0.0.1") -> Membership:
+def make(
+    number: int,
+    port: int,
+    boot: int = 1,
+    host: str = "127.0.0.1",
+    tcp_probe: TcpProbe | None = None,
+    exchange: ExchangeBytes | None = None,
+) -> Membership:
     me = Self(node_id(number), f"n{number}", f"{host}:{port}", boot)
     head = b"seal" + me.node.encode() + bytes([boot])
     return Membership(
@@ -58,6 +73,8 @@ def make(number: int, port: int, boot: int = 1, host: str = "127.0.0.1") -> Memb
         opened,
         lambda _: True,
         lambda: 1_700_000_000_000,
+        tcp_probe=tcp_probe,
+        exchange=exchange,
     )
 
 
@@ -226,5 +243,86 @@ def test_a_ring_under_the_real_seal() -> None:
         assert all(node.counters.get("dropped-not-opened", 0) == 0 for node in nodes)
         for node in nodes:
             await node.stop()
+
+    run(story)
+
+
+def test_who_answers_only_over_tcp_lives_and_hears_all_by_exchanges() -> None:
+    """Node 3 sends and receives datagrams to and from nobody after the start."""
+
+    async def story() -> None:
+        nodes: dict[NodeId, Membership] = {}
+        asked: list[NodeId] = []
+
+        async def probe(node: NodeId) -> bool:
+            asked.append(node)
+            if nodes[node]._transport is None:
+                raise Unavailable("stopped")
+            return True
+
+        def exchange_of(me: NodeId) -> ExchangeBytes:
+            async def exchange(node: NodeId, ours: bytes) -> bytes:
+                return nodes[node].exchanged(me, ours)
+
+            return exchange
+
+        for number in (1, 2, 3):
+            id_ = node_id(number)
+            nodes[id_] = make(number, free_port(), tcp_probe=probe, exchange=exchange_of(id_))
+        seeds = [Seed(node.me.node, node.me.name, node.me.address) for node in nodes.values()]
+        for node in nodes.values():
+            node.seeds(seeds)
+            await node.start("127.0.0.1", int(node.me.address.rsplit(":", 1)[1]))
+        await until(lambda: all(set(states(node).values()) == {"active"} for node in nodes.values()))
+        first, second, third = nodes.values()
+        third.received = lambda *_: None  # type: ignore[method-assign]
+        await until(lambda: asked.count(third.me.node) >= 8)
+        assert "failed" not in states(first).values()
+        assert any("answered only over TCP" in view.problem for view in first.view())
+        await second.announce_left()
+        await second.stop()
+        await until(lambda: states(third)["n2"] == "left")
+        for node in (first, third):
+            await node.stop()
+
+    run(story)
+
+
+def test_a_probe_and_an_exchange_that_fail_or_hang_stop_nothing() -> None:
+    async def story() -> None:
+        async def probe(_: NodeId) -> bool:
+            await asyncio.Event().wait()
+            return True
+
+        async def exchange(_: NodeId, __: bytes) -> bytes:
+            return b"junk"
+
+        nodes = [make(number, free_port(), tcp_probe=probe, exchange=exchange) for number in (1, 2)]
+        for node in nodes:
+            node.seeds([Seed(other.me.node, other.me.name, other.me.address) for other in nodes])
+            await node.start("127.0.0.1", int(node.me.address.rsplit(":", 1)[1]))
+        await until(lambda: all(set(states(node).values()) == {"active"} for node in nodes))
+        await nodes[1].stop()
+        await until(lambda: states(nodes[0])["n2"] == "failed")
+        await nodes[0].stop()
+        with pytest.raises(Unavailable):
+            nodes[0].exchanged(node_id(2), encode(nodes[1]._core.whole_list()))
+        with pytest.raises(DecodeError):
+            nodes[0].exchanged(node_id(2), b"junk")
+
+    run(story)
+
+
+def test_a_doubt_finds_a_dead_member_before_its_turn_and_events_tell_the_story() -> None:
+    async def story() -> None:
+        async with ring(4) as nodes:
+            await nodes[3].stop()
+            nodes[0].doubt(node_id(4))
+            await until(lambda: states(nodes[0])["n4"] == "failed")
+            told = [(event.kind, event.accuser != "") for event in nodes[0].events() if event.name == "n4"]
+            assert told == [("joined", False), ("suspicious", True), ("failed", True)]
+            assert nodes[0].counters["event-failed"] == 1
+            assert all(event.at_ms == 1_700_000_000_000 for event in nodes[0].events())
+            assert nodes[0]._events.maxlen == EVENTS_MAX
 
     run(story)

@@ -141,3 +141,80 @@ def test_a_path_never_leaves_the_data_directory(run: Run, path: str) -> None:
             await disk.open(path, create=True)
 
     run(story)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_an_open_that_nobody_awaits_any_more_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, real = threading.Event(), threading.Event(), os.open
+
+    def slow(*arguments: Any, **more: Any) -> int:
+        begun.set()
+        go_on.wait(10)
+        return real(*arguments, **more)
+
+    async def story() -> None:
+        disk = RealDisk(str(tmp_path), offload)
+        before = descriptors()
+        monkeypatch.setattr(os, "open", slow)
+        opening = asyncio.create_task(disk.open("a", create=True))
+        await asyncio.to_thread(begun.wait, 10)
+        opening.cancel()
+        await asyncio.wait({opening})
+        monkeypatch.undo()
+        go_on.set()
+        await offload(lambda: None)  # behind the opening, and what it left to do, in the only thread
+        await offload(lambda: None)
+        assert descriptors() == before
+
+    offload = ThreadOffload(1, "test")
+    asyncio.run(story())
+    offload.close()
+
+
+def test_a_close_that_nobody_awaits_any_more_is_carried_out(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        begun.set()
+        go_on.wait(10)
+
+    async def story() -> None:
+        disk = RealDisk(str(tmp_path), offload)
+        before = descriptors()
+        file = await disk.open("a", create=True)
+        blocker = asyncio.create_task(offload(busy))
+        await asyncio.to_thread(begun.wait, 10)
+        closing = asyncio.create_task(file.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait({closing})
+        go_on.set()
+        await blocker
+        await offload(lambda: None)
+        assert descriptors() == before
+
+    offload = ThreadOffload(1, "test")
+    asyncio.run(story())
+    offload.close()
+
+
+def test_a_device_that_fails_at_the_close_is_an_error_like_any_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.close
+
+    def fails(descriptor: int) -> None:
+        real(descriptor)
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def story(disk: RealDisk) -> None:
+        file = await disk.open("a", create=True)
+        monkeypatch.setattr(os, "close", fails)
+        with pytest.raises(DiskFailed, match="cannot close a: Input/output error"):
+            await file.close()
+        monkeypatch.undo()
+
+    run(story)

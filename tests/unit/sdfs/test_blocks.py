@@ -110,7 +110,12 @@ def test_a_failing_disk_leaves_no_partial_file(doing: str) -> None:
             await keep(store)
         assert BLOCK not in store
         assert not any(path.startswith("tmp/") for path in disk.paths())
+        with pytest.raises(Exhausted, match=r"no block is taken while the disk fails: .*input/output error"):
+            await keep(store)
+        await store.probe()
+        assert (store.problem != "") == (doing in ("write", "sync"))  # what the probe does itself
         del disk.faults[doing]
+        await store.probe()
         await keep(store)
         assert await read(store) == CONTENT
 

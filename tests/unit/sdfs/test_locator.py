@@ -51,8 +51,46 @@ def test_a_full_report_replaces_what_was_known_but_not_what_came_meanwhile() -> 
 @given(st.lists(st.tuples(st.sampled_from([A, B]), st.sampled_from([X, Y, Z]), st.booleans()), max_size=30))
 def test_the_last_word_of_a_node_counts(changes: list[tuple[NodeId, BlockId, bool]]) -> None:
     locator, last = Locator(Term(1)), dict[tuple[NodeId, BlockId], bool]()
+    for node in (A, B):
+        locator.report(Inventory(node, Term(1), [], first=True, last=True))
     for node, block, held in changes:
         locator.report(Inventory(node, Term(1), [block] if held else [], [] if held else [block]))
         last[node, block] = held
     for block in (X, Y, Z):
         assert locator.holders(block) == [node for node in (A, B) if last.get((node, block))]
+
+
+def test_a_commits_word_lapses_unless_the_node_says_the_same() -> None:
+    locator = Locator(Term(1))
+    for node in (A, B):
+        locator.report(Inventory(node, Term(1), [], first=True, last=True))
+    locator.stored(X, [A, B])
+    assert locator.report(Inventory(A, Term(1), [])) == set()  # it may have been under way
+    assert locator.holders(X) == [A, B]
+    locator.report(Inventory(B, Term(1), [X]))
+    assert X in locator.report(Inventory(A, Term(1), []))
+    locator.report(Inventory(B, Term(1), []))
+    assert locator.holders(X) == [B]
+
+
+def test_a_commit_that_comes_after_the_node_dropped_the_block_is_not_believed_for_long() -> None:
+    locator = Locator(Term(1))
+    locator.report(Inventory(A, Term(1), [X], first=True, last=True))
+    locator.report(Inventory(A, Term(1), [], [X]))
+    locator.stored(X, [A])
+    locator.report(Inventory(A, Term(1), []))
+    locator.report(Inventory(A, Term(1), []))
+    assert locator.holders(X) == []
+
+
+def test_who_was_away_counts_again_after_a_full_report() -> None:
+    locator = Locator(Term(1))
+    locator.report(Inventory(A, Term(1), [X, Y], first=True, last=True))
+    assert sorted(locator.doubt(A)) == sorted([X, Y])
+    assert locator.recovering([A])
+    assert locator.holders(X) == [A]  # remembered: it may come back with it
+    with pytest.raises(StaleTerm, match="report anew"):
+        locator.report(Inventory(A, Term(1), [Z]))
+    assert set(locator.report(Inventory(A, Term(1), [Y], first=True, last=True))) == {X, Y}
+    assert not locator.recovering([A])
+    assert (locator.holders(X), locator.holders(Y)) == ([], [A])

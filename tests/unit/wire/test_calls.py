@@ -12,7 +12,9 @@ import pytest
 from idunno.base.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    DecodeError,
     Exhausted,
+    IdunnoError,
     Incompatible,
     InternalError,
     InvalidArgument,
@@ -24,7 +26,7 @@ from idunno.base.ids import NodeId
 from idunno.wire.calls import BODY_BYTES_MAX, Actor, Empty, Method, Peer, Role
 from idunno.wire.codec import RequestHead, encode
 from idunno.wire.frames import Frame, Kind, encode_frame
-from idunno.wire.rpc import Connection, LocalCaller, Server, connect_unix
+from idunno.wire.rpc import Connection, LocalCaller, Server, connect_tcp, connect_unix
 from tests.unit.wire.support import (
     BUG,
     ECHO,
@@ -341,3 +343,72 @@ def test_a_flood_of_small_requests_whose_errors_nobody_reads_is_not_read_either(
             await until(lambda: server.connections == 0)
 
     run(loop, main)
+
+
+def test_an_error_that_cannot_be_read_ends_its_call_too() -> None:
+    async def main() -> None:
+        class Broken:  # a Link to a server that answers every request with nonsense
+            paused = False
+
+            def send(self, kind: Kind, request: int, header: bytes = b"", body: bytes | memoryview = b"") -> None:
+                if kind is Kind.REQUEST:
+                    asyncio.get_running_loop().call_soon(self.answer, request)
+
+            def answer(self, request: int) -> None:
+                try:
+                    connection.received(Frame(Kind.ERROR, request, b"\xc1"))
+                except DecodeError as error:
+                    connection.lost(error)  # as Wire does
+
+            async def writable(self) -> None: ...
+            def buffered(self) -> int:
+                return 0
+
+            def close(self, error: IdunnoError | None = None) -> None: ...
+            async def gone(self) -> None: ...
+
+        connection = Connection("n1")
+        connection._link = Broken()
+        with pytest.raises(ConnectionLost):
+            await connection.call(ECHO, Text(), timeout_s=0.2)
+
+    run("asyncio", main, timeout_s=2)
+
+
+@WAYS
+def test_a_request_that_cannot_be_written_down_is_the_askers_mistake(loop: str, way: str) -> None:
+    async def main() -> None:
+        async with calling(way) as (caller, _, _):
+            for text in ("\udcff", 2**64):
+                with pytest.raises(InvalidArgument, match=r"test\.echo"):
+                    await caller.call(ECHO, Text(text), timeout_s=5)  # type: ignore[arg-type]
+            assert await caller.call(ECHO, Text("fine"), timeout_s=5) == Text("fine")
+
+    run(loop, main)
+
+
+def test_a_stranger_who_sends_notifications_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        server = Server(lambda _: None, name="n1")
+        port = await server.listen_tcp("127.0.0.1", 0, None)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        header = encode(RequestHead(TOLD.name, 0, msgspec.Raw(encode(Text("x")))))
+        writer.write(encode_frame(Frame(Kind.NOTIFY, 1, header)) * 1000)
+        async with asyncio.timeout(2):
+            with contextlib.suppress(ConnectionResetError):
+                await reader.read()  # to the end of the connection
+        writer.transport.abort()
+        await server.close(0)
+
+    with caplog.at_level(logging.INFO, "idunno.wire"):
+        run("asyncio", main)
+    assert len(caplog.records) < 10  # a stranger must not be able to fill the log
+
+
+def test_a_host_that_cannot_be_a_name_is_a_clear_error() -> None:
+    async def main() -> None:
+        with pytest.raises(Unavailable, match=r"a\.\.b:7400"):
+            await connect_tcp("a..b", 7400, None, timeout_s=5)
+
+    for loop in LOOPS:
+        run(loop, main)

@@ -6,11 +6,18 @@ import contextlib
 
 import pytest
 
-from idunno.base.errors import DeadlineExceeded, DecodeError, Exhausted, NotFound, PermissionDenied
+from idunno.base.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    DecodeError,
+    Exhausted,
+    NotFound,
+    PermissionDenied,
+)
 from idunno.wire.calls import BODY_BYTES_MAX, HEADER_BYTES_MAX, STREAM_CREDIT_BYTES, Empty, Item
 from idunno.wire.handling import HELD_BYTES_MAX
 from idunno.wire.streams import Inbox, Outbox, cost
-from tests.unit.wire.support import ECHO, FLOOD, HANG, MISSING, NODES_ONLY, REPEAT, UNREAD, Text, run, until
+from tests.unit.wire.support import ECHO, FLOOD, HANG, LOOPS, MISSING, NODES_ONLY, REPEAT, UNREAD, Text, run, until
 from tests.unit.wire.test_calls import WAYS, calling
 
 
@@ -205,3 +212,20 @@ def test_streams_that_all_stand_still_are_refused_at_the_bound_of_their_connecti
             assert await caller.call(ECHO, Text("x"), timeout_s=5) == Text("x")
 
     run("asyncio", main)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_stream_that_is_cut_while_it_waits_to_send_may_have_happened(loop: str) -> None:
+    async def main() -> None:
+        async with calling("unix") as (caller, _, _), caller.open(REPEAT, Text(), timeout_s=5) as stream:
+            link = caller._link
+            assert link is not None
+            await stream.send(b"first")
+            link.pause_writing()  # type: ignore[attr-defined]
+            sending = asyncio.create_task(stream.send(b"second"))
+            await asyncio.sleep(0)
+            link.abort()  # type: ignore[attr-defined]
+            with pytest.raises(ConnectionLost):
+                await sending
+
+    run(loop, main)

@@ -416,3 +416,20 @@ def test_an_answer_that_cannot_be_read_may_have_happened() -> None:
 
 class Number(msgspec.Struct):
     number: int
+
+
+def test_people_cannot_take_the_connections_that_nodes_need() -> None:
+    home = cluster(HOME)
+    limits = Limits(connections_max=4, clients_max=2)
+
+    async def main() -> None:
+        async with serving_tls(home, limits=limits) as (port, _, _):
+            user = home.client_context(home.user)
+            users = [await connect_tcp("127.0.0.1", port, user, timeout_s=5) for _ in range(2)]
+            with pytest.raises(Exhausted, match="2 connections of clients"):
+                await connect_tcp("127.0.0.1", port, user, timeout_s=5)
+            node = await connect_tcp("127.0.0.1", port, home.client_context(home.other_node), timeout_s=5)
+            for connection in (*users, node):
+                await connection.close()
+
+    run("asyncio", main)

@@ -1,0 +1,111 @@
+# idunno/sdfs/expiry.py: the leader's proposals of what expires and what leaves the trash.
+#
+# Rule 1: commands name explicit versions and entries; a leader that is deposed in the middle has proposed nothing wrong.
+# Rule 2: a look is bounded: so many proposals, so many names in one turn of the loop; the next look goes on.
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from idunno.base.errors import IdunnoError
+from idunno.base.ids import NodeId
+from idunno.coordinator.commands import Command, Expire, Purge
+from idunno.coordinator.machine import Machine
+from idunno.coordinator.names import SYSTEM
+from idunno.coordinator.trash import RetentionRule, expired
+from idunno.sdfs import tasks
+from idunno.sdfs.config import SdfsConfig
+from idunno.sdfs.ports import Coordination
+from idunno.wire.calls import Actor, Role
+
+log = logging.getLogger("idunno.sdfs")
+
+PROPOSALS_MAX: Final = 1_000
+"""In one look: about a second of the log's time."""
+VERSIONS_MAX: Final = 1_000
+"""In one command."""
+NAMES_SLICE: Final = 200
+PROPOSE_S: Final = 10.0
+
+
+class Expiry:
+    def __init__(self, me: NodeId, coordinator: Coordination, *, config: SdfsConfig) -> None:
+        self._actor, self._coordinator, self._config = Actor(me, Role.NODE), coordinator, config
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, leads: Callable[[], bool]) -> None:
+        self._task = tasks.begin(self._run(leads), "expiry")
+
+    async def stop(self) -> None:
+        await tasks.end(self._task)
+        self._task = None
+
+    def wake(self) -> None:
+        """A rule has changed: look now."""
+        self._wake.set()
+
+    async def _run(self, leads: Callable[[], bool]) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._config.retain_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            if not leads():
+                continue
+            try:
+                await self.look()
+            except IdunnoError as error:  # the next look, or another leader, goes on
+                log.warning("not expired", extra={"code": error.code, "error": str(error)})
+
+    async def look(self) -> None:
+        """Propose what is due. Raises IdunnoError."""
+        machine = await self._coordinator.read(PROPOSE_S)
+        entries = _due(machine, self._config.trash_ms)
+        if entries:
+            await self._propose(Purge(entries))
+            log.info("trash purged", extra={"entries": len(entries)})
+        left = PROPOSALS_MAX
+        for rule in machine.namespace.retention.rules():
+            left -= await self._look_below(machine, rule, left)
+            if left <= 0:
+                self._wake.set()
+                return
+
+    async def _look_below(self, machine: Machine, rule: RetentionRule, limit: int) -> int:
+        """Expire what the rule says; the number of proposals."""
+        namespace = machine.namespace
+        proposed, after, more = 0, "", True
+        while more and proposed < limit:
+            names, more = namespace.names(rule.prefix, after, NAMES_SLICE)
+            for name in names:
+                versions = namespace.history(name)
+                if not versions or name.startswith(SYSTEM) or namespace.retention.rule_for(name, versions[-1].owner) != rule:
+                    continue
+                gone = expired(versions, rule, machine.now_ms)[:VERSIONS_MAX]
+                if gone:
+                    await self._propose(Expire(name, gone))
+                    log.info("versions expired", extra={"file": name, "versions": len(gone)})
+                    proposed += 1
+            after = names[-1] if names else after
+            await asyncio.sleep(0)
+        return proposed
+
+    async def _propose(self, command: Command) -> None:
+        await self._coordinator.propose(command, actor=self._actor, timeout_s=PROPOSE_S)
+
+
+def _due(machine: Machine, trash_ms: int) -> tuple[int, ...]:
+    """The oldest entries whose time in the trash is over, with at most VERSIONS_MAX versions, but at least one."""
+    found: list[int] = []
+    versions = 0
+    for entry in machine.namespace.trash.entries.values():
+        versions += len(entry.versions)
+        if entry.at_ms > machine.now_ms - trash_ms or (found and versions > VERSIONS_MAX):
+            break
+        found.append(entry.entry)
+    return tuple(found)

@@ -1,0 +1,330 @@
+# idunno/sdfs/repairing.py: carries out, while this node leads, what repair.py decides.
+#
+# Rule 1: made at the beginning of a term, closed at its end: nothing known or ordered outlives it. What an order did is
+#         reported to the next leader by the nodes themselves.
+# Rule 2: no copy is made before each present node has reported, or has had `report_wait_ms` to do so; none is let go before
+#         each has.
+# Rule 3: a copy is let go only when all that are to stay were read again under this term, after the order was decided.
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterable
+from typing import Any, Final
+
+from idunno.base.errors import Conflict, IdunnoError, NotFound, Unavailable
+from idunno.base.ids import BlockId, NodeId
+from idunno.coordinator.records import NodeRecord
+from idunno.sdfs import tasks
+from idunno.sdfs.config import SdfsConfig
+from idunno.sdfs.locator import Locator
+from idunno.sdfs.messages import COPY, DROP, HAVE_BLOCK, Copy, Drop, HaveBlock, RepairAnswer, StoreNode
+from idunno.sdfs.placement import Candidate, unable
+from idunno.sdfs.ports import Coordination
+from idunno.sdfs.repair import Copying, Nodes, RepairCore, Trimming
+from idunno.wire.calls import Peers
+
+log = logging.getLogger("idunno.sdfs")
+
+TICK_S: Final = 0.5
+"""Between looks when nothing happens: waits end, bounds are lifted."""
+SLICE: Final = 500
+"""Blocks judged before others may run: about 2 ms with 10 nodes."""
+FULL_LOOK_S: Final = 600.0
+"""Every block is judged again this often, whatever was or was not told about it."""
+COPY_S: Final = 60.0
+"""A block over a 2 Mbit/s link, behind another one and its rest."""
+ORDER_S: Final = 30.0
+LOST_TOLD_MAX: Final = 100
+NAMES_SLICE: Final = 100
+DRAIN_LOOK_S: Final = 0.5
+DRAIN_SAY_S: Final = 10.0
+
+
+class Repairing:
+    def __init__(
+        self, me: NodeId, coordinator: Coordination, peers: Peers, locator: Locator, *, config: SdfsConfig
+    ) -> None:
+        self._me, self._coordinator, self._peers, self._locator = me, coordinator, peers, locator
+        self._config = config
+        self.core = RepairCore(self._size_of, locator.holders, config)
+        self.draining: set[NodeId] = set()
+        self._presence: dict[NodeId, str] = {}
+        self._stopped_ms: dict[NodeId, int] = {}  # since when, by this loop's clock
+        self._loop = asyncio.get_running_loop()
+        self._began_ms = self._now_ms()
+        self._looked_s = self._loop.time()
+        self._wake = asyncio.Event()
+        self._orders: set[asyncio.Task[None]] = set()
+        self._task = tasks.begin(self._run(), "repair")
+        self.touch(self._coordinator.machine.references)
+
+    def close(self) -> None:
+        """The term is over. What was ordered goes on where it is carried out."""
+        for task in (self._task, *self._orders):
+            task.cancel()
+
+    async def closed(self) -> None:
+        await asyncio.gather(self._task, *self._orders, return_exceptions=True)
+
+    def _now_ms(self) -> int:
+        return int(self._loop.time() * 1000)
+
+    def _size_of(self, block: BlockId) -> int:
+        return self._coordinator.machine.references.size(block)
+
+    # -- what changes -------------------------------------------------------------------------------------------------
+
+    def touch(self, blocks: Iterable[BlockId]) -> None:
+        """Something may have changed about these."""
+        self.core.touch(blocks)
+        self._wake.set()
+
+    def made(self, blocks: Iterable[BlockId]) -> None:
+        """A version refers to these since just now: reports about them are under way."""
+        self.core.hold_back(blocks, self._now_ms() + self._config.settle_ms)
+
+    def roster_changed(self) -> None:
+        roster = self._coordinator.machine.roster
+        for node in self._locator.nodes():
+            if roster.find(node) is None:
+                self.touch(self._locator.forget(node))
+                self.draining.discard(node)
+        for record in roster.nodes():
+            was = self._presence.get(record.node)
+            if record.presence != "present" and was != record.presence:
+                self.touch(self._locator.doubt(record.node))
+            if record.presence == "stopped" and was != "stopped":
+                # A leader that is new to this counts from when the machine knew, as far as machine time has gone on since.
+                age_ms = max(0, self._coordinator.machine.now_ms - record.since_ms) if was is None else 0
+                self._stopped_ms[record.node] = self._now_ms() - age_ms
+            if record.presence != "stopped":
+                self._stopped_ms.pop(record.node, None)
+        self._presence = {record.node: record.presence for record in roster.nodes()}
+        self._wake.set()
+
+    # -- what is known ------------------------------------------------------------------------------------------------
+
+    def candidates(self) -> list[Candidate]:
+        locator = self._locator
+        return [
+            Candidate(
+                n.node,
+                n.name,
+                n.zone,
+                n.presence,
+                locator.space(n.node),
+                "it is leaving" if n.node in self.draining else locator.problem(n.node),
+            )
+            for n in self._roster()
+        ]
+
+    def _roster(self) -> list[NodeRecord]:
+        return self._coordinator.machine.roster.nodes()
+
+    def present(self) -> list[NodeId]:
+        return [record.node for record in self._roster() if record.presence == "present"]
+
+    @property
+    def recovering(self) -> bool:
+        return self._locator.recovering(self.present())
+
+    def waited(self) -> list[NodeId]:
+        """Stopped nodes that are expected back."""
+        before_ms = self._now_ms() - self._config.stopped_wait_ms
+        return [node for node, since_ms in self._stopped_ms.items() if since_ms > before_ms]
+
+    def _nodes(self) -> Nodes:
+        waited = frozenset(self.waited())
+        unheard = sum(self._locator.space(node) is None for node in waited)
+        giving = frozenset(node for node in self.present() if self._locator.is_complete(node))
+        return Nodes(tuple(self.candidates()), giving, waited, unheard, frozenset(self.draining))
+
+    # -- working ------------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        self.roster_changed()
+        while True:
+            try:
+                async with asyncio.timeout(TICK_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            await self.look()
+
+    async def look(self) -> None:
+        """Judge what was touched, then order what can be done now."""
+        if self.core.set_nodes(self._nodes()) or self._loop.time() - self._looked_s > FULL_LOOK_S:
+            self._looked_s = self._loop.time()
+            self.core.touch(self._coordinator.machine.references)
+        more = True
+        while more:
+            more = self.core.judge(self._now_ms(), SLICE)
+            await asyncio.sleep(0)
+        self.core.set_nodes(self._nodes())
+        recovering = self.recovering
+        if recovering and self._now_ms() - self._began_ms < self._config.report_wait_ms:
+            return
+        for copying in self.core.next_copies(self._now_ms()):
+            self._begin(self._copy(copying), f"copy {copying.block[:16]}")
+        if not recovering:
+            for trimming in self.core.next_trims(self._now_ms()):
+                self._begin(self._trim(trimming), f"trim {trimming.block[:16]}")
+
+    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = tasks.begin(work, name)
+        self._orders.add(task)
+        task.add_done_callback(self._orders.discard)
+
+    async def _copy(self, order: Copying) -> None:
+        extra: dict[str, Any] = {"block": order.block, "node": order.target, "copies": order.copies}
+        request = Copy(order.block, order.size, list(order.sources), self._locator.term)
+        began_ms = self._now_ms()
+        try:
+            answer = await self._peers.to(order.target).call(COPY, request, timeout_s=COPY_S)
+        except IdunnoError as error:
+            log.warning("copy not made", extra={**extra, "code": error.code, "error": str(error)})
+            self.core.not_copied(order, self._now_ms(), blame_target=not isinstance(error, Conflict))
+            self._wake.set()
+            return
+        for node in answer.lacking:
+            self._locator.lacks(order.block, node)
+        if answer.made:
+            self._locator.stored(order.block, [order.target])
+            self.core.copied(order, self._now_ms())
+            took_ms = self._now_ms() - began_ms
+            log.info("copy made", extra={**extra, "copies": order.copies + 1, "bytes": order.size, "ms": took_ms})
+        else:
+            log.warning("copy not made", extra={**extra, "code": "no-source", "error": answer.why})
+            self.core.not_copied(order, self._now_ms(), blame_target=False)
+        self._wake.set()
+
+    async def _trim(self, order: Trimming) -> None:
+        done = False
+        try:
+            done = await self._verified(order)
+            if done:
+                request = Drop(order.block, self._locator.term)
+                await self._peers.to(order.drop).call(DROP, request, timeout_s=ORDER_S)
+                self._locator.lacks(order.block, order.drop)
+                log.info("surplus copy dropped", extra={"block": order.block, "node": order.drop})
+        except IdunnoError as error:
+            done = False
+            log.info("surplus copy kept", extra={"block": order.block, "node": order.drop, "error": str(error)})
+        self.core.trimmed(order, self._now_ms(), done=done)
+        self._wake.set()
+
+    async def _verified(self, order: Trimming) -> bool:
+        """Whether each of those that are to keep the block has read it again, under this term."""
+        request = HaveBlock(order.block, "", self._locator.term)
+        answers = await asyncio.gather(
+            *(self._peers.to(node).call(HAVE_BLOCK, request, timeout_s=ORDER_S) for node in order.keep)
+        )
+        for node, answer in zip(order.keep, answers, strict=True):
+            if not answer.have:
+                log.warning("copy is not what was reported", extra={"block": order.block, "node": node})
+                self._locator.lacks(order.block, node)
+        return all(answer.have for answer in answers)
+
+    # -- what is told -------------------------------------------------------------------------------------------------
+
+    async def answer(self) -> RepairAnswer:
+        core, machine, locator = self.core, self._coordinator.machine, self._locator
+        recovering, now_ms = self.recovering, self._now_ms()
+        lost = [] if recovering else core.lost()
+        nodes = []
+        for candidate in self.candidates():
+            node, space = candidate.node, candidate.space
+            why = unable(candidate, self._config, 0) if candidate.presence == "present" else ""
+            free = space.free_bytes if space is not None else 0
+            nodes.append(
+                StoreNode(candidate.name, candidate.presence, locator.count(node), free, locator.rotten(node), why)
+            )
+        return RepairAnswer(
+            blocks=core.short,
+            copies=core.missing,
+            bytes=core.bytes_left,
+            seconds=core.estimate_s(now_ms),
+            running=core.running,
+            surplus=core.surplus,
+            recovering=recovering,
+            lost=lost[:LOST_TOLD_MAX],
+            lost_blocks=len(lost),
+            lost_files=await self._files_of(frozenset(lost)),
+            waiting_for=[machine.roster.name(node) for node in self.waited()],
+            nodes=nodes,
+        )
+
+    async def _files_of(self, blocks: frozenset[BlockId]) -> list[str]:
+        """Names of the first files that refer to any of these. Looks through all names: only for what should never happen."""
+        namespace = self._coordinator.machine.namespace
+        found: list[str] = []
+        after, more = "", bool(blocks)
+        while more and len(found) < LOST_TOLD_MAX:
+            names, more = namespace.names("", after, NAMES_SLICE, system=True)
+            for name in names:
+                if any(block.block in blocks for record in namespace.history(name) for block in record.blocks):
+                    found.append(name)
+            after = names[-1] if names else after
+            await asyncio.sleep(0)
+        return found[:LOST_TOLD_MAX]
+
+    # -- draining -----------------------------------------------------------------------------------------------------
+
+    async def drain(self, node: NodeId) -> str:
+        """See Leading.drain."""
+        name = self._coordinator.machine.roster.node(node).name
+        self.draining.add(node)
+        try:
+            return await self._drained(node, name)
+        except BaseException:
+            self.undrain(node)  # whoever gave up on it wants the node as it was
+            raise
+
+    def undrain(self, node: NodeId) -> None:
+        self.draining.discard(node)
+        self.touch(self._locator.held_by(node))
+
+    async def _drained(self, node: NodeId, name: str) -> str:
+        self.touch(self._locator.held_by(node))
+        said_s = self._loop.time()
+        while True:
+            left, size, held = await self._left_of(node)
+            if not left and not self.recovering:
+                return (
+                    f"{name}: each of its {held:,} blocks ({size:,} bytes) has its copies on other nodes; "
+                    "it is safe to switch it off"
+                )
+            if self._loop.time() - said_s > DRAIN_SAY_S:
+                said_s = self._loop.time()
+                log.info("draining", extra={"node": node, "blocks": held, "left": left})
+            self._check_drain(node, name, left)
+            await asyncio.sleep(DRAIN_LOOK_S)
+
+    async def _left_of(self, node: NodeId) -> tuple[int, int, int]:
+        """Of the blocks of a node that is drained: how many have too few copies elsewhere; the bytes and number of all."""
+        left = size = held = 0
+        for number, block in enumerate(self._locator.held_by(node)):
+            if number % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+            if block_size := self._size_of(block):
+                left += self.core.is_short(block)
+                size += block_size
+                held += 1
+        return left, size, held
+
+    def _check_drain(self, node: NodeId, name: str, left: int) -> None:
+        """Raises Unavailable when the copies cannot be moved, for lack of nodes."""
+        roster = self._coordinator.machine.roster
+        if roster.find(node) is None:
+            raise NotFound(f"{name} is out of the roster already")
+        others = [n for n in self._roster() if n.node not in self.draining]
+        present = [n for n in others if n.presence == "present"]
+        wanted = min(len(others), roster.copies_wanted())
+        if left and len(present) < wanted:
+            away = ", ".join(f"{n.name} ({n.presence})" for n in others if n.presence != "present")
+            raise Unavailable(
+                f"{left:,} blocks on {name} need {wanted} other nodes that are present, and {len(present)} are; away: "
+                f"{away}; bring them back or `idunno remove` them"
+            )

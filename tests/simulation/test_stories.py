@@ -1,0 +1,279 @@
+# Named stories: one thing goes wrong, and what a user is promised then.
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from idunno.base.errors import Corrupt, IdunnoError, NoQuorum, Unconfirmed
+from idunno.sdfs.client import source_of
+from tests.simulation.machine import Machine
+from tests.simulation.scenario import Cluster, make
+from tests.simulation.world import World, is_leader
+
+Story = Callable[[Cluster], Coroutine[Any, Any, None]]
+
+
+def tell(name: str, story: Story, *, nodes: int = 5, jobs: bool = False, clients: int = 1) -> Cluster:
+    """A cluster whose clients work; `story` happens; all is mended and every promise checked."""
+    cluster = make(name, nodes, clients=clients)
+
+    async def whole(world: World) -> None:
+        await cluster.begin(jobs=jobs)
+        await asyncio.sleep(1.0)
+        await story(cluster)
+        await cluster.end()
+
+    cluster.world.run(whole, limit_s=900)
+    return cluster
+
+
+async def put(cluster: Cluster, name: str, size: int, timeout_s: float = 20.0) -> int:
+    """The version of a new file; noted among the promises."""
+    client = cluster.clients[0]
+    content = client.rng.randbytes(size)
+    before = len(cluster.promises.files[name].acknowledged) if name in cluster.promises.files else 0
+    await client.inside(lambda: client.put(name, content))
+    versions = cluster.promises.files[name].acknowledged
+    return max(versions) if len(versions) > before else 0
+
+
+def others(cluster: Cluster, machine: Machine) -> list[str]:
+    return [other.name for other in cluster.world.machines if other is not machine]
+
+
+def test_the_leader_dies_during_a_put_and_the_put_succeeds() -> None:
+    async def story(cluster: Cluster) -> None:
+        leader = await cluster.world.has_leader()
+        writing = asyncio.ensure_future(put(cluster, "large", 3_000_000))
+        await cluster.world.until(lambda: cluster.promises.puts_under_way, "a put is under way")
+        await asyncio.sleep(0.01)
+        cluster.world.kill(leader.name)
+        assert await writing == 1
+        assert cluster.world.leader() is not leader
+
+    tell("leader dies during a put", story)
+
+
+def test_seven_nodes_lose_three_at_once_and_go_on_after_an_election() -> None:
+    async def story(cluster: Cluster) -> None:
+        world = cluster.world
+        leader = await world.has_leader()
+        assert await put(cluster, "before", 100_000) == 1
+        dying = [leader.name, *others(cluster, leader)[:2]]
+        when = world.scheduler.now
+        world.lose_power(*dying)
+        assert await put(cluster, "after", 100_000) == 1
+        assert world.scheduler.now - when < 15
+        await asyncio.sleep(5)
+
+    tell("three of seven", story, nodes=7, jobs=True)
+
+
+def test_a_partition_lets_the_majority_write_and_the_minority_promise_nothing() -> None:
+    async def story(cluster: Cluster) -> None:
+        world = cluster.world
+        leader = await world.has_leader()
+        minority = [leader.name, others(cluster, leader)[0]]
+        majority = [name for name in others(cluster, leader) if name not in minority]
+        heal = world.partition(minority, majority)
+        cluster.faults.lasts(20.0, heal, [])
+        await world.until(
+            lambda: any(is_leader(m.node) for m in world.machines if m.name in majority and m.node is not None),
+            "the majority elects a leader",
+            10,
+        )
+        await world.until(lambda: leader.node is not None and not is_leader(leader.node), "the old one steps down", 10)
+        node = leader.node
+        assert node is not None
+        with pytest.raises((NoQuorum, Unconfirmed)):
+            await world.inside(leader.name, lambda: node.coordinator.read(3.0))
+
+    tell("partition", story)
+
+
+def test_a_frozen_leader_is_replaced_and_finds_itself_deposed() -> None:
+    async def story(cluster: Cluster) -> None:
+        world = cluster.world
+        leader = await world.has_leader()
+        cluster.faults.lasts(8.0, lambda: world.thaw(leader.name), [leader])
+        world.freeze(leader.name)
+        await world.until(lambda: world.leader() not in (None, leader), "another leader", 5)
+        assert await put(cluster, "meanwhile", 50) == 1
+        await asyncio.sleep(8)
+        assert leader.node is not None
+        assert not is_leader(leader.node)
+
+    tell("frozen leader", story)
+
+
+@pytest.mark.parametrize("who", ["leader", "follower"])
+def test_a_full_disk_stops_nobody_else_and_is_forgotten_when_there_is_space(who: str) -> None:
+    async def story(cluster: Cluster) -> None:
+        world = cluster.world
+        leader = await world.has_leader()
+        machine = leader if who == "leader" else world.machine(others(cluster, leader)[0])
+        before, machine.disk.capacity_bytes = machine.disk.capacity_bytes, machine.disk.used
+        world.trace.tell("disk is full", machine=machine.name)
+
+        def space() -> None:
+            machine.disk.capacity_bytes = before
+
+        cluster.faults.lasts(10.0, space, [machine])
+        assert await put(cluster, "small", 100) == 1
+        assert await put(cluster, "large", 200_000) == 1
+        await asyncio.sleep(10)
+
+    tell(f"full disk of the {who}", story)
+
+
+def test_everything_loses_power_and_nothing_that_was_acknowledged_is_lost() -> None:
+    async def story(cluster: Cluster) -> None:
+        for number in range(3):
+            await asyncio.sleep(3)
+            assert await put(cluster, f"before-{number}", 30_000) == 1
+            cluster.faults.strike("power_all")
+            await cluster.world.until(lambda: cluster.world.leader() is None, "darkness")
+            await cluster.world.has_leader()
+
+    tell("darkness", story, jobs=True, clients=2)
+
+
+def test_clocks_that_are_hours_wrong_change_nothing() -> None:
+    async def story(cluster: Cluster) -> None:
+        for number, machine in enumerate(cluster.world.machines):
+            machine.skew_ms = (number - 2) * 5 * 3_600_000
+        await asyncio.sleep(5)
+        leader = await cluster.world.has_leader()
+        leader.skew_ms -= 24 * 3_600_000  # back to yesterday, under way
+        await asyncio.sleep(5)
+        assert await put(cluster, "now", 10) == 1
+        assert cluster.checkers.elections == 1
+
+    tell("clocks", story, jobs=True)
+
+
+def test_an_orderly_stop_hands_over_and_accuses_nobody() -> None:
+    async def story(cluster: Cluster) -> None:
+        world = cluster.world
+        leader = await world.has_leader()
+        when = world.scheduler.now
+        await world.stop(leader.name)
+        assert world.scheduler.now - when < 5
+        await asyncio.sleep(6)
+        assert not any("failed" in line and "member changed" in line for line in world.trace.story)
+        assert await put(cluster, "without it", 10) == 1
+
+    tell("orderly stop", story)
+
+
+def test_udp_blocked_between_two_makes_no_false_failure() -> None:
+    async def story(cluster: Cluster) -> None:
+        first, second = cluster.world.machines[:2]
+        pairs = [(first.address, second.address), (second.address, first.address)]
+        cluster.world.cut(pairs, "udp blocked for good", "udp")  # no fault that would explain anything to the checkers
+        await asyncio.sleep(60)
+        assert cluster.checkers.false_failures == 0
+        cluster.world.network.blocked.clear()
+
+    tell("udp blocked", story)
+
+
+def test_short_freezes_of_three_of_ten_are_held_against_nobody_healthy() -> None:
+    cluster = make("freezes", nodes=10, clients=0)
+
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        cluster.checkers.excuse_accusers = False
+        rng = cluster.faults.rng
+        for _ in range(60):
+            machine = world.machines[rng.choice([1, 4, 8])]
+            loop = machine.loop
+            assert loop is not None
+            loop.freeze()
+            seconds = cluster.faults.length_s(0.2, 0.9)
+            cluster.faults.lasts(seconds, loop.thaw, [machine])
+            await asyncio.sleep(seconds + rng.random())
+        assert cluster.checkers.false_failures == 0
+
+    cluster.world.run(story)
+
+
+def test_deaths_one_by_one_are_noticed_by_everybody() -> None:
+    """The bound is checkers.NOTICED_S."""
+    cluster = make("deaths", nodes=7, clients=0)
+
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        for machine in world.machines[:3]:
+            await asyncio.sleep(10)
+            world.kill(machine.name)
+            await asyncio.sleep(8)
+            world.start(machine.name)
+        await asyncio.sleep(10)
+        assert cluster.checkers.deaths == 3
+
+    cluster.world.run(story)
+
+
+def test_a_node_whose_log_rotted_says_so_and_does_not_start() -> None:
+    ends: list[str] = []
+
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        await asyncio.sleep(5)
+        machine = world.machine(others(cluster, await world.has_leader())[0])
+        world.on_died.append(lambda _, how: ends.append(how))
+        world.kill(machine.name)
+        machine.disk.rot("log/00000001.seg", 1_500)
+        world.start(machine.name)
+        await world.until(lambda: not machine.running, "it gives up")
+        assert await put(cluster, "without it", 10) == 1
+
+    cluster = make("rotten log", clients=1)
+    cluster.world.run(story)
+    assert ends[0] == "killed"
+    assert ends[1].startswith(f"did not start: {Corrupt.__name__}: log/00000001.seg"), ends
+
+
+def test_a_disk_restored_from_yesterday_is_told_so() -> None:
+    ends: list[str] = []
+
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        await asyncio.sleep(3)
+        machine = world.machine(others(cluster, await world.has_leader())[0])
+        image = machine.disk.image()
+        for _ in range(2):
+            world.kill(machine.name)
+            world.start(machine.name)
+            await asyncio.sleep(4)
+        world.on_died.append(lambda _, how: ends.append(how))
+        world.kill(machine.name)
+        machine.disk.restore(image)
+        cluster.checkers.forget_terms(machine)
+        world.start(machine.name)
+        await world.until(lambda: not machine.running, "it gives up")
+
+    cluster = make("yesterday", clients=1)
+    cluster.world.run(story)
+    assert "restored from an old image" in ends[1], ends
+
+
+def test_who_asks_too_few_is_told_so() -> None:
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        await asyncio.sleep(2)
+        cluster.clients[0].stopping = True
+        await asyncio.sleep(3)
+        leader = await world.has_leader()
+        world.kill(*others(cluster, leader)[:3])
+        client = cluster.clients[0]
+        with pytest.raises(IdunnoError) as caught:
+            await client.inside(lambda: client.files.put(source_of(b"x"), "lonely", timeout_s=6.0))
+        assert "voters" in str(caught.value), caught.value
+
+    cluster = make("too few", clients=1)
+    cluster.world.run(story)

@@ -1,0 +1,164 @@
+# Clients that mean harm or break off, and the last corners of "synced".
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from idunno.base.disk import Buffer
+from idunno.base.errors import (
+    Cancelled,
+    Conflict,
+    ConnectionLost,
+    Corrupt,
+    DeadlineExceeded,
+    Exhausted,
+    IdunnoError,
+    Unauthenticated,
+    Unavailable,
+)
+from idunno.base.ids import NodeId
+from idunno.sdfs.asking import Asker
+from idunno.sdfs.blocks import PIECES_MAX, BlockStore
+from idunno.sdfs.client import FileClient
+from idunno.sdfs.download import fetch
+from idunno.sdfs.hashing import block_id
+from idunno.sdfs.messages import BEGIN, DELETE, WRITE_BLOCK, Begin, BlockCopies, Delete, WriteBlock
+from idunno.wire.calls import Caller, Peer
+from tests.unit.sdfs.world import CONFIG, MB, USER, ToldDisk, World, content_of, inline, run
+
+
+class Died(Exception):
+    pass
+
+
+def test_a_block_found_at_a_start_is_durable_before_it_is_said_to_be_held() -> None:
+    """The process died between naming a block and syncing its name; the next one finds it; then the power fails."""
+
+    async def story() -> None:
+        content = content_of(1000)
+        disk = ToldDisk()
+        store = BlockStore(disk, inline, CONFIG)
+        await store.open()
+
+        async def die(doing: str, path: str) -> None:
+            if doing == "sync_directory" and path != "blocks":
+                raise Died
+
+        disk.before = die
+        writer = await store.begin(block_id(content), len(content))
+        await writer.append(content)
+        with pytest.raises(Died):
+            await writer.finish()
+        disk.before = None
+
+        second = BlockStore(disk, inline, CONFIG)
+        await second.open()
+        held = block_id(content) in second
+        disk.crash(random.Random(1))
+        third = BlockStore(disk, inline, CONFIG)
+        await third.open()
+        assert held
+        assert block_id(content) in third
+
+    run(story)
+
+
+def test_a_block_that_comes_byte_by_byte_costs_no_more_memory() -> None:
+    async def story() -> None:
+        content = content_of(5_000)
+        store = BlockStore(ToldDisk(), inline, CONFIG)
+        await store.open()
+        writer = await store.begin(block_id(content), len(content))
+        for at in range(len(content)):
+            await writer.append(content[at : at + 1])
+            assert len(writer._pieces) < PIECES_MAX
+        await writer.finish()
+        await writer.close()
+        assert block_id(content) in store
+
+    run(story)
+
+
+@pytest.mark.parametrize("drop", [b"", b"x"])
+def test_a_client_that_dribbles_loses_its_place(drop: bytes) -> None:
+    async def story() -> None:
+        async with World(1) as world:
+            loop = asyncio.get_running_loop()
+            node = world.node(1)
+            caller = world.caller(node.id, Peer(USER))
+            await caller.call(BEGIN, Begin("p1", "f"), timeout_s=5)
+            request = WriteBlock("p1", block_id(b""), 8 * MB, [node.id], world.term)
+            began = loop.time()
+
+            async def dribble() -> None:
+                async with caller.open(WRITE_BLOCK, request, timeout_s=100_000) as stream:
+                    while True:
+                        await stream.send(drop)
+                        await asyncio.sleep(CONFIG.idle_s - 1)
+
+            with pytest.raises(DeadlineExceeded):
+                await dribble()
+            assert loop.time() - began <= CONFIG.block_s + CONFIG.idle_s
+            assert node.blocks._reserved_bytes == 0
+
+    run(story)
+
+
+@pytest.mark.parametrize("how", ["conflict", "source fails"])
+def test_a_put_that_failed_for_certain_does_not_stay_open(how: str) -> None:
+    content = content_of(9 * MB)
+
+    async def story() -> None:
+        async with World(4) as world:
+            await world.put(b"first", "f")
+            caller = world.caller(world.node(1).id, Peer(USER))
+            client = FileClient(lambda: caller, offload=inline, rng=random.Random(1))
+            left = [content[: 8 * MB], content[8 * MB :], b""]
+
+            async def source(length: int) -> Buffer:
+                if len(left) == 2:  # the first block is under way
+                    if how == "source fails":
+                        raise OSError("input/output error")
+                    await world.put(b"somebody was faster", "f")
+                return left.pop(0)
+
+            with pytest.raises(Conflict if how == "conflict" else OSError):
+                await client.put(source, "f", if_version=1)
+            assert world.machine.namespace.open_puts() == []
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    "story_of_answers",
+    [
+        [ConnectionLost("broke"), Exhausted("busy")],
+        [ConnectionLost("broke"), Unauthenticated("revoked")],
+        [Cancelled("its node stops"), *[Unavailable("gone")] * 1000],
+    ],
+)
+def test_what_may_have_happened_is_not_said_to_have_failed(story_of_answers: list[IdunnoError]) -> None:
+    class Answers:
+        async def call(self, *_: Any, **__: Any) -> Any:
+            raise story_of_answers.pop(0)
+
+    async def story() -> None:
+        asker = Asker(lambda: cast(Caller, Answers()), "delete of f", 5.0, random.Random(1))
+        with pytest.raises(DeadlineExceeded):
+            await asker.ask(DELETE, Delete("f", "r"))
+
+    run(story)
+
+
+def test_no_memory_is_taken_for_a_block_of_impossible_size() -> None:
+    async def story() -> None:
+        nobody: Callable[[], Caller] = lambda: pytest.fail("nobody is to be asked")  # noqa: E731
+        asker = Asker(nobody, "get of f", 5.0, random.Random(1))
+        with pytest.raises(Corrupt, match="1099511627776 bytes"):
+            await fetch(asker, BlockCopies(block_id(b""), 1 << 40, [NodeId("a" * 16)]), inline)
+
+    run(story)
