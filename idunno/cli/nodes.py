@@ -15,7 +15,7 @@ from idunno.cli.running import note, result, usage, work
 
 if TYPE_CHECKING:
     from idunno.client.api import Cluster
-    from idunno.coordinator.messages import Member, StatusAnswer
+    from idunno.coordinator.messages import GoneNode, Member, StatusAnswer
 
 LOGIN_S = 30.0
 """For `idunno login`, an election included."""
@@ -221,6 +221,26 @@ def _status_page(answer: StatusAnswer) -> None:
         click.echo(f"{title:<11} {render.cell(value)}")
 
 
+@command("leave", example="idunno leave n3")
+@click.argument("name", metavar="[NODE]", required=False)
+def leave(name: str | None) -> None:
+    """Have NODE leave for good: its copies are moved, then it is out of the cluster. [default: the node that answers]"""
+
+    async def body(cluster: Cluster) -> GoneNode:
+        return await cluster.leave(name or (await cluster.status()).node)
+
+    answer = work(body)
+    result(answer, lambda: click.echo(f"{answer.name} has left: {answer.text}"))
+
+
+@command("remove", example="idunno remove n3")
+@click.argument("name", metavar="NODE")
+def remove(name: str) -> None:
+    """Take NODE, which is down and does not come back, out of the cluster. Its certificate no longer works."""
+    answer = work(lambda cluster: cluster.remove(name))
+    result(answer, lambda: click.echo(f"{answer.name} is removed: {answer.text}"))
+
+
 @group("token", example="idunno token new --role user --ttl 1d")
 def token() -> None:
     """Tokens, by which nodes join and users log in."""
@@ -280,4 +300,4 @@ for _command in (token_new, token_ls, token_revoke):
     token.add_command(_command)
 users.add_command(users_revoke)
 
-COMMANDS = [up, down, init, join, node, login, members, status, token, users]
+COMMANDS = [up, down, init, join, node, leave, remove, login, members, status, token, users]

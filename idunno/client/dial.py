@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from idunno.base.errors import IdunnoError, Unauthenticated
+from idunno.base.errors import IdunnoError, Unauthenticated, Unavailable, Unconfirmed
 from idunno.base.ids import check_label
 from idunno.client.locate import LOGIN_FILE, Door, Login, Place, SocketDoor, login_directory, parse_address
 from idunno.client.session import Dial, Link
@@ -62,6 +62,8 @@ async def login(address: str, token: str, name: str, at_home: Path, timeout_s: f
     first = await connect_tcp(host, port, client_context(None, None, None), expect=None, timeout_s=timeout_s)
     try:
         hello = await first.call(HELLO, Hello(), timeout_s=timeout_s)
+    except Unconfirmed as error:  # a question: nothing has happened
+        raise Unavailable(str(error)) from None
     finally:
         await first.close()
     if fingerprint(hello.ca_pem) != parsed.ca_fingerprint:

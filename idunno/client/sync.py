@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 from idunno.client import api
 from idunno.client.files import FolderGot, FolderPut
 from idunno.client.transfer import Progress
-from idunno.coordinator.messages import Member, MemberEvent, NewTokenAnswer, StatusAnswer, TokenRow, UserRow
+from idunno.coordinator.messages import GoneNode, Member, MemberEvent, NewTokenAnswer, StatusAnswer, TokenRow, UserRow
 from idunno.grep.messages import Line, QueryAnswer
 from idunno.scheduler.messages import Explanation, JobInfo, ModelInfo, OutputInfo, Rates, Times, WorkerRow
 from idunno.sdfs.messages import DeleteAnswer, FileInfo, ListRow, PutAnswer, StoreAnswer, VersionRow, WhereAnswer
@@ -306,6 +306,12 @@ class Cluster:
 
     def revoke_user(self, name: str) -> None:
         self._thread.run(self._cluster.revoke_user(name))
+
+    def leave(self, node: str) -> GoneNode:
+        return self._thread.run(self._cluster.leave(node))
+
+    def remove(self, node: str) -> GoneNode:
+        return self._thread.run(self._cluster.remove(node))
 
     def grep(
         self,

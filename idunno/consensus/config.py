@@ -32,6 +32,15 @@ class RaftConfig:
     apply_slice_ms: int = 5
     """Apply this long, then let the loop breathe: a fraction of a heartbeat."""
 
+    snapshot_entries: int = 50_000
+    """Entries applied since the last snapshot that make the next due: a restart applies as many again, in about a second."""
+    snapshot_bytes: int = 64 * 1024 * 1024
+    """Likewise bytes of log: a restart reads them in well under a second."""
+    keep_entries: int = 10_000
+    """Kept in the log behind the snapshot, for followers that are a little behind: seconds of a busy cluster."""
+    keep_bytes: int = 16 * 1024 * 1024
+    """Likewise: what an entry more would cost is more than what a snapshot would."""
+
     @property
     def silent_heartbeats_max(self) -> int:
         """Heartbeats a voter may leave unanswered and still count for the leader: the next one but one is due within an
@@ -49,6 +58,8 @@ class RaftConfig:
                 f"election_timeout_ms={self.election_timeout_ms} is too short for heartbeat_ms={self.heartbeat_ms}: "
                 f"at least {3 * self.heartbeat_ms}, so that two heartbeats may be lost"
             )
+        if min(self.snapshot_entries, self.snapshot_bytes) < 1 or min(self.keep_entries, self.keep_bytes) < 0:
+            raise InvalidArgument("snapshot_entries and snapshot_bytes must be at least 1, keep_* at least 0")
         if self.election_spread_ms < 1 or self.lost_leader_spread_ms < 1:
             raise InvalidArgument(
                 "election_spread_ms and lost_leader_spread_ms must be at least 1: equal timeouts split votes"

@@ -6,7 +6,8 @@
 #         node's part in the consensus, and it says so: applying on would make it differ from the others.
 # Rule 3: a proposal is answered when it is committed, applied and synced on `copies_needed` nodes. NotLeader, NoQuorum and
 #         Exhausted mean: certainly not appended. Anything later is Unconfirmed or DeadlineExceeded.
-# Rule 4: a disk that refuses does not end the node: it steps aside (Halt), tries again every second, and comes back.
+# Rule 4: who votes stands in the log; who else has the log, and how many copies an answer needs, the node says (set_members).
+# Rule 5: a disk that refuses does not end the node: it steps aside (Halt), tries again every second, and comes back.
 from __future__ import annotations
 
 import asyncio
@@ -14,10 +15,12 @@ import logging
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from idunno.base.disk import Disk
 from idunno.base.errors import (
+    Conflict,
     DeadlineExceeded,
     DiskFailed,
     Exhausted,
@@ -25,16 +28,20 @@ from idunno.base.errors import (
     InternalError,
     InvalidArgument,
     NoQuorum,
+    NotFound,
     NotLeader,
     Unconfirmed,
 )
 from idunno.base.ids import Index, NodeId, Term
 from idunno.consensus.config import RaftConfig
 from idunno.consensus.events import (
+    ChangeVoters,
     Committed,
+    Compacted,
     Halt,
     HardState,
     Input,
+    InstallAnswered,
     Output,
     PeerLost,
     Persist,
@@ -47,16 +54,20 @@ from idunno.consensus.events import (
     RoleChanged,
     Send,
     SendEntries,
-    SetLearners,
+    SendSnapshot,
+    SetMembers,
+    TakeInstall,
     Tick,
     Transfer,
 )
 from idunno.consensus.feeder import Feeder
+from idunno.consensus.install import Snapshots, StateMachine
 from idunno.consensus.log import Log
 from idunno.consensus.messages import PAYLOAD_BYTES_MAX, RaftMessage
 from idunno.consensus.quorum import majority
 from idunno.consensus.raft import Raft
 from idunno.consensus.terms import Terms
+from idunno.consensus.voters import Voters, names_voters
 from idunno.consensus.waiting import IndexWaiters, Proposal
 
 log = logging.getLogger("idunno.consensus")
@@ -69,9 +80,22 @@ APPLY_BYTES_MAX: Final = 1024 * 1024
 APPLY_ENTRIES_MAX: Final = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class FollowerView:
+    """What a leader knows of another node."""
+
+    match: Index
+    silent_ms: int
+    installing: bool
+
+
 class RaftDriver:
     """One node's replicated log. `send` must not block; it may lose messages. `apply` gets every committed entry once, in
-    order, from index 1 at each start; an empty payload is the no-op of a new term."""
+    order, from index 1, or behind the snapshot, at each start; an empty payload is the no-op of a new term, and one that
+    `names_voters` says who votes from then on.
+
+    `voters`: those of a log in which no entry names any yet. `machine`: without one no snapshots are taken, sent or taken in.
+    """
 
     def __init__(
         self,
@@ -83,8 +107,9 @@ class RaftDriver:
         config: RaftConfig,
         rng: random.Random,
         voters: Iterable[NodeId],
-        learners: Iterable[NodeId] = (),
+        members: Iterable[NodeId] = (),
         copies_needed: int = 1,
+        machine: StateMachine | None = None,
     ) -> None:
         self.me, self.config, self.copies_needed = me, config, copies_needed
         self.on_role: list[Callable[[bool, Term], None]] = []
@@ -94,9 +119,13 @@ class RaftDriver:
         self.problem: str | None = None
         """Why this node takes no part at the moment (its disk refuses, an entry could not be applied); None if it does."""
         self._disk, self._send, self._apply, self._rng = disk, send, apply, rng
-        self._voters, self._learners = frozenset(voters), frozenset(learners)
+        self._first_voters, self._members = frozenset(voters), frozenset(members)
         # Until `start` opens the log: a core that knows nothing and is asked nothing.
-        self._core = Raft(me, self._voters, self._learners, Terms(), HardState(Term(0)), config, rng, 0)
+        self._core = Raft(me, Voters(self._first_voters), self._members, Terms(), HardState(Term(0)), config, rng, 0)
+        self._snapshots = (
+            Snapshots(machine, disk, config, send=send, spawn=self._spawn) if machine is not None else None
+        )
+        self._forget_up_to = Index(0)
         self._running = self._busy = self._announced = False
         self._stuck = False  # halted for good
         self._disk_refuses: set[str] = set()  # halted for as long as the disk refuses these: "write", "read"
@@ -117,19 +146,30 @@ class RaftDriver:
     # -- life -------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Open the log and begin. Raises NotFound, Corrupt, Incompatible, DiskFailed (see Log.open)."""
+        """Open snapshot and log and begin. Raises NotFound, Corrupt, Incompatible, DiskFailed (see Log.open)."""
         self._loop = asyncio.get_running_loop()
-        self._log = await Log.open(self._disk, segment_bytes=self.config.segment_bytes)
+        head = await self._snapshots.load() if self._snapshots is not None else None
+        self._log = await Log.open(
+            self._disk,
+            snapshot=(head.index, head.term) if head is not None else None,
+            segment_bytes=self.config.segment_bytes,
+        )
+        first = Voters(self._first_voters) if head is None else Voters(head.voters, head.voters_index)
+        self._applied = head.index if head is not None else Index(0)
         self._core = Raft(
             self.me,
-            self._voters,
-            self._learners,
+            self._log.voters(first),
+            self._members,
             self._log.terms,
             self._log.hard,
             self.config,
             self._rng,
             self._now_ms(),
+            self._applied,
         )
+        if self._snapshots is not None:
+            self._snapshots.bind(self._core, self._log, self._step, self._forget)
+            await self._log.keep_reserve()
         self._feeder = Feeder(self._core, self._log, self._send, self._spawn)
         self._running = True
         self._persister = self._spawn(self._persist_forever(), "raft persist")
@@ -144,7 +184,7 @@ class RaftDriver:
             self._step(Transfer())
             try:
                 async with asyncio.timeout(self.config.election_timeout_ms / 1000):
-                    while self.is_leader and len(self._voters) > 1:
+                    while self.is_leader and len(self._core.voters) > 1:
                         self._role_changed.clear()
                         await self._role_changed.wait()
             except TimeoutError:
@@ -213,6 +253,27 @@ class RaftDriver:
         """Of a leader: how many voters, itself included, answered one of its last three heartbeats."""
         return self._core.answering(3)
 
+    @property
+    def voters(self) -> frozenset[NodeId]:
+        """As this node's log names them, committed or not."""
+        return self._core.voters
+
+    @property
+    def short_of_space(self) -> bool:
+        """The disk was full and the log's reserve is in use: only what frees space should be proposed."""
+        return self._running and self._log.short
+
+    @property
+    def snapshot_index(self) -> Index:
+        return self._snapshots.index if self._snapshots is not None else Index(0)
+
+    def followers(self) -> dict[NodeId, FollowerView]:
+        """Of a leader: what it knows of each other voter and member."""
+        return {
+            node: FollowerView(Index(p.match), p.unanswered * self.config.heartbeat_ms, p.installing)
+            for node, p in self._core.peers.items()
+        }
+
     # -- what the node tells it -------------------------------------------------------------------------------------
 
     def receive(self, sender: NodeId, message: RaftMessage) -> None:
@@ -224,15 +285,45 @@ class RaftDriver:
         if self._running:
             self._step(PeerLost(node))
 
-    def set_members(self, voters: Iterable[NodeId], learners: Iterable[NodeId], copies_needed: int) -> None:
-        """Who is replicated to, and on how many nodes an entry must be synced before it is answered."""
-        wanted = frozenset(voters)
-        if wanted != self._voters:
-            log.warning("change of voters ignored", extra={"voters": sorted(self._voters), "wanted": sorted(wanted)})
+    def set_members(self, members: Iterable[NodeId], copies_needed: int) -> None:
+        """Who is replicated to beside the voters, and on how many nodes an entry must be synced before it is answered."""
         self.copies_needed = copies_needed
-        self._learners = frozenset(learners) - self._voters
+        self._members = frozenset(members)
         if self._running:
-            self._step(SetLearners(self._learners))
+            self._step(SetMembers(self._members))
+
+    async def change_voters(self, voters: Iterable[NodeId], timeout_s: float) -> Index:
+        """One voter more or one less; returns when that is committed and applied here.
+
+        Raises NotLeader, NoQuorum, Conflict (not possible now: nothing happened); Unconfirmed, DeadlineExceeded.
+        """
+        self._check_leads()
+        wanted = frozenset(voters)
+        why = self._core.change_refused(wanted)
+        if why:
+            raise Conflict(f"the voters cannot be changed now: {why}")
+        term, index = self._core.term, Index(self._core.terms.last + 1)
+        self._step(ChangeVoters(wanted))
+        log.info("voters changed", extra={"voters": sorted(wanted), "index": index, "term": term})
+        await self.applied(index, timeout_s)
+        if self._core.terms.term(index) != term:
+            raise Unconfirmed(f"leadership was lost before the change of voters, entry {index}, was committed")
+        return index
+
+    async def hand_over(self, timeout_s: float) -> None:
+        """Give the leadership to the voter that is furthest along. Raises Conflict when there is none, DeadlineExceeded."""
+        if not self.is_leader:
+            return
+        if self._core.voters <= {self.me}:
+            raise Conflict(f"{self.me} is the only voter: nobody can take over")
+        self._step(Transfer())
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.is_leader:
+                    self._role_changed.clear()
+                    await self._role_changed.wait()
+        except TimeoutError:
+            raise DeadlineExceeded(f"no voter took over from {self.me} within {timeout_s:g} s") from None
 
     # -- what callers ask -------------------------------------------------------------------------------------------
 
@@ -244,6 +335,8 @@ class RaftDriver:
         """
         if not 1 <= len(payload) <= PAYLOAD_BYTES_MAX:
             raise InvalidArgument(f"a command has 1 to {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}")
+        if names_voters(payload):
+            raise InvalidArgument("voters are named by change_voters only")
         self._check_leads()
         waiting = len(self._new) + max(len(self._proposals), self._core.terms.last - self._core.commit)
         if waiting >= self.config.proposals_max:
@@ -283,7 +376,7 @@ class RaftDriver:
         except TimeoutError:
             self._check_leads()
             raise DeadlineExceeded(
-                f"no read index after {timeout_s:g} s: {self.answering()} of {len(self._voters)} voters answer, "
+                f"no read index after {timeout_s:g} s: {self.answering()} of {len(self._core.voters)} voters answer, "
                 f"committed {self.commit}, this term began at {self._core.term_start}"
             ) from None
         finally:
@@ -307,7 +400,7 @@ class RaftDriver:
     def _check_leads(self) -> None:
         """Raises NotLeader; NoQuorum from a leader, or a node that hears no leader, if too few voters answer."""
         lost = "start the others, or see `idunno recover` if they are lost for good"
-        voters, needed = len(self._voters), majority(len(self._voters))
+        voters, needed = len(self._core.voters), majority(len(self._core.voters))
         if not self._running:
             raise NotLeader(f"{self.me} is not running")
         if not self._core.accepts_proposals:
@@ -348,11 +441,22 @@ class RaftDriver:
 
     def _carry_out(self, output: Output) -> None:
         match output:
-            case Send(to, message):
-                self._send(to, message)
+            case Send():
+                self._send(output.to, output.message)
             case SendEntries():
                 self._feeder.send(output)
-            case Persist(_, hard, first, entries, _):
+            case SendSnapshot(to, term):
+                if self._snapshots is not None:
+                    self._snapshots.send(to, term)
+            case TakeInstall():
+                if self._snapshots is not None:
+                    self._snapshots.take_in(output)
+            case InstallAnswered(sender, message):
+                if self._snapshots is not None:
+                    self._snapshots.answered(sender, message)
+            case Persist(_, hard, first, entries, _, anew):
+                if anew is not None:
+                    self._begin_anew(anew)
                 if hard is not None:
                     self._log.stage_hard(hard)
                 if entries:
@@ -376,6 +480,18 @@ class RaftDriver:
                     self._loop.call_soon(callback, leader, term)
                 if not self._core.is_leader:
                     self._lost_leadership()
+
+    def _begin_anew(self, index: Index) -> None:
+        """A snapshot took the place of this node's log and machine."""
+        assert self._snapshots is not None
+        assert self._snapshots.incoming is not None
+        self._log.begin_anew(index)
+        self._snapshots.incoming.install()
+        self._applied = index
+
+    def _forget(self, index: Index) -> None:
+        self._forget_up_to = max(self._forget_up_to, index)
+        self._persist_due.set()
 
     def _arm(self) -> None:
         """One timer, moved only when it must fire earlier: a heartbeat that puts off an election costs nothing here."""
@@ -415,8 +531,21 @@ class RaftDriver:
                         self._send(send.to, send.message)
                 self._step(Persisted(batch[-1].seq))
                 self._resume("write")
+            if self._forget_up_to > self._core.terms.base and self._running:
+                await self._compact()
             if not self._running:
                 return
+
+    async def _compact(self) -> None:
+        """Here, because the log is written and cut by one task only."""
+        index, self._forget_up_to = self._forget_up_to, Index(0)
+        try:
+            base = await self._log.forget(index)
+        except DiskFailed as error:
+            log.warning("log not cut", extra={"index": index, "problem": str(error)})
+            return
+        if base > self._core.terms.base:
+            self._step(Compacted(base))
 
     def _halt(self, problem: str, error: BaseException) -> None:
         if self.problem is None:
@@ -445,17 +574,33 @@ class RaftDriver:
                 first = self._applied + 1
                 last, _ = self._core.terms.batch_end(first, APPLY_BYTES_MAX, APPLY_ENTRIES_MAX)
                 last = min(last, self._core.commit)
-                try:
-                    payloads = self._log.cached(first, last) or await self._log.read(first, last)
-                except DiskFailed as error:
-                    self._disk_refuses.add("read")
-                    self._halt(f"its log cannot be read: {error}", error)
-                    await asyncio.sleep(DISK_RETRY_S)
-                    continue
-                self._resume("read")
+                payloads = await self._read(first, last)
+                if payloads is None or self._applied + 1 != first:
+                    continue  # the disk refused, or a snapshot was installed meanwhile
                 self._apply_slice(payloads)
                 self._settle()
+                if self._snapshots is not None:
+                    self._snapshots.consider(self._applied)
                 await asyncio.sleep(0)  # lets the loop breathe between slices
+
+    async def _read(self, first: int, last: int) -> list[bytes] | None:
+        """Committed entries; None when they could not be had, and are to be asked for again."""
+        payloads = self._log.cached(first, last)
+        if payloads is not None:
+            return payloads
+        try:
+            payloads = await self._log.read(first, last)
+        except NotFound:
+            if self._applied + 1 == first:
+                raise
+            return None
+        except DiskFailed as error:
+            self._disk_refuses.add("read")
+            self._halt(f"its log cannot be read: {error}", error)
+            await asyncio.sleep(DISK_RETRY_S)
+            return None
+        self._resume("read")
+        return payloads
 
     def _apply_slice(self, payloads: list[bytes]) -> None:
         end = self._loop.time() + self.config.apply_slice_ms / 1000
@@ -508,8 +653,9 @@ class RaftDriver:
             return "not appended yet"
         copies = self._core.copies_of(index)
         if index > self._core.commit:
-            needed = majority(len(self._voters))
-            return f"entry {index} is synced on {copies} nodes, not committed: {needed} of {len(self._voters)} voters are needed"
+            voters = len(self._core.voters)
+            needed = majority(voters)
+            return f"entry {index} is synced on {copies} nodes, not committed: {needed} of {voters} voters are needed"
         if not proposal.applied:
             return f"entry {index} is committed, not applied yet (applied {self._applied})"
         missing = sorted(node for node, p in self._core.peers.items() if p.match < index)

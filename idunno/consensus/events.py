@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from idunno.base.ids import Index, NodeId, Term
-from idunno.consensus.messages import Entry, RaftMessage
+from idunno.consensus.messages import Entry, Install, InstallAnswer, RaftMessage
 
 
 class RaftRole(enum.Enum):
@@ -73,8 +73,35 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class SetLearners:
-    learners: frozenset[NodeId]
+class SetMembers:
+    """All nodes that are to have the log; those that do not vote are learners."""
+
+    members: frozenset[NodeId]
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeVoters:
+    """Append an entry that names these voters; only while `change_refused` says "". It gets index `terms.last + 1`."""
+
+    voters: frozenset[NodeId]
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A snapshot from `sender` is durable here: the machine after entry `index` of `term`, with the voters named by then."""
+
+    sender: NodeId
+    index: Index
+    term: Term
+    voters: frozenset[NodeId]
+    voters_index: Index
+
+
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """A snapshot covers them, and the log has let go of the entries up to `index`."""
+
+    index: Index
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +112,20 @@ class Halt:
     on: bool
 
 
-Input: TypeAlias = Tick | Received | Persisted | Propose | Read | PeerLost | Transfer | SetLearners | Halt
+Input: TypeAlias = (
+    Tick
+    | Received
+    | Persisted
+    | Propose
+    | Read
+    | PeerLost
+    | Transfer
+    | SetMembers
+    | ChangeVoters
+    | Installed
+    | Compacted
+    | Halt
+)
 
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
@@ -114,7 +154,8 @@ class SendEntries:
 class Persist:
     """Sync the hard state, if given, and the entries; then send `then`, and tell the core Persisted(seq).
 
-    Entries replace whatever the log holds from `first` on.
+    Entries replace whatever the log holds from `first` on. `anew`: all that the log holds counts no more, it goes on behind
+    the snapshot of this index.
     """
 
     seq: int
@@ -122,6 +163,32 @@ class Persist:
     first: Index
     entries: tuple[Entry, ...]
     then: tuple[Send, ...]
+    anew: Index | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SendSnapshot:
+    """The entries that `to` needs are no longer in the log: send it the newest snapshot, as long as this node leads `term`
+    and `to` is `installing`."""
+
+    to: NodeId
+    term: Term
+
+
+@dataclass(frozen=True, slots=True)
+class TakeInstall:
+    """A part of a snapshot that this node needs, from the leader of its term."""
+
+    sender: NodeId
+    message: Install
+
+
+@dataclass(frozen=True, slots=True)
+class InstallAnswered:
+    """How far a follower has come with the snapshot that it is sent."""
+
+    sender: NodeId
+    message: InstallAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,4 +220,15 @@ class ReadFailed:
     reads: tuple[int, ...]
 
 
-Output: TypeAlias = Send | SendEntries | Persist | Committed | RoleChanged | ReadReady | ReadFailed
+Output: TypeAlias = (
+    Send
+    | SendEntries
+    | SendSnapshot
+    | TakeInstall
+    | InstallAnswered
+    | Persist
+    | Committed
+    | RoleChanged
+    | ReadReady
+    | ReadFailed
+)

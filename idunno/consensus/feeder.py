@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from idunno.base.errors import NotFound
+from idunno.base.errors import DiskFailed, NotFound
 from idunno.base.ids import Index, NodeId, Term
 from idunno.consensus.events import SendEntries
 from idunno.consensus.log import Log
 from idunno.consensus.messages import Append, Entry, RaftMessage
 from idunno.consensus.raft import Raft
+
+log = logging.getLogger("idunno.consensus")
 
 
 class Feeder:
@@ -59,8 +62,11 @@ class Feeder:
                 try:
                     payloads = await self._log.read(order.first, order.last)
                 except NotFound:
-                    continue  # cut meanwhile, so this node does not lead that term any more
-                if self._leads(order.term):
+                    continue  # cut meanwhile: this node does not lead that term any more, or a snapshot took their place
+                except DiskFailed as error:  # as if they were lost on the way: the core asks for them again
+                    log.warning("entries for a follower not read", extra={"node": to, "error": str(error)})
+                    continue
+                if self._leads(order.term) and order.first > self._core.terms.base:
                     self._send_append(order, payloads)
         finally:
             del self._behind[to]

@@ -19,6 +19,9 @@ APPEND_BYTES_MAX: Final = 512 * 1024
 APPEND_ENTRIES_MAX: Final = 4096
 """Entries in one append. With 24 bytes around each they still fit a header: 512 KiB + 96 KiB < 1 MiB."""
 
+INSTALL_BYTES_MAX: Final = 256 * 1024
+"""Of a snapshot in one message: a heartbeat waits behind 2 ms of a gigabit link."""
+
 assert APPEND_BYTES_MAX + 24 * APPEND_ENTRIES_MAX + 4096 < HEADER_BYTES_MAX
 assert PAYLOAD_BYTES_MAX <= APPEND_BYTES_MAX
 
@@ -84,7 +87,29 @@ class TimeoutNow(msgspec.Struct, frozen=True, tag="timeout-now"):
     term: Term
 
 
-RaftMessage: TypeAlias = VoteRequest | VoteAnswer | Append | AppendAnswer | TimeoutNow
+class Install(msgspec.Struct, frozen=True, tag="install"):
+    """InstallSnapshot (5.1): bytes `offset`.. of the leader's snapshot file of `size` bytes, which holds the machine after
+    entry `index` of term `last_term`."""
+
+    term: Term
+    index: Index
+    last_term: Term
+    size: int
+    offset: int
+    data: bytes
+
+
+class InstallAnswer(msgspec.Struct, frozen=True, tag="installed"):
+    """`done`: this node has synced the leader's log up to `index`. Not done: of the snapshot of `index` it wants the bytes
+    from `offset` on next; so it says again and again while it works on what it got (`offset` is the file's size then)."""
+
+    term: Term
+    index: Index
+    offset: int
+    done: bool = False
+
+
+RaftMessage: TypeAlias = VoteRequest | VoteAnswer | Append | AppendAnswer | TimeoutNow | Install | InstallAnswer
 
 
 class RaftEnvelope(msgspec.Struct, frozen=True):

@@ -21,11 +21,14 @@ class Progress:
     probing: bool = True
     probe_sent: bool = False
     round: int = 0  # the latest of the leader's rounds it answered
+    installing: bool = False  # the log no longer holds what it needs: it is sent a snapshot
     commit_sent: int = 0  # the highest commit index it can have taken from what was sent
     inflight: deque[tuple[int, int]] = field(default_factory=deque)  # (last index, bytes) of appends under way
     inflight_bytes: int = 0
 
     def may_send(self, config: RaftConfig) -> bool:
+        if self.installing:
+            return False
         if self.probing:
             return not self.probe_sent
         return len(self.inflight) < config.inflight_messages_max and self.inflight_bytes < config.inflight_bytes_max
@@ -45,6 +48,11 @@ class Progress:
         while self.inflight and self.inflight[0][0] <= self.match:
             self.inflight_bytes -= self.inflight.popleft()[1]
         self.next = max(self.next, self.match + 1)
+
+    def installed(self, index: int) -> None:
+        """It has installed a snapshot, and has the log up to `index`."""
+        self.installing = False
+        self.acknowledged(index)
 
     def rejected(self, answer: AppendAnswer, terms: Terms) -> None:
         """Go back to where the logs may agree; a rejection that is older than what is known does nothing."""

@@ -5,7 +5,8 @@
 #         no chance of its own; one call handles one input to the end.
 # Rule 2: what is promised is synced first: see events.Persist. The leader counts its own log only when it is synced.
 # Rule 3: messages may be lost, repeated, reordered; none of that may do more than cost time.
-# Rule 4: voters are fixed; learners are replicated to and never counted for a vote or a commit.
+# Rule 4: voters are those whom the newest entry of the log that names any names (voters.py), one more or one less at a time;
+#         learners, the other members, are replicated to and never counted for a vote or a commit.
 from __future__ import annotations
 
 import random
@@ -16,10 +17,14 @@ from typing import Final
 from idunno.base.ids import Index, NodeId, Term
 from idunno.consensus.config import RaftConfig
 from idunno.consensus.events import (
+    ChangeVoters,
     Committed,
+    Compacted,
     Halt,
     HardState,
     Input,
+    InstallAnswered,
+    Installed,
     Output,
     PeerLost,
     Persist,
@@ -33,7 +38,9 @@ from idunno.consensus.events import (
     RoleChanged,
     Send,
     SendEntries,
-    SetLearners,
+    SendSnapshot,
+    SetMembers,
+    TakeInstall,
     Tick,
     Transfer,
 )
@@ -43,6 +50,8 @@ from idunno.consensus.messages import (
     Append,
     AppendAnswer,
     Entry,
+    Install,
+    InstallAnswer,
     RaftMessage,
     TimeoutNow,
     VoteAnswer,
@@ -51,6 +60,7 @@ from idunno.consensus.messages import (
 from idunno.consensus.progress import Progress
 from idunno.consensus.quorum import grants_vote, majority, reached
 from idunno.consensus.terms import Terms
+from idunno.consensus.voters import Voters, decode_voters, encode_voters, names_voters
 
 _NONE: Final = Index(0)
 
@@ -58,25 +68,27 @@ _NONE: Final = Index(0)
 class Raft:
     """One node's part in the consensus. Same inputs, times and `rng`: same outputs.
 
-    `terms` and `hard` are what the log held at start, all of it synced. Times are milliseconds of one monotonic clock.
+    `terms`, `voters` and `hard` are what log and snapshot held at start, all of it synced; `commit` is the snapshot's index.
+    `members` are all who are to have the log. Times are milliseconds of one monotonic clock.
     Call `handle(Tick(), now_ms)` whenever `deadline_ms()` has come.
     """
 
     def __init__(
         self,
         me: NodeId,
-        voters: Iterable[NodeId],
-        learners: Iterable[NodeId],
+        voters: Voters,
+        members: Iterable[NodeId],
         terms: Terms,
         hard: HardState,
         config: RaftConfig,
         rng: random.Random,
         now_ms: int,
+        commit: Index = _NONE,
     ) -> None:
         self.me, self.config, self.terms = me, config, terms
-        self.voters, self.learners = frozenset(voters), frozenset(learners)
+        self.named, self.members = voters, frozenset(members)
         self.term, self.voted_for = hard.term, hard.voted_for
-        self.role, self.commit = RaftRole.FOLLOWER, Index(terms.base)
+        self.role, self.commit = RaftRole.FOLLOWER, Index(max(terms.base, commit))
         self.leader: NodeId | None = None
         self.peers: dict[NodeId, Progress] = {}  # of a leader: every other voter and learner
         self.synced = terms.last  # how far this node's own log is durable
@@ -102,6 +114,14 @@ class Raft:
     # -- what the driver asks ---------------------------------------------------------------------------------------
 
     @property
+    def voters(self) -> frozenset[NodeId]:
+        return self.named.now
+
+    @property
+    def learners(self) -> frozenset[NodeId]:
+        return self.members - self.voters
+
+    @property
     def is_leader(self) -> bool:
         return self.role is RaftRole.LEADER
 
@@ -117,6 +137,18 @@ class Raft:
     def leaderless_ms(self, now_ms: int) -> int:
         """For how long no leader was known here."""
         return 0 if self.leader is not None else now_ms - self._heard_ms
+
+    def change_refused(self, voters: frozenset[NodeId]) -> str:
+        """Why these cannot become the voters now; "" if they can."""
+        if not self.accepts_proposals:
+            return "this node does not lead"
+        if self.commit < self._term_start:  # the erratum of 2015: else an older leader's change could still win
+            return "no entry of this leader's term is committed yet"
+        if self.named.index > self.commit:
+            return f"the change before it, entry {self.named.index}, is not committed yet"
+        if not voters or len(voters ^ self.voters) != 1:
+            return f"from {len(self.voters)} voters to {len(voters)} others: one joins or one goes at a time"
+        return ""
 
     def deadline_ms(self) -> int:
         if not self.is_leader:
@@ -158,8 +190,17 @@ class Raft:
                 self._peer_lost(node)
             case Transfer():
                 self._begin_transfer()
-            case SetLearners(learners):
-                self._set_learners(learners)
+            case SetMembers(members):
+                self.members = members
+                self._meet_peers()
+            case ChangeVoters(voters):
+                assert not (why := self.change_refused(voters)), why
+                self._append_own((encode_voters(voters),))
+            case Installed():
+                self._installed(event)
+            case Compacted(index):
+                self.terms.compact(index)
+                self.named.compact(index)
             case Halt(on):
                 self.halted = on
                 if on and self.role is not RaftRole.FOLLOWER:
@@ -183,12 +224,18 @@ class Raft:
         elif message.term < self.term:
             if isinstance(message, Append):  # tells a deposed leader, or one that lags behind our term
                 self._answer(sender, AppendAnswer(self.term, False, message.prev_index, message.round))
+            elif isinstance(message, Install):
+                self._answer(sender, InstallAnswer(self.term, message.index, 0))
             return
         match message:
             case Append():
                 self._appended(sender, message)
             case AppendAnswer():
                 self._append_answered(sender, message)
+            case Install():
+                self._offered_snapshot(sender, message)
+            case InstallAnswer():
+                self._install_answered(sender, message)
             case VoteAnswer(granted=True):
                 if self.role is RaftRole.CANDIDATE and sender in self.voters:
                     self._count_vote(sender)
@@ -224,7 +271,10 @@ class Raft:
         self._election_ms = self._now + self.config.election_timeout_ms + spread
 
     def _may_stand(self) -> bool:
-        return self.me in self.voters and not self.halted
+        """4.2.2: also a voter whose removal is not known committed: perhaps no other has that entry, and waits for it. It
+        does not count its own vote then."""
+        leaving = self.named.index > self.commit and self.me in self.named.before
+        return (self.me in self.voters or leaving) and not self.halted
 
     def _hears_leader(self) -> bool:
         if self.is_leader:
@@ -244,7 +294,7 @@ class Raft:
         # Asked again soon: it changes nothing at others, and they may just be connecting, or about to miss the leader too.
         self._election_ms = self._now + self.config.heartbeat_ms + self._rng.randrange(self.config.heartbeat_ms)
         self.role, self._votes = RaftRole.PRE_CANDIDATE, {self.me}
-        if majority(len(self.voters)) == 1:
+        if self._is_majority(self._votes):
             self._stand()
             return
         last, last_term = self.terms.last, self.terms.last_term
@@ -253,7 +303,7 @@ class Raft:
     def _pre_vote_granted(self, sender: NodeId, answer: VoteAnswer) -> None:
         if self.role is RaftRole.PRE_CANDIDATE and answer.term == self.term + 1 and sender in self.voters:
             self._votes.add(sender)
-            if len(self._votes) >= majority(len(self.voters)):
+            if self._is_majority(self._votes):
                 self._stand()
 
     def _stand(self, *, transfer: bool = False) -> None:
@@ -267,11 +317,16 @@ class Raft:
 
     def _count_vote(self, voter: NodeId) -> None:
         self._votes.add(voter)
-        if self.me in self._votes and len(self._votes) >= majority(len(self.voters)):
+        if self.me in self._votes and self._is_majority(self._votes):
             self._lead()
 
+    def _is_majority(self, nodes: set[NodeId]) -> bool:
+        return len(nodes & self.voters) >= majority(len(self.voters))
+
     def _asked_for_vote(self, sender: NodeId, request: VoteRequest) -> None:
-        if sender not in self.voters or not self._may_stand():
+        # 4.2.2: also of and by nodes that are no voters here: the asker's log may be ahead with a change of voters, and it
+        # counts the votes. That it is not behind is what is checked.
+        if self.halted:
             return
         if self._hears_leader() and not request.transfer:
             return  # 4.2.3: a node that hears a leader takes no part in another's election, nor its term
@@ -305,7 +360,7 @@ class Raft:
     def _lead(self) -> None:
         self.role, self.leader = RaftRole.LEADER, self.me
         last = self.terms.last
-        others = sorted((self.voters | self.learners) - {self.me})
+        others = sorted((self.voters | self.members) - {self.me})
         self.peers = {node: Progress(next=last + 1) for node in others}
         self._round, self._heartbeat_ms = 0, self._now + self.config.heartbeat_ms
         self._term_start = last + 1
@@ -329,11 +384,17 @@ class Raft:
         first = Index(self.terms.last + 1)
         for payload in payloads:
             self.terms.append(self.term, len(payload))
+            if names_voters(payload):
+                self.named.append(self.terms.last, decode_voters(payload))
+                self._meet_peers()  # 4.1: they count as soon as they are in the log
         self._persist(first=first, entries=tuple(Entry(self.term, payload) for payload in payloads))
         for node, p in self.peers.items():
             self._replicate(node, p)
 
     def _replicate(self, node: NodeId, p: Progress) -> None:
+        if p.next <= self.terms.base and not p.installing:
+            p.installing = True
+            self._out.append(SendSnapshot(node, self.term))
         while p.next <= self.terms.last and p.may_send(self.config):
             prev_term = self.terms.term(p.next - 1)
             assert prev_term is not None
@@ -345,10 +406,11 @@ class Raft:
 
     def _heartbeat(self, node: NodeId, p: Progress) -> None:
         """An Append without entries just before `next`: where the follower lacks something, its answer says so."""
-        prev_term = self.terms.term(p.next - 1)
+        prev = max(p.next - 1, self.terms.base)
+        prev_term = self.terms.term(prev)
         assert prev_term is not None
         p.commit_sent = max(p.commit_sent, min(self.commit, p.next - 1))
-        append = Append(self.term, Index(p.next - 1), prev_term, self.commit, self._round)
+        append = Append(self.term, Index(prev), prev_term, self.commit, self._round)
         self._out.append(Send(node, append))
 
     def _heartbeat_all(self) -> None:
@@ -363,9 +425,12 @@ class Raft:
         p.round = max(p.round, answer.round)
         if answer.ok:
             p.acknowledged(answer.index)
+            p.installing = p.installing and p.next <= self.terms.base
         else:
             p.rejected(answer, self.terms)
         self._advance_commit()
+        if not self.is_leader:
+            return
         self._replicate(sender, p)
         if min(self.commit, p.match) > p.commit_sent and self._notice_ms is None:
             self._notice_ms = self._now + self.config.commit_notice_ms
@@ -385,16 +450,24 @@ class Raft:
             if any(min(index, p.match) > p.commit_sent for p in self.peers.values()) and self._notice_ms is None:
                 self._notice_ms = self._now + self.config.commit_notice_ms
             self._begin_reads()
+            if self.me not in self.voters and self.commit >= self.named.index:
+                self._resign()
+
+    def _resign(self) -> None:
+        """4.2.2: a leader that is no voter any more leads until that is committed; then the one furthest along takes over."""
+        best = max(sorted(self.voters), key=lambda node: self.peers[node].match)
+        self._out.append(Send(best, TimeoutNow(self.term)))
+        self._follow(self.term, None)
 
     def _commit_to(self, index: int) -> None:
         if index > self.commit:
             self.commit = Index(index)
             self._out.append(Committed(self.commit))
 
-    def _set_learners(self, learners: frozenset[NodeId]) -> None:
-        self.learners = learners
+    def _meet_peers(self) -> None:
+        """Of a leader: begin with who is new, end with who is gone."""
         if self.is_leader:
-            wanted = (self.voters | learners) - {self.me}
+            wanted = (self.voters | self.members) - {self.me}
             for node in sorted(wanted - self.peers.keys()):
                 self.peers[node] = Progress(next=self.terms.last + 1)
                 self._heartbeat(node, self.peers[node])
@@ -408,6 +481,7 @@ class Raft:
             self._follow(self.term, sender)
         self.leader, self._heard_ms = sender, self._now
         self._restart_election_timer()
+        append = self._behind_base(append)
         agrees = self.terms.term(append.prev_index) == append.prev_term
         if self.halted:  # goes on learning and applying what it has, and acknowledges nothing
             if agrees:
@@ -429,8 +503,19 @@ class Raft:
             self._answer(sender, AppendAnswer(self.term, True, Index(min(last, self.synced)), append.round))
         self._commit_to(min(append.commit, last))
 
+    def _behind_base(self, append: Append) -> Append:
+        """An append that came late, without what a snapshot covers: that is committed, so every leader's log agrees there."""
+        known = self.terms.base - append.prev_index
+        if known <= 0:
+            return append
+        rest = append.entries[known:]
+        return Append(append.term, self.terms.base, self.terms.base_term, append.commit, append.round, rest)
+
     def _take_over(self, append: Append) -> tuple[Entry, ...] | None:
         """Bring the log's terms in line with `append`; returns the entries to store, None if the disk is too far behind."""
+        named = {
+            at: decode_voters(entry.payload) for at, entry in enumerate(append.entries) if names_voters(entry.payload)
+        }
         for at, entry in enumerate(append.entries):
             index = append.prev_index + 1 + at
             mine = self.terms.term(index)
@@ -441,12 +526,56 @@ class Raft:
             if mine is not None:
                 assert index > self.commit, f"{index} is committed ({self.commit}) and would be replaced"
                 self.terms.truncate(index)
+                self.named.truncate(index)
                 self.synced = Index(min(self.synced, index - 1))
                 self._unsynced = deque((seq, min(last, index - 1)) for seq, last in self._unsynced)
-            for new in append.entries[at:]:
+            for place, new in enumerate(append.entries[at:], at):
                 self.terms.append(new.term, len(new.payload))
+                if place in named:
+                    self.named.append(self.terms.last, named[place])
             return append.entries[at:]
         return ()
+
+    # -- snapshots (5.1) --------------------------------------------------------------------------------------------
+
+    def _offered_snapshot(self, sender: NodeId, offer: Install) -> None:
+        assert not self.is_leader, f"{sender} and {self.me} both lead term {self.term}"
+        if self.role is not RaftRole.FOLLOWER:
+            self._follow(self.term, sender)
+        self.leader, self._heard_ms = sender, self._now
+        self._restart_election_timer()
+        if self.halted:
+            return
+        if offer.index <= self.commit:
+            self._answer(sender, InstallAnswer(self.term, Index(min(offer.index, self.synced)), offer.size, True))
+        else:
+            self._out.append(TakeInstall(sender, offer))
+
+    def _install_answered(self, sender: NodeId, answer: InstallAnswer) -> None:
+        p = self.peers.get(sender)
+        if p is None:
+            return
+        p.unanswered = 0
+        self._out.append(InstallAnswered(sender, answer))
+        if answer.done:
+            p.installed(answer.index)
+            self._advance_commit()
+            if self.is_leader:
+                self._replicate(sender, p)
+
+    def _installed(self, event: Installed) -> None:
+        then = Send(event.sender, InstallAnswer(self.term, event.index, 0, True))
+        if event.index <= self.commit or self.terms.term(event.index) == event.term:
+            self._commit_to(event.index)  # it came by appends meanwhile
+            then = Send(event.sender, InstallAnswer(self.term, Index(min(event.index, self.synced)), 0, True))
+            self._persist(then)
+            return
+        assert not self.is_leader, f"{self.me} leads without entry {event.index}, which is committed"
+        self.terms.reset(event.index, event.term)
+        self.named = Voters(event.voters, event.voters_index)
+        self.commit = self.synced = event.index
+        self._unsynced.clear()
+        self._persist(then, anew=event.index)
 
     # -- reads (6.4) ------------------------------------------------------------------------------------------------
 
@@ -478,14 +607,16 @@ class Raft:
 
     # -- durability (3.8) -------------------------------------------------------------------------------------------
 
-    def _persist(self, *then: Send, first: Index = _NONE, entries: tuple[Entry, ...] = ()) -> None:
+    def _persist(
+        self, *then: Send, first: Index = _NONE, entries: tuple[Entry, ...] = (), anew: Index | None = None
+    ) -> None:
         self._seq += 1
         hard = HardState(self.term, self.voted_for) if self._hard_dirty else None
         if hard is not None:
             self._hard_dirty, self._hard_seq = False, self._seq
         if entries:
             self._unsynced.append((self._seq, first + len(entries) - 1))
-        self._out.append(Persist(self._seq, hard, first, entries, then))
+        self._out.append(Persist(self._seq, hard, first, entries, then, anew))
 
     def _answer(self, to: NodeId, message: RaftMessage) -> None:
         """Send now if the term and vote that the answer speaks of are synced, else behind their sync."""

@@ -23,7 +23,8 @@ SEGMENT_MAGIC: Final = b"idunnoLG"
 STATE_MAGIC: Final = b"idunnoHS"
 RECORD_MAGIC: Final = b"\xc5Rc\x91"  # not text, so that payloads rarely hold it
 
-_SEGMENT: Final = struct.Struct("<8sHHIQQI")  # magic, format, zero, segment, first index, zero, previous checksum
+_SEGMENT: Final = struct.Struct("<8sHHIQQI")  # magic, format, flags, segment, first index, zero, previous checksum
+_ANEW: Final = 1  # of the flags
 _CRC: Final = struct.Struct("<I")
 _PLACE: Final = struct.Struct("<II")
 _RECORD: Final = struct.Struct("<4sIIIIQQ")  # magic, checksum, previous checksum, payload length, batch, index, term
@@ -80,10 +81,12 @@ class SegmentHeader:
     segment: int
     first: Index  # the index that its first record was expected to have
     previous: int  # checksum of the last record of the segment before; 0 for the first
+    anew: bool = False  # what earlier segments hold counts no more: a snapshot took its place
 
 
 def encode_segment_header(header: SegmentHeader) -> bytes:
-    data = _SEGMENT.pack(SEGMENT_MAGIC, FORMAT, 0, header.segment, header.first, 0, header.previous)
+    flags = _ANEW if header.anew else 0
+    data = _SEGMENT.pack(SEGMENT_MAGIC, FORMAT, flags, header.segment, header.first, 0, header.previous)
     return data + _CRC.pack(zlib.crc32(data))
 
 
@@ -91,11 +94,11 @@ def decode_segment_header(data: bytes, path: str) -> SegmentHeader | None:
     """None if there is no valid header. Raises Incompatible for a format of another version."""
     if len(data) < SEGMENT_HEADER_BYTES or data[:8] != SEGMENT_MAGIC:
         return None
-    _, format_, _, segment, first, _, previous = _SEGMENT.unpack_from(data)
+    _, format_, flags, segment, first, _, previous = _SEGMENT.unpack_from(data)
     if _CRC.unpack_from(data, _SEGMENT.size)[0] != zlib.crc32(data[: _SEGMENT.size]):
         return None
     _check_format(format_, path)
-    return SegmentHeader(segment, Index(first), previous)
+    return SegmentHeader(segment, Index(first), previous, bool(flags & _ANEW))
 
 
 def encode_state(state: HardState, end: int = 0) -> bytes:

@@ -11,13 +11,17 @@ from idunno.base.ids import Index, Term
 
 
 class Terms:
-    """Terms and payload sizes of the entries after `base` (an index; 0 until there are snapshots) up to `last`."""
+    """Terms and payload sizes of the entries after `base` (0, or an index that a snapshot covers) up to `last`."""
 
     def __init__(self, base: int = 0, base_term: int = 0) -> None:
         self.base = Index(base)
         self._starts: list[int] = [base]  # first index of each run of equal terms; terms never fall
         self._terms: list[int] = [base_term]
         self._sizes = array("I")
+
+    @property
+    def base_term(self) -> Term:
+        return Term(self._terms[0])
 
     @property
     def last(self) -> Index:
@@ -52,15 +56,32 @@ class Terms:
             self._starts.pop()
             self._terms.pop()
 
+    def compact(self, index: int) -> None:
+        """Forget the entries up to `index`, which becomes the base."""
+        term = self.term(index)
+        assert term is not None, f"{index} is outside of {self.base}..{self.last}"
+        run = bisect_right(self._starts, index) - 1
+        del self._sizes[: index - self.base]
+        del self._starts[:run], self._terms[:run]
+        self._starts[0], self.base = index, Index(index)
+
+    def reset_base_term(self, term: int) -> None:
+        """The base's term becomes known."""
+        self._terms[0] = term
+
+    def reset(self, base: int, base_term: int) -> None:
+        """Nothing but the base, in place of what was there."""
+        self.base, self._starts, self._terms, self._sizes = Index(base), [base], [base_term], array("I")
+
     def last_agreeing(self, index: int, term: int) -> tuple[Index, Term]:
         """The last entry at or before `index` whose term is at most `term`, with its term: where a log may still agree with
         one that has `term` at `index` (terms never fall along a log)."""
-        at = min(index, self.last)
+        at = max(min(index, self.last), self.base)
         run = bisect_right(self._starts, at) - 1
         while run > 0 and self._terms[run] > term:
-            at = self._starts[run] - 1
+            at = max(self._starts[run] - 1, self.base)
             run -= 1
-        return Index(max(at, self.base)), Term(self._terms[run])
+        return Index(at), Term(self._terms[run])
 
     def batch_end(self, first: int, bytes_max: int, entries_max: int) -> tuple[Index, int]:
         """The last entry, and the payload bytes, of a batch from `first` within the bounds; one entry at least."""

@@ -39,7 +39,7 @@ PAUSE_MIN_S: Final = 0.05
 PAUSE_MAX_S: Final = 0.5
 """Between attempts at a leader that does not answer, doubling; cut short as soon as another leader is known."""
 
-NEEDS_REQUEST: Final = (c.DeleteFile, c.Deploy, c.Undeploy, c.ForgetJob, c.RevokeUser)
+NEEDS_REQUEST: Final = (c.DeleteFile, c.Deploy, c.Undeploy, c.ForgetJob, c.RevokeUser, c.RemoveNode)
 """Commands that find their first try by the request id alone. All others name what they make, or set what may be set twice."""
 
 

@@ -53,6 +53,19 @@ class SetPresence(Record, frozen=True, tag="set-presence"):
     reason: str
 
 
+class RemoveNode(Record, frozen=True, tag="remove-node"):
+    """It is out for good: id and certificate never count again. It must not be a voter any more."""
+
+    node: NodeId
+
+
+class RenewClusterKey(Record, frozen=True, tag="renew-cluster-key"):
+    """Seals datagrams from now on, beside the old one for a minute. In an entry of its own, behind that which took a node out
+    of the roster: the node may still get that one."""
+
+    cluster_key: bytes  # 32 bytes
+
+
 class AddUser(Record, frozen=True, tag="add-user"):
     user: UserRecord
     token: str
@@ -239,6 +252,8 @@ Command: TypeAlias = (
     | AddNode
     | UpdateNode
     | SetPresence
+    | RemoveNode
+    | RenewClusterKey
     | AddUser
     | RevokeUser
     | AddToken

@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from idunno.base.errors import Conflict, DecodeError, IdunnoError, Incompatible, InvalidArgument
 from idunno.base.ids import Index
+from idunno.consensus.voters import decode_voters, names_voters
 from idunno.coordinator import commands as c
 from idunno.coordinator import effects as e
 from idunno.coordinator import permissions
@@ -81,6 +82,10 @@ class Machine:
         if len(payload) == 0:  # a leader's no-op
             self.index = index
             return Applied()
+        if names_voters(payload):
+            done = self.roster.set_voters(decode_voters(payload))
+            self.index = index
+            return Applied(done, None, (e.RosterChanged(),))
         entry = c.decode_entry(payload)
         try:
             asked = _Asked(Actor(entry.actor, Role(entry.role)), entry.request)
@@ -166,6 +171,19 @@ class Machine:
     def _set_presence(self, command: c.SetPresence, asked: _Asked) -> Done:
         done = self.roster.set_presence(command.node, command.presence, command.boot, command.reason, self.now_ms)
         return self._told(done, e.RosterChanged())
+
+    def _remove_node(self, command: c.RemoveNode, asked: _Asked) -> Done:
+        def remove() -> Done:
+            self.roster.remove_node(command.node)
+            self._tell(e.RosterChanged())
+            for model in self.registry.remove_node(command.node, self.roster.name):
+                self._tell(e.ModelChanged(model))
+            return Done()
+
+        return self._once(command, command.node, asked, remove)
+
+    def _renew_cluster_key(self, command: c.RenewClusterKey, asked: _Asked) -> Done:
+        return self._told(self.roster.renew_key(command.cluster_key), e.RosterChanged())
 
     def _add_user(self, command: c.AddUser, asked: _Asked) -> msgspec.Struct:
         return self._told(self.roster.add_user(command.user, command.token, self.now_ms), e.RosterChanged())
@@ -407,6 +425,8 @@ _APPLY: Final[dict[type[Any], Callable[[Machine, Any, _Asked], msgspec.Struct]]]
     c.AddNode: Machine._add_node,
     c.UpdateNode: Machine._update_node,
     c.SetPresence: Machine._set_presence,
+    c.RemoveNode: Machine._remove_node,
+    c.RenewClusterKey: Machine._renew_cluster_key,
     c.AddUser: Machine._add_user,
     c.RevokeUser: Machine._revoke_user,
     c.AddToken: Machine._add_token,

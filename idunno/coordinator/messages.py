@@ -100,6 +100,41 @@ HELLO: Final = Method("join.hello", Hello, HelloAnswer, Role.ANYONE)
 ENROLL: Final = Method("join.enroll", Enroll, EnrollAnswer, Role.ANYONE)
 CHECK_ADDRESS: Final = Method("join.check-address", CheckAddress, CheckAddressAnswer, Role.ANYONE)
 
+# -- voting and leaving -----------------------------------------------------------------------------------------------
+
+
+class CaKey(msgspec.Struct, frozen=True):
+    """The CA's private key (PEM), from the leader to a node that is to vote."""
+
+    key_pem: bytes
+
+
+class LeaveNode(msgspec.Struct, frozen=True):
+    """A node, by name or id, is to go for good: its copies are moved first."""
+
+    node: str
+    request: str
+
+
+class RemoveDead(msgspec.Struct, frozen=True):
+    """A node, by name or id, that does not come back."""
+
+    node: str
+    request: str
+
+
+class GoneNode(msgspec.Struct, frozen=True):
+    id: NodeId
+    name: str
+    text: str  # what was moved, and what may be done now
+
+
+CA_KEY: Final = Method("coordinator.ca-key", CaKey, Empty, Role.NODE)
+NODE_LEAVE: Final = Method("node.leave", LeaveNode, GoneNode, Role.ADMIN)
+NODE_REMOVE: Final = Method("node.remove", RemoveDead, GoneNode, Role.ADMIN)
+LEFT: Final = Method("node.left", Empty, Empty, Role.NODE)
+"""From the leader to a node that is out of the roster, as the last word."""
+
 # -- looking ----------------------------------------------------------------------------------------------------------
 
 

@@ -161,6 +161,8 @@ RULES: Final[dict[type[Any], tuple[Role, Owns | None]]] = {
     c.AddNode: (Role.NODE, None),
     c.UpdateNode: (Role.NODE, _itself),
     c.SetPresence: (Role.NODE, None),
+    c.RemoveNode: (Role.ADMIN, None),
+    c.RenewClusterKey: (Role.NODE, None),
     c.AddUser: (Role.NODE, None),
     c.RevokeUser: (Role.ADMIN, None),
     c.AddToken: (Role.ADMIN, None),

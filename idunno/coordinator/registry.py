@@ -191,6 +191,13 @@ class Registry:
         )
         return Done()
 
+    def remove_node(self, node: NodeId, name_of: NameOf) -> list[str]:
+        """It is no worker any more; returns the models that it was one of."""
+        models = [record.model for record in self.each() if any(w.node == node for w in record.workers)]
+        for model in models:
+            self.unassign(model, self.get(model).version, node, "it left the cluster", name_of)
+        return models
+
     def report(self, model: str, version: int, node: NodeId, error: str, name_of: NameOf, now_ms: int) -> ModelResult:
         """A worker is ready, or failed. Said of another version, or by a node that is not assigned, it changes nothing."""
         record = self._current(model, version)

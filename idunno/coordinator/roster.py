@@ -43,6 +43,7 @@ class RosterState(Record, frozen=True):
     nodes: tuple[NodeRecord, ...] = ()
     users: tuple[UserRecord, ...] = ()
     tokens: tuple[TokenRecord, ...] = ()
+    key_is_stale: bool = False  # a node that is out knows the cluster's key
 
 
 class Roster:
@@ -53,6 +54,7 @@ class Roster:
         self.cluster = state.cluster
         self.cluster_key = state.cluster_key
         self.machine_version = state.machine_version
+        self.key_is_stale = state.key_is_stale
         self.present = 0  # nodes held present
         self._nodes: dict[NodeId, NodeRecord] = {}
         self._users: dict[str, UserRecord] = {}
@@ -72,6 +74,7 @@ class Roster:
             tuple(self._nodes.values()),
             tuple(self._users.values()),
             tuple(self._tokens.values()),
+            self.key_is_stale,
         )
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -191,6 +194,33 @@ class Roster:
             msgspec.structs.replace(old, presence=presence, boot=boot, since_ms=now_ms, reason=reason[:TEXT_MAX])
         )
         return Done()
+
+    def remove_node(self, node: NodeId) -> NodeRecord:
+        """Out for good; it knows the cluster's key, which is to be renewed. Raises NotFound, Conflict while it votes."""
+        record = self.node(node)
+        if record.voter:
+            raise Conflict(f"{record.name} still votes; `idunno leave {record.name}` ends that first")
+        self.key_is_stale = True
+        self.present -= record.presence == "present"
+        del self._nodes[node]
+        del self._by_name[record.name]
+        del self._by_fingerprint[record.fingerprint]
+        return record
+
+    def renew_key(self, cluster_key: bytes) -> Done:
+        if len(cluster_key) != 32:
+            raise InvalidArgument(f"a cluster key has 32 bytes, this one {len(cluster_key)}")
+        if not self.key_is_stale:
+            return Done(changed=False)  # renewed by somebody else meanwhile
+        self.cluster_key, self.key_is_stale = cluster_key, False
+        return Done()
+
+    def set_voters(self, voters: frozenset[NodeId]) -> Done:
+        """What an entry of the log that names the voters said; each node's `voter` follows it."""
+        changed = [node for node in self._nodes.values() if node.voter != (node.node in voters)]
+        for node in changed:
+            self._keep_node(msgspec.structs.replace(node, voter=not node.voter))
+        return Done(changed=bool(changed))
 
     def _check_new_node(self, node: NodeRecord) -> None:
         check_label("node", node.name)

@@ -40,6 +40,10 @@ class NodeConfig:
     """A model that takes longer over one task is killed."""
     warm_runner: bool = True
     """Keep one process with the runtime imported, so that a model starts in tens of milliseconds. Costs 60 to 90 MB."""
+    snapshot_entries: int = 50_000
+    """Log entries after which the next snapshot is taken and the log is cut."""
+    voter_silent_s: int = 60
+    """A voter that has been silent for so long is replaced by another node."""
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -55,7 +59,7 @@ class NodeConfig:
             raise InvalidArgument(
                 f"listen={self.listen!r} needs `advertise`, the address that others reach this machine at"
             )
-        for field in ("slots", "task_limit_s"):
+        for field in ("slots", "task_limit_s", "snapshot_entries", "voter_silent_s"):
             if getattr(self, field) < 1:
                 raise InvalidArgument(f"{field}={getattr(self, field)} in {CONFIG_FILE} must be at least 1")
         for field in ("disk_reserve_bytes", "cache_bytes", "threads"):

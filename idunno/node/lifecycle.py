@@ -20,6 +20,7 @@ from idunno.base.ids import NodeId, check_label
 from idunno.base.version import VERSION
 from idunno.consensus.log import Log
 from idunno.coordinator.commands import FORMAT, Entry, Genesis, encode_entry
+from idunno.coordinator.electorate import voters_of
 from idunno.coordinator.messages import ENROLL, HELLO, Enroll, EnrollAnswer, Hello, MemberAddress
 from idunno.coordinator.records import NodeRecord, TokenRecord
 from idunno.node.config import NodeConfig, load_config, parse_address
@@ -40,8 +41,6 @@ from idunno.wire.rpc import connect_tcp
 from idunno.wire.security import client_context, fingerprint, make_ca, make_key_and_csr, sign
 from idunno.wire.tokens import make_token, parse_token
 
-VOTERS_MAX: Final = 7
-"""Seven voters go on when three die (design.md, section 6); more would only slow every commit."""
 FIRST_TOKEN_S: Final = 7 * 86_400
 """The token that `init` prints: long enough to carry to the other machines, short enough to forget."""
 JOIN_TIMEOUT_S: Final = 30.0
@@ -58,11 +57,6 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work)
-
-
-def voters_of(nodes: int) -> int:
-    """The largest odd number that is at most min(7, nodes)."""
-    return (min(VOTERS_MAX, nodes) - 1) // 2 * 2 + 1
 
 
 def make_cluster(directories: list[Path], configs: list[NodeConfig]) -> dict[str, str]:

@@ -31,9 +31,11 @@ from idunno.consensus.messages import RAFT, RaftEnvelope, RaftMessage
 from idunno.coordinator.applier import Applier
 from idunno.coordinator.client import Coordinator
 from idunno.coordinator.commands import UpdateNode
+from idunno.coordinator.departure import Departures
 from idunno.coordinator.effects import Effect, KeepSmall, RosterChanged
+from idunno.coordinator.elector import Elector
 from idunno.coordinator.machine import Machine
-from idunno.coordinator.messages import MEMBERS, MemberAddress, Members
+from idunno.coordinator.messages import LEFT, MEMBERS, MemberAddress, Members
 from idunno.coordinator.service import CoordinatorService
 from idunno.grep.service import GrepService
 from idunno.membership import service as membership_service
@@ -42,6 +44,7 @@ from idunno.membership.events import Changed, Self
 from idunno.membership.transport import Membership
 from idunno.node.config import NodeConfig, parse_address
 from idunno.node.identity import DirectoryLock, Identity
+from idunno.node.keys import Keys
 from idunno.node.known import Known
 from idunno.node.logs import start_logging
 from idunno.node.platform import Platform, real_platform
@@ -72,6 +75,8 @@ STEP_S: Final = 2.5
 STOP_S: Final = 9.0
 """How long a stop may take altogether: 10 s are promised (commands.md)."""
 INTRODUCE_S: Final = 10.0
+LAST_WORD_S: Final = 3.0
+"""Connections to a node that left are cut after this: it is told that it is out."""
 REFUSALS: Final = (Conflict, Incompatible, InvalidArgument, NotFound, PermissionDenied)
 """What the roster may answer to a node that it will never take as it is; anything else passes."""
 SEED_S: Final = 5.0
@@ -85,6 +90,7 @@ class Node:
         self.me, self.boot = platform.identity.node, platform.boot
         self.disk = platform.disk
         self._tasks: set[asyncio.Task[None]] = set()
+        self._members: set[NodeId] = set()
         self._stops: list[tuple[str, Callable[[], Awaitable[None]]]] = []
         self.problem = ""
         """Why this node cannot go on, "" while it can."""
@@ -103,28 +109,28 @@ class Node:
         self.local: Caller = LocalCaller(self.server, Peer(Actor(me, Role.NODE), node=me, local=True))
         self.peers = PeerPool(self.known.endpoint, lambda: platform.client_tls, me=me, local=self.local)
 
-        voters = [member.node for member in remembered.members if member.voter]
-        learners = [member.node for member in remembered.members if not member.voter]
         applier = Applier(self.machine)
         self.driver = RaftDriver(
             me,
             platform.log_disk,
             send=self._send_raft,
             apply=applier,
-            config=RaftConfig(),
+            config=RaftConfig(snapshot_entries=config.snapshot_entries, keep_entries=config.snapshot_entries // 5),
             rng=rng,
-            voters=voters,
-            learners=learners,
+            voters=[member.node for member in remembered.members if member.voter],
+            members=[member.node for member in remembered.members],
             copies_needed=min(4, max(1, len(remembered.members))),
         )
         over_tcp = membership_service.OverTcp(self.peers)
         sealer = Sealer([held.cluster_key], me, self.boot, platform.boot_salt)
+        opener = Opener([held.cluster_key])
+        self.keys = Keys(held, sealer, opener, self.disk, self.server)
         self.membership = Membership(
             Self(me, config.name, config.address, self.boot),
             SwimConfig(),
             rng,
             sealer.seal,
-            Opener([held.cluster_key]).open,
+            opener.open,
             self.known.is_member,
             platform.now_ms,
             tcp_probe=over_tcp.probe,
@@ -133,8 +139,17 @@ class Node:
         membership_service.register(self.server, self.membership)
         self.coordinator = Coordinator(self.driver, self.machine, self.peers, me, platform.now_ms)
         coordination = CoordinatorService(
-            self.coordinator, self.server, ca_pem=held.ca_pem, ca_key_pem=lambda: held.ca_key_pem
+            self.coordinator, self.server, ca_pem=held.ca_pem, ca_key_pem=lambda: self.keys.ca_key_pem
         )
+        self.elector = Elector(
+            self.coordinator,
+            self.driver,
+            self.peers,
+            ca_key_pem=lambda: self.keys.ca_key_pem,
+            new_key=lambda: platform.random_bytes(32),
+            silent_s=float(config.voter_silent_s),
+        )
+        self.departures = Departures(self.coordinator, self.elector, self.peers, self.server)
         Reach(self.server, coordination.check_token)
         self._make_files()
         self.scheduler = SchedulerService(
@@ -163,13 +178,16 @@ class Node:
         GrepService(self.server, self.peers, self.membership.view, me, self.disk, spawn=platform.spawn_search)
         self.seat = Seat(self)
         self.server.register(RAFT, self._receive_raft)
+        self.server.register(LEFT, self._told_of_leaving)
         self._connect(applier)
 
     def _make_files(self) -> None:
         sdfs = SdfsConfig(floor_bytes=self.config.disk_reserve_bytes)
         self.blocks = BlockStore(self.disk, self.platform.offload, sdfs)
         self.small = SmallStore(self.disk, self.platform.offload)
-        self.files = FileService(self.me, self.coordinator, self.blocks, self.small, self.peers, config=sdfs)
+        self.files = FileService(
+            self.me, self.coordinator, self.blocks, self.small, self.peers, config=sdfs, rng=self.platform.rng
+        )
         self.datanode = DataNode(
             self.me,
             self.blocks,
@@ -186,6 +204,7 @@ class Node:
     def _connect(self, applier: Applier) -> None:
         """Who hears what of whom."""
         applier.subscribe(self._applied)
+        applier.subscribe(self.files.follow)
         applier.subscribe(self.scheduler.follow)
         self.driver.on_role.append(self._role_changed)
         self.driver.on_leader.append(self._leader_changed)
@@ -222,6 +241,8 @@ class Node:
         await self.driver.start()
         self._on_stop("log", lambda: self.driver.stop(transfer=False))
         self._on_stop("coordinator", self.coordinator.close)
+        self._on_stop("keys", self.keys.close)
+        self._on_stop("elector", self.elector.stop)
         self._on_stop("remembered roster", self.known.close)
         self.datanode.start()
         self._on_stop("blocks", self.datanode.stop)
@@ -304,10 +325,13 @@ class Node:
             text = f"this directory is of cluster {mine[:8]}, but its log is of {roster.cluster[:8]}"
             self.fail(Incompatible(f"{text}: restore files that belong together"))
             return
-        nodes = roster.nodes()
-        voters = [record.node for record in nodes if record.voter]
-        learners = [record.node for record in nodes if not record.voter]
-        self.driver.set_members(voters, learners, roster.acknowledge_copies())
+        members = {record.node for record in roster.nodes()}
+        self.driver.set_members(members, roster.acknowledge_copies())
+        for gone in self._members - members:
+            self.membership.forget(gone)
+            asyncio.get_running_loop().call_later(LAST_WORD_S, self.peers.drop, gone)
+        self._members = members
+        self.keys.follow(roster)
         self.membership.seeds(self.known.members())
         self.server.recheck()
         self.known.remember()
@@ -316,6 +340,7 @@ class Node:
         log.info(
             "leader elected" if is_leader else "leadership ended", extra={"leader": self.config.name, "term": term}
         )
+        self.elector.role_changed(is_leader, term)
         self.files.role_changed(is_leader, term)
         self.scheduler.role_changed(is_leader, term)
 
@@ -347,6 +372,14 @@ class Node:
         if call.peer.node is None:
             raise Conflict("raft messages come from nodes only")
         self.driver.receive(call.peer.node, call.request.message)
+        return Empty()
+
+    async def _told_of_leaving(self, call: Call[Empty]) -> Empty:
+        """The leader's last word to a node that has left: its connections are about to be cut."""
+        if call.peer.node is None:
+            raise Conflict("only a node says so")
+        log.info("node has left the cluster", extra={"node_id": self.me})
+        self.failed.set()
         return Empty()
 
     async def _call_scheduler(self, method: Method[Q, A], request: Q, body: Buffer = b"", *, timeout_s: float) -> A:

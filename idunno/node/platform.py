@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_bytes
 from ssl import SSLContext
 
 from idunno.base.disk import Disk
@@ -53,6 +54,8 @@ class Platform:
     socket_path: str | None
     """Where the local Unix socket goes; None: there is none."""
     cores: int
+    random_bytes: Callable[[int], bytes] = token_bytes
+    """For keys, where `rng` could be guessed."""
     close: Callable[[], None]
     """Ends the threads, after everything else has ended."""
 

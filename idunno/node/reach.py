@@ -1,7 +1,7 @@
 # idunno/node/reach.py: whether the cluster can reach a newcomer at the address it is going to advertise.
 #
 # Rule 1: the newcomer listens on that port during the check, over TCP and UDP, and sends back one nonce and nothing else.
-# Rule 2: only who holds a valid token can have a node call anywhere, and all that is sent is the nonce.
+# Rule 2: only who holds a valid token for a node can have a node call anywhere, and all that is sent is the nonce.
 # Rule 3: the answer names the direction and protocol that fails: that is what a person can mend.
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final, cast
 
-from idunno.base.errors import InvalidArgument, Unavailable
+from idunno.base.errors import InvalidArgument, Unauthenticated, Unavailable
 from idunno.coordinator.messages import CHECK_ADDRESS, CheckAddress, CheckAddressAnswer
+from idunno.coordinator.records import TokenRecord
 from idunno.node.config import parse_address
-from idunno.wire.calls import Call, Caller, Registrar
+from idunno.wire.calls import Call, Caller, Registrar, Role
 
 NONCE_BYTES: Final = 16
 TRY_S: Final = 3.0
@@ -25,11 +26,16 @@ UDP_AGAIN_S: Final = 0.5
 class _Echo(asyncio.Protocol):
     """The newcomer's end over TCP."""
 
-    def __init__(self, nonce: bytes) -> None:
+    def __init__(self, nonce: bytes, connections: set[asyncio.Transport]) -> None:
         self._nonce, self._got = nonce, b""
+        self._connections = connections
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are not of asyncio's classes
+        self._connections.add(self._transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.discard(self._transport)
 
     def data_received(self, data: bytes) -> None:
         self._got = (self._got + data)[: NONCE_BYTES + 1]
@@ -81,8 +87,9 @@ class _Asking(asyncio.Protocol, asyncio.DatagramProtocol):
 async def answering(host: str, port: int, nonce: bytes) -> AsyncIterator[None]:
     """Answer `nonce` on TCP and UDP of host:port while inside. Raises Unavailable when the port cannot be had."""
     loop = asyncio.get_running_loop()
+    connections: set[asyncio.Transport] = set()
     try:
-        server = await loop.create_server(lambda: _Echo(nonce), host, port)
+        server = await loop.create_server(lambda: _Echo(nonce, connections), host, port)
     except OSError as error:
         raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror or error}; give another --listen") from None
     try:
@@ -97,6 +104,8 @@ async def answering(host: str, port: int, nonce: bytes) -> AsyncIterator[None]:
             endpoint.close()
     finally:
         server.close()
+        for connection in list(connections):
+            connection.abort()  # from Python 3.12 on, `wait_closed` waits for them too
         await server.wait_closed()
 
 
@@ -119,15 +128,17 @@ async def check_reachable(cluster: Caller, *, token: str, listen: str, address: 
 
 
 class Reach:
-    """The handler on every node. `check_token` raises when the token is no good."""
+    """The handler on every node. `check_token` gives the token's record, and raises when it is no good."""
 
-    def __init__(self, registrar: Registrar, check_token: Callable[[str, float], Awaitable[object]]) -> None:
+    def __init__(self, registrar: Registrar, check_token: Callable[[str, float], Awaitable[TokenRecord]]) -> None:
         self._check_token = check_token
         registrar.register(CHECK_ADDRESS, self._check)
 
     async def _check(self, call: Call[CheckAddress]) -> CheckAddressAnswer:
         request = call.request
-        await self._check_token(request.token, call.remaining_s())
+        token = await self._check_token(request.token, call.remaining_s())
+        if token.role != Role.NODE.value:
+            raise Unauthenticated(f"this token is for a {token.role}: use it with `idunno login`, not `idunno join`")
         host, port = parse_address(request.address)
         if len(request.nonce) != NONCE_BYTES:
             raise InvalidArgument(f"a nonce has {NONCE_BYTES} bytes, not {len(request.nonce)}")
@@ -143,6 +154,8 @@ async def _why_not(attempt: Awaitable[bool]) -> str:
             return "" if await attempt else "something else answers there"
     except TimeoutError:
         return f"no answer within {TRY_S:.0f} s"
+    except UnicodeError:  # an empty or too long part
+        return "no host can have that name"
     except OSError as error:
         return error.strerror or str(error)
 

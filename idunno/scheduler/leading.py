@@ -121,6 +121,8 @@ class Leading:
 
     def roster_changed(self) -> None:
         now = {record.node: (record.presence, record.boot) for record in self._cluster.machine.roster.nodes()}
+        for node in self._present.keys() - now.keys():
+            self._lost(node, f"worker {self._name(node)} left the cluster")
         for node, (presence, boot) in now.items():
             worker = self.dispatch.workers.get(node)
             if presence != "present" and self._present.get(node, ("", 0))[0] == "present":

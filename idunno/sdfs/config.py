@@ -52,6 +52,8 @@ class SdfsConfig:
     """So much of what still has 3 copies is copied at once: the loss of a small node is repaired within seconds."""
     repair_wait_ms: int = 60_000
     """The rest waits so long: a reboot is no storm."""
+    copy_s: float = 50.0
+    """For one block from one source: less than the order has."""
     repair_again_ms: int = 10_000
     """A node that did not take a copy is asked again after this."""
     stopped_wait_ms: int = 600_000

@@ -32,12 +32,9 @@ from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.hashing import check_block_id
 from idunno.sdfs.inventory import Report, Reporter
 from idunno.sdfs.messages import (
-    HAVE_BLOCK,
     READ_BLOCK,
     WRITE_BLOCK,
     CopyFailure,
-    HaveBlock,
-    HaveBlockAnswer,
     ReadBlock,
     WriteBlock,
     WriteBlockAnswer,
@@ -60,7 +57,7 @@ class _SourceFailed(Exception):
 
 
 class DataNode:
-    """This node's part in moving blocks: `block.write`, `block.read`, `block.have`, and its reports to the leader.
+    """This node's part in moving blocks for clients: `block.write`, `block.read`; and its reports to the leader.
 
     `may_write(put, actor)` raises PermissionDenied or Conflict when a client may not write for that put; `locate(block)`
     names nodes that hold a block, or may, best first; `report` sends an inventory page to the leader.
@@ -88,7 +85,6 @@ class DataNode:
     def register(self, registrar: Registrar) -> None:
         registrar.register(WRITE_BLOCK, self.write)
         registrar.register(READ_BLOCK, self.read)
-        registrar.register(HAVE_BLOCK, self.have)
 
     def start(self) -> None:
         """After the block store is open."""
@@ -206,10 +202,6 @@ class DataNode:
             raise DeadlineExceeded(f"{late} for {self._config.idle_s:.0f} s") from None
 
     # -- reading ------------------------------------------------------------------------------------------------------
-
-    async def have(self, call: Call[HaveBlock]) -> HaveBlockAnswer:
-        """Synced, and read again from end to end."""
-        return HaveBlockAnswer(await self._blocks.verify(check_block_id(call.request.block)))
 
     async def read(self, call: Call[ReadBlock]) -> Empty:
         request = call.request

@@ -65,11 +65,11 @@ class Expiry:
     async def look(self) -> None:
         """Propose what is due. Raises IdunnoError."""
         machine = await self._coordinator.read(PROPOSE_S)
-        entries = _due(machine, self._config.trash_ms)
-        if entries:
+        left = PROPOSALS_MAX
+        while left > 0 and (entries := _due(machine, self._config.trash_ms)):
             await self._propose(Purge(entries))
             log.info("trash purged", extra={"entries": len(entries)})
-        left = PROPOSALS_MAX
+            left -= 1
         for rule in machine.namespace.retention.rules():
             left -= await self._look_below(machine, rule, left)
             if left <= 0:
@@ -84,7 +84,11 @@ class Expiry:
             names, more = namespace.names(rule.prefix, after, NAMES_SLICE)
             for name in names:
                 versions = namespace.history(name)
-                if not versions or name.startswith(SYSTEM) or namespace.retention.rule_for(name, versions[-1].owner) != rule:
+                if (
+                    not versions
+                    or name.startswith(SYSTEM)
+                    or namespace.retention.rule_for(name, versions[-1].owner) != rule
+                ):
                     continue
                 gone = expired(versions, rule, machine.now_ms)[:VERSIONS_MAX]
                 if gone:

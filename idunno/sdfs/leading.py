@@ -86,9 +86,7 @@ class Leading:
         self._locator = self._repairing = None
         if is_leader:
             self._locator = Locator(term)
-            self._repairing = Repairing(
-                self._me, self._coordinator, self._peers, self._locator, config=self._config
-            )
+            self._repairing = Repairing(self._me, self._coordinator, self._peers, self._locator, config=self._config)
 
     def follow(self, effect: Effect) -> None:
         """What was applied here, in order."""
@@ -212,7 +210,9 @@ class Leading:
             leader = self._coordinator.driver.leader
             if leader is None or leader == self._me:
                 raise NoQuorum("no leader is known: an election is under way, or too many nodes are away")
-            return await self._peers.to(leader).call(REPAIR, call.request, timeout_s=max(0.05, call.remaining_s() - 0.2))
+            return await self._peers.to(leader).call(
+                REPAIR, call.request, timeout_s=max(0.05, call.remaining_s() - 0.2)
+            )
         return await self._repairing.answer()
 
     # -- looking after ------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ class _Hints:
     __slots__ = ("fresh", "old")
 
     def __init__(self) -> None:
-        self.fresh: set[BlockId] = set()
-        self.old: set[BlockId] = set()
+        self.fresh: dict[BlockId, None] = {}
+        self.old: dict[BlockId, None] = {}
 
 
 class Locator:
@@ -37,9 +37,11 @@ class Locator:
 
     def __init__(self, term: Term) -> None:
         self.term = term
-        self._held: dict[NodeId, set[BlockId]] = {}
+        # Sets in order of arrival (dicts without values): what follows from walking them is the same in every run.
+        self._held: dict[NodeId, dict[BlockId, None]] = {}
         self._hints: dict[NodeId, _Hints] = {}
-        self._coming: dict[NodeId, set[BlockId]] = {}  # full reports under way; they replace `_held` at their end
+        # Full reports under way; they replace `_held` at their end.
+        self._coming: dict[NodeId, dict[BlockId, None]] = {}
         self._complete: set[NodeId] = set()
         self._space: dict[NodeId, Space] = {}
         self._problem: dict[NodeId, str] = {}
@@ -58,26 +60,26 @@ class Locator:
         if not page.first and node not in self._coming and node not in self._complete:
             raise StaleTerm(f"changes from {node}, which has not reported in full in term {self.term}: report anew")
         if page.first:
-            self._coming[node] = set()
-        for known in (self._held.setdefault(node, set()), self._coming.get(node)):
+            self._coming[node] = {}
+        for known in (self._held.setdefault(node, {}), self._coming.get(node)):
             if known is not None:
-                known.difference_update(page.removed)
-                known.update(page.added)
+                _take_off(known, page.removed)
+                known.update(dict.fromkeys(page.added))
         self._space[node] = Space(page.free_bytes, page.total_bytes)
         self._problem[node], self._rotten[node] = page.problem, page.rotten
-        changed = {*page.added, *page.removed}
+        changed = dict.fromkeys((*page.added, *page.removed))
         hints = self._hints.get(node)
         if hints is not None:
-            hints.fresh.difference_update(page.removed)
-            hints.old.difference_update(page.removed)
+            _take_off(hints.fresh, page.removed)
+            _take_off(hints.old, page.removed)
         if page.last and (whole := self._coming.pop(node, None)) is not None:
             changed |= self._held[node]
             self._held[node] = whole
             self._complete.add(node)
             changed |= whole
         if hints is not None and node not in self._coming:
-            changed |= hints.old - self._held[node]
-            hints.old, hints.fresh = hints.fresh, set()
+            changed.update((block, None) for block in hints.old if block not in self._held[node])
+            hints.old, hints.fresh = hints.fresh, {}
             if not hints.old:
                 del self._hints[node]
         return changed
@@ -85,23 +87,26 @@ class Locator:
     def stored(self, block: BlockId, nodes: Iterable[NodeId]) -> None:
         """A commit, or the node to which a copy was ordered, says that these have synced the block."""
         for node in nodes:
-            self._hints.setdefault(node, _Hints()).fresh.add(block)
+            self._hints.setdefault(node, _Hints()).fresh[block] = None
 
     def lacks(self, block: BlockId, node: NodeId) -> None:
         """Who was asked for the block there did not get it. (Its next full report is believed again.)"""
         for known in (self._held.get(node), self._coming.get(node)):
             if known is not None:
-                known.discard(block)
+                known.pop(block, None)
         if (hints := self._hints.get(node)) is not None:
-            hints.fresh.discard(block)
-            hints.old.discard(block)
+            hints.fresh.pop(block, None)
+            hints.old.pop(block, None)
 
     def doubt(self, node: NodeId) -> Iterable[BlockId]:
         """The node is away: what it holds counts again when it has reported in full. The blocks concerned."""
+        concerned = self.held_by(node)
+        # What commits said of it included: it may come back with all of that.
+        self._held[node] = dict.fromkeys(concerned)
         self._complete.discard(node)
         self._coming.pop(node, None)
         self._hints.pop(node, None)
-        return list(self._held.get(node, ()))
+        return concerned
 
     def forget(self, node: NodeId) -> Iterable[BlockId]:
         """The node is out of the roster. The blocks concerned."""
@@ -119,7 +124,8 @@ class Locator:
         return sorted(found)
 
     def held_by(self, node: NodeId) -> list[BlockId]:
-        return list(self._held.get(node, ()))
+        hints = self._hints.get(node) or _Hints()
+        return list(dict.fromkeys((*self._held.get(node, ()), *hints.fresh, *hints.old)))
 
     def count(self, node: NodeId) -> int:
         return len(self._held.get(node, ()))
@@ -144,3 +150,8 @@ class Locator:
     def recovering(self, present: Iterable[NodeId]) -> bool:
         """Whether a present node has not yet reported in full to this term's leader."""
         return any(node not in self._complete for node in present)
+
+
+def _take_off(known: dict[BlockId, None], blocks: Iterable[BlockId]) -> None:
+    for block in blocks:
+        known.pop(block, None)

@@ -38,6 +38,8 @@ ORDER_S: Final = 30.0
 LOST_TOLD_MAX: Final = 100
 NAMES_SLICE: Final = 100
 DRAIN_LOOK_S: Final = 0.5
+DRAIN_FIRST_S: Final = 1.0
+"""What the node took until now it reports within this (inventory.py)."""
 DRAIN_SAY_S: Final = 10.0
 
 
@@ -178,7 +180,7 @@ class Repairing:
         task.add_done_callback(self._orders.discard)
 
     async def _copy(self, order: Copying) -> None:
-        extra: dict[str, Any] = {"block": order.block, "node": order.target, "copies": order.copies}
+        extra: dict[str, Any] = {"block": order.block, "holder": order.target, "copies": order.copies}
         request = Copy(order.block, order.size, list(order.sources), self._locator.term)
         began_ms = self._now_ms()
         try:
@@ -208,10 +210,10 @@ class Repairing:
                 request = Drop(order.block, self._locator.term)
                 await self._peers.to(order.drop).call(DROP, request, timeout_s=ORDER_S)
                 self._locator.lacks(order.block, order.drop)
-                log.info("surplus copy dropped", extra={"block": order.block, "node": order.drop})
+                log.info("surplus copy dropped", extra={"block": order.block, "holder": order.drop})
         except IdunnoError as error:
             done = False
-            log.info("surplus copy kept", extra={"block": order.block, "node": order.drop, "error": str(error)})
+            log.info("surplus copy kept", extra={"block": order.block, "holder": order.drop, "error": str(error)})
         self.core.trimmed(order, self._now_ms(), done=done)
         self._wake.set()
 
@@ -223,7 +225,7 @@ class Repairing:
         )
         for node, answer in zip(order.keep, answers, strict=True):
             if not answer.have:
-                log.warning("copy is not what was reported", extra={"block": order.block, "node": node})
+                log.warning("copy is not what was reported", extra={"block": order.block, "holder": node})
                 self._locator.lacks(order.block, node)
         return all(answer.have for answer in answers)
 
@@ -277,6 +279,7 @@ class Repairing:
         name = self._coordinator.machine.roster.node(node).name
         self.draining.add(node)
         try:
+            await asyncio.sleep(DRAIN_FIRST_S)
             return await self._drained(node, name)
         except BaseException:
             self.undrain(node)  # whoever gave up on it wants the node as it was
@@ -298,7 +301,7 @@ class Repairing:
                 )
             if self._loop.time() - said_s > DRAIN_SAY_S:
                 said_s = self._loop.time()
-                log.info("draining", extra={"node": node, "blocks": held, "left": left})
+                log.info("draining", extra={"holder": node, "blocks": held, "left": left})
             self._check_drain(node, name, left)
             await asyncio.sleep(DRAIN_LOOK_S)
 

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import logging
+import random
 from typing import Final
 
 from idunno.base.errors import Conflict, IdunnoError, InvalidArgument, NotReady, PermissionDenied
-from idunno.base.ids import BlockId, NodeId, Term, check_file_name
+from idunno.base.ids import BlockId, Index, NodeId, Term, check_file_name
 from idunno.coordinator.commands import AbortPut, BeginPut, CommitPut, DeleteFile, PutSmall
+from idunno.coordinator.effects import BlocksFreed, Effect
 from idunno.coordinator.records import SMALL_BYTES_MAX, Block, VersionRecord
 from idunno.coordinator.results import FileGone, PutDone, PutOpen
 from idunno.sdfs.blocks import BlockStore
@@ -35,9 +37,12 @@ from idunno.sdfs.messages import (
     PutAnswer,
     PutSmallFile,
 )
+from idunno.sdfs.orders import Orders
 from idunno.sdfs.ports import Coordination
 from idunno.sdfs.rules import check_reachable, iso, put_answer, quorum
+from idunno.sdfs.scrub import Scrubber
 from idunno.sdfs.small import SmallStore
+from idunno.sdfs.sweep import Sweeper
 from idunno.sdfs.views import Views
 from idunno.sdfs.where import Where
 from idunno.wire.calls import Actor, Call, Empty, Peers, Registrar, Role
@@ -60,11 +65,15 @@ class FileService:
         peers: Peers,
         *,
         config: SdfsConfig,
+        rng: random.Random,
     ) -> None:
         self._me, self._coordinator, self._small = me, coordinator, small
         self._where = Where(me, coordinator, peers)
         self._views = Views(me, coordinator, blocks, small, peers, self._where)
-        self.leading = Leading(me, coordinator, config=config)
+        self.leading = Leading(me, coordinator, peers, config=config)
+        self.orders = Orders(me, coordinator, blocks, peers, config=config)
+        self.sweeper = Sweeper(coordinator, blocks, config=config)
+        self.scrubber = Scrubber(blocks, rng, config=config)
 
     def register(self, registrar: Registrar) -> None:
         registrar.register(BEGIN, self.begin)
@@ -74,12 +83,24 @@ class FileService:
         registrar.register(DELETE, self.delete)
         self._views.register(registrar)
         self.leading.register(registrar)
+        self.orders.register(registrar)
 
     def start(self) -> None:
+        """After the block store is open."""
         self.leading.start()
+        self.sweeper.start()
+        self.scrubber.start()
 
     async def stop(self) -> None:
+        await self.scrubber.stop()
+        await self.sweeper.stop()
         await self.leading.stop()
+
+    def follow(self, index: Index, effect: Effect) -> None:
+        """For Applier.subscribe."""
+        if isinstance(effect, BlocksFreed):
+            self.sweeper.freed(effect.blocks)
+        self.leading.follow(effect)
 
     def role_changed(self, is_leader: bool, term: Term) -> None:
         """For RaftDriver.on_role."""

@@ -97,6 +97,15 @@ def sign(ca_cert_pem: bytes, ca_key_pem: bytes, csr_pem: bytes, *, common_name: 
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
+def is_key_of(cert_pem: bytes, key_pem: bytes) -> bool:
+    """Whether this private key belongs to the certificate."""
+    try:
+        key = serialization.load_pem_private_key(key_pem, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return False
+    return key.public_key() == x509.load_pem_x509_certificate(cert_pem).public_key()
+
+
 def fingerprint(cert_pem_or_der: bytes) -> bytes:
     """SHA-256 of the certificate's DER. Raises InvalidArgument for PEM that holds no certificate."""
     if cert_pem_or_der.lstrip().startswith(b"-----"):

@@ -299,7 +299,10 @@ def peer_fingerprint(transport: asyncio.BaseTransport) -> bytes | None:
 
 
 def unix_peer(transport: asyncio.BaseTransport) -> Peer:
-    """Who holds the other end of a Unix socket: this process's user or root. Raises Unauthenticated for all others."""
+    """Who holds the other end of a Unix socket: this process's user or root. Raises Unauthenticated for all others.
+
+    As NAME@local, which nobody can log in as: what somebody owns here is not for whoever chooses the same name elsewhere.
+    """
     sock = transport.get_extra_info("socket")
     size = struct.calcsize("3i")
     _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
@@ -309,7 +312,7 @@ def unix_peer(transport: asyncio.BaseTransport) -> Peer:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
         name = f"uid-{uid}"  # a container without that user
-    return Peer(Actor(name, Role.ADMIN), local=True)
+    return Peer(Actor(f"{name}@local", Role.ADMIN), local=True)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ def running(*words: str, home: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.communicate()
 
 
-def test_a_cluster_grows_by_joins_and_says_that_it_has_one_voter(tmp_path: Path) -> None:
+def test_a_cluster_grows_by_joins_and_says_as_long_as_it_has_one_voter(tmp_path: Path) -> None:
     cluster = Cluster(0)  # only its ports, its home and its commands are used
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     ports = [cluster.port + i for i in range(3)]
@@ -66,14 +66,17 @@ def test_a_cluster_grows_by_joins_and_says_that_it_has_one_voter(tmp_path: Path)
             )
             until(lambda: [m["state"] for m in members(third)] == ["active"] * 3, "the newcomer to see all")
             status = cluster.json("status", where=str(second))  # the joined node's own view
-            assert (status["node"], status["scheduler"], status["voters"]) == ("second", "first", ["first"])
-            assert not status["healthy"]
-            assert "one voter" in status["why"]
+            assert (status["node"], status["scheduler"]) == ("second", "first")
+            until(
+                lambda: len(cluster.json("status", where=str(second))["voters"]) == 3, "three voters, where one was before"
+            )
             put = cluster.json("put", str(DIGITS / "digits.zip"), "z.zip", where=str(second))
             assert (put["copies"], put["degraded"]) == (3, False)  # as many as there are nodes
             cluster.json("deploy", "digits", str(DIGITS / "digits.onnx"), where=str(second))
             cluster.json("infer", "digits", "sdfs:z.zip", "--output", str(tmp_path / "out.jsonl"), where=str(second))
             check_digits(tmp_path / "out.jsonl")
+            assert cluster.json("get", "z.zip", str(tmp_path / "z"), where=str(first))["size"] == put["size"]
         until(lambda: sorted(m["state"] for m in members(first)) == ["active", "stopped", "stopped"], "their stop seen")
-        assert cluster.json("get", "z.zip", str(tmp_path / "z"), where=str(first))["size"] == put["size"]
+        # Two of three voters are stopped, and nobody has said that they are gone for good.
+        until(lambda: "no quorum: 1 of 3" in cluster.json("status", where=str(first))["why"], "no quorum")
     cluster.__exit__()

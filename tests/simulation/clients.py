@@ -124,7 +124,7 @@ class Client:
             else:
                 self.world.loop.call_soon(answer.set_result, result)
 
-        self.loop.call_soon(self.loop.create_task, do())
+        self.loop.call_soon(lambda: self.loop.create_task(do()))
         return answer
 
     def begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -243,7 +243,7 @@ class Client:
                 await self._job(model)
             else:
                 deployed = await self._deploy(model)
-            await asyncio.sleep(self.rng.random())
+            await asyncio.sleep(self.rng.random() * self.rng.choice([1.0, 1.0, 6.0]))
 
     async def _deploy(self, model: str) -> bool:
         promises, rng = self.promises, self.rng
@@ -314,7 +314,9 @@ class Client:
 
     async def _verify_job(self, job: str, story: JobStory) -> None:
         info = await self.session.call(GET_JOB, GetJob(job), timeout_s=VERIFY_S)
-        if info.finished is None and "is failed" in info.reason:  # no worker could set the model up: its user tries again
+        if (
+            info.finished is None and "is failed" in info.reason
+        ):  # no worker could set the model up: its user tries again
             self.stopping = False
             await self._deploy(info.model)
             self.stopping = True

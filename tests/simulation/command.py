@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections import Counter
+from typing import TextIO
 
 from tests.simulation.dose import Dose
 from tests.simulation.faults import KINDS
@@ -19,10 +21,12 @@ def replay_command(seed: str, nodes: int, seconds: float, kinds: list[str] | Non
     return f"tests/simulation/run --seed {seed} --nodes {nodes} --minutes {seconds / 60:.6g} --faults {faults}"
 
 
-def one(seed: str, nodes: int, seconds: float, kinds: list[str] | None, *, watch: bool) -> Report:
+def one(
+    seed: str, nodes: int, seconds: float, kinds: list[str] | None, *, watch: bool, trace: TextIO | None = None
+) -> Report:
     """One world. Raises AssertionError whose last line is the command that replays it."""
     try:
-        return mixed(seed, nodes=nodes, seconds=seconds, kinds=kinds, watch=watch)
+        return mixed(seed, nodes=nodes, seconds=seconds, kinds=kinds, watch=watch, trace=trace)
     except AssertionError as error:
         raise AssertionError(f"{error}\nreplay: {replay_command(seed, nodes, seconds, kinds)}") from error
 
@@ -34,6 +38,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=SECONDS / 60, help="of virtual time under faults")
     parser.add_argument("--faults", default="all", help="all, none, or a list of " + ", ".join(KINDS))
+    parser.add_argument("--trace", metavar="FILE", help="write every event of the one world: two runs must not differ")
     parser.add_argument("--quiet", action="store_true", help="no story")
     asked = parser.parse_args()
     kinds = None if asked.faults == "all" else [] if asked.faults == "none" else asked.faults.split(",")
@@ -42,15 +47,16 @@ def main() -> int:
         parser.error(f"no such fault: {', '.join(unknown)}; known are {', '.join(KINDS)}")
     seconds = asked.minutes * 60
     if asked.seeds is None:
-        return _one(asked.seed, asked.nodes, seconds, kinds, watch=not asked.quiet)
+        return _one(asked.seed, asked.nodes, seconds, kinds, watch=not asked.quiet, trace=asked.trace)
     first, _, last = asked.seeds.partition("-")
     return _many(range(int(first), int(last or first) + 1), asked.nodes, seconds, kinds)
 
 
-def _one(seed: str, nodes: int, seconds: float, kinds: list[str] | None, *, watch: bool) -> int:
+def _one(seed: str, nodes: int, seconds: float, kinds: list[str] | None, *, watch: bool, trace: str | None) -> int:
     began = time.perf_counter()
     try:
-        report = one(seed, nodes, seconds, kinds, watch=watch)
+        with open(trace, "w", encoding="utf-8") if trace else contextlib.nullcontext() as file:
+            report = one(seed, nodes, seconds, kinds, watch=watch, trace=file)
     except AssertionError as error:
         print(f"FAILED: {error}", file=sys.stderr)  # noqa: T201
         return 1

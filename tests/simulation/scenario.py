@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TextIO
 
 from tests.simulation.checkers import Checkers
 from tests.simulation.clients import Client, Promises
@@ -124,9 +124,11 @@ def mixed(
     kinds: list[str] | None = None,
     every_s: float = EVERY_S,
     watch: bool = False,
+    trace: TextIO | None = None,
 ) -> Report:
     """One world with faults of these kinds (all by default). Raises AssertionError with the end of its story."""
     cluster = make(seed, nodes, watch=watch)
+    cluster.world.trace.file = trace
     chosen = list(KINDS) if kinds is None else kinds
 
     async def story(world: World) -> None:

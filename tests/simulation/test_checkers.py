@@ -77,7 +77,7 @@ def test_a_query_that_is_answered_with_another_ones_answer_is_found(monkeypatch:
 
     monkeypatch.setattr(SimRunner, "run", shifted)
     with pytest.raises(AssertionError, match=r"answers other queries"):
-        mixed("shifted answers", seconds=5, kinds=[])
+        mixed("shifted answers", seconds=12, kinds=[])
 
 
 def test_content_that_is_not_as_it_was_put_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from hashlib import blake2b
-from typing import Final
+from typing import Final, TextIO
 
 from tests.simulation.loop import Scheduler
 
@@ -19,13 +19,18 @@ class Trace:
         self._hash = blake2b(digest_size=16)
         self.events = 0
         self.story: deque[str] = deque(maxlen=LINES_KEPT)
+        self.file: TextIO | None = None
+        """Where all of it is written, to find the first difference of two runs."""
         self.watch = False
         """Print the story as it happens."""
 
     def note(self, what: str, *about: str | int | float) -> None:
         """Something that happened, for the hash alone."""
         self.events += 1
-        self._hash.update(f"{self._scheduler.now!r} {what} {about!r}\n".encode())
+        line = f"{self._scheduler.now!r} {what} {about!r}\n"
+        self._hash.update(line.encode())
+        if self.file is not None:
+            self.file.write(line)
 
     def tell(self, what: str, /, **about: object) -> None:
         """Something that a person wants to read."""

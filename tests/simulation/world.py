@@ -19,10 +19,10 @@ from idunno.base.ids import Index, NodeId
 from idunno.base.version import VERSION
 from idunno.consensus.log import Log
 from idunno.coordinator.commands import FORMAT, AddUser, Entry, Genesis, encode_entry
+from idunno.coordinator.electorate import voters_of
 from idunno.coordinator.messages import MemberAddress
 from idunno.coordinator.records import NodeRecord, TokenRecord, UserRecord
 from idunno.node.identity import PEERS_FILE, KnownPeers, encode_peers
-from idunno.node.lifecycle import voters_of
 from idunno.node.node import Node
 from idunno.wire.calls import Actor, Role
 from idunno.wire.security import fingerprint
@@ -167,7 +167,10 @@ class World:
             loop = machine.begin()
             machine.ended = self.loop.create_future()
             self.trace.tell("starts", machine=machine.name, boot=machine.boot)
-            loop.call_soon(loop.create_task, self._run_node(machine, loop))
+            loop.call_soon(self._begin_node, machine, loop)
+
+    def _begin_node(self, machine: Machine, loop: SimLoop) -> None:
+        loop.create_task(self._run_node(machine, loop))
 
     async def _run_node(self, machine: Machine, loop: SimLoop) -> None:
         """In the process: as node.run_node does, without signals."""
@@ -221,7 +224,7 @@ class World:
             await node.stop()
             self.loop.call_soon(self._exits, machine, loop, "stopped")
 
-        loop.call_soon(loop.create_task, stop())
+        loop.call_soon(lambda: loop.create_task(stop()))
 
     async def stop(self, name: str) -> None:
         """begin_stop, and wait for the end, however it comes."""
@@ -295,7 +298,7 @@ class World:
             else:
                 self._tell(answer, result=result)
 
-        loop.call_soon(loop.create_task, do())
+        loop.call_soon(lambda: loop.create_task(do()))
         try:
             return await answer
         finally:

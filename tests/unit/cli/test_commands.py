@@ -66,7 +66,8 @@ def test_a_folder_is_counted_and_listed_when_asked(idunno: Terminal, tmp_path: P
 def test_looking_at_files(idunno: Terminal, tmp_path: Path) -> None:
     idunno.fake.world.put("a", b"1")
     idunno.fake.world.put("a", b"22")
-    assert idunno.ok("ls", "--json").json == [{"name": "a", "version": 2, "size": 2, "created": CREATED}]
+    (row,) = idunno.ok("ls", "--json").json
+    assert {"name": "a", "version": 2, "size": 2, "created": CREATED}.items() <= row.items()
     assert idunno.ok("ls", "nothing", "--json").json == []
     assert idunno.ok("versions", "a", "--json").json[0] == {
         "version": 2,

@@ -43,6 +43,7 @@ class Door:
         self.tokens_heard: list[str] = []
         self.keys: dict[str, bytes] = {}
         self.answers_lost = 0
+        self.silent = False
         self.server = Server(self._identify, name="n1")
         self.server.register(HELLO, self._hello)
         self.server.register(ENROLL, self._enroll)
@@ -56,6 +57,8 @@ class Door:
         return Peer(Actor(name, Role.USER)) if name is not None else None
 
     async def _hello(self, call: Call[Hello]) -> HelloAnswer:
+        if self.silent:
+            await asyncio.Event().wait()
         return HelloAnswer("c" * 32, self.ca_pem, "0.1.0")
 
     async def _enroll(self, call: Call[Enroll]) -> EnrollAnswer:
@@ -159,5 +162,14 @@ def test_a_login_whose_answer_was_lost_asks_again_with_the_same_key(tmp_path: Pa
         door.answers_lost = 1
         assert (await login(address, door.token, "alice", home, 10)).name == "alice"
         assert len(door.tokens_heard) == 2
+
+    play(tmp_path, body)
+
+
+def test_a_node_that_does_not_even_greet_has_changed_nothing(tmp_path: Path) -> None:
+    async def body(door: Door, address: str, home: Path) -> None:
+        door.silent = True
+        with pytest.raises(Unavailable, match=r"join\.hello"):
+            await login(address, door.token, "alice", home, 0.3)
 
     play(tmp_path, body)

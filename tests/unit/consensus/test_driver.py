@@ -74,7 +74,7 @@ class Cluster:
             config=self.config,
             rng=random.Random(name),
             voters=self.voters,
-            learners=self.learners,
+            members=[*self.voters, *self.learners],
             copies_needed=self.copies,
         )
         driver.on_role.append(lambda leads, term: self.roles.append((name, leads, term)))
@@ -158,7 +158,7 @@ def test_the_answer_waits_for_the_wanted_copies_learners_included() -> None:
         error = await outcome(leader.propose(b"y", 0.2))
         assert isinstance(error, DeadlineExceeded)
         assert "is committed, 3 of 4 copies synced; no acknowledgement from n4" in str(error)
-        leader.set_members(cluster.voters, [], 3)  # the roster let it go
+        leader.set_members(cluster.voters, 3)  # the roster let it go
         assert (await leader.propose(b"z", WAIT_S))[1] == 3
 
     story(work, 3, learners=1, copies=4)
@@ -408,6 +408,26 @@ def test_a_leader_whose_disk_refuses_steps_aside_and_comes_back_when_it_works_ag
     story(work, 3)
 
 
+def test_a_node_whose_log_cannot_be_read_for_a_while_applies_on_when_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idunno.consensus.driver.DISK_RETRY_S", 0.02)
+
+    async def work(cluster: Cluster) -> None:
+        leader = await cluster.elected()
+        index, _, _ = await leader.propose(b"x", WAIT_S)
+        name = next(name for name in cluster.drivers if name != leader.me)
+        await cluster.kill(name)
+        await cluster.start(name)  # what it holds already it reads from its disk again
+        cluster.disks[name].faults["read"] = "Input/output error"
+        restarted = cluster.drivers[name]
+        await until(lambda: restarted.problem is not None)
+        assert "cannot be read" in str(restarted.problem)
+        cluster.disks[name].faults.clear()
+        await restarted.applied(index, WAIT_S)
+        await until(lambda: restarted.problem is None)
+
+    story(work, 3)
+
+
 def test_an_entry_that_cannot_be_applied_stops_the_node_and_it_says_so() -> None:
     async def work(cluster: Cluster) -> None:
         leader = await cluster.elected()
@@ -432,6 +452,32 @@ def test_a_follower_that_is_far_behind_is_fed_from_the_disk() -> None:
         await cluster.start(late)
         await cluster.drivers[late].applied(leader.last_index, WAIT_S)
         assert cluster.machines[late] == cluster.machines[leader.me]
+
+    story(work, 3)
+
+
+def test_a_leader_that_cannot_read_old_entries_for_a_while_feeds_a_late_follower_when_it_can() -> None:
+    async def work(cluster: Cluster) -> None:
+        leader = await cluster.elected()
+        late = next(n for n in cluster.voters if n != leader.me)
+        await cluster.kill(late)
+        leader._log._cache_bytes_max = 10_000
+        for i in range(40):
+            await leader.propose(b"%02d" % i * 1_000, WAIT_S)
+        tried = asyncio.Event()
+        read = leader._log.read
+
+        async def refused(first: int, last: int) -> list[bytes]:
+            tried.set()
+            return await read(first, last)
+
+        leader._log.read = refused  # type: ignore[method-assign]
+        cluster.disks[leader.me].faults["open"] = "Too many open files"
+        await cluster.start(late)
+        await tried.wait()
+        cluster.disks[leader.me].faults.clear()
+        await cluster.drivers[late].applied(leader.last_index, WAIT_S)
+        assert leader.problem is None
 
     story(work, 3)
 

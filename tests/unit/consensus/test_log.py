@@ -42,7 +42,7 @@ async def made(first: bytes | None = b"first") -> MemoryDisk:
     return disk
 
 
-async def opened(disk: MemoryDisk, **options: int) -> Log:
+async def opened(disk: MemoryDisk, **options: Any) -> Log:
     return await Log.open(disk, segment_bytes=SMALL, **options)
 
 
@@ -184,10 +184,10 @@ def test_a_torn_write_of_several_records_is_cut_and_the_log_goes_on() -> None:
         torn = 0
         for _ in range(6):
             for _ in range(rng.randint(0, 3)):
-                entry = (1, rng.randbytes(rng.randint(0, 900)))
+                entry = (1, b"x" + rng.randbytes(rng.randint(0, 900)))
                 expected.append(entry)
                 await add(log, len(expected), entry)
-            batch = [(1, rng.randbytes(rng.randint(0, 900))) for _ in range(rng.randint(1, 4))]
+            batch = [(1, b"x" + rng.randbytes(rng.randint(0, 900))) for _ in range(rng.randint(1, 4))]
             await add(log, len(expected) + 1, *batch, flush=False)
             disk.faults["sync"] = "power lost"
             with pytest.raises(DiskFailed):
@@ -422,7 +422,9 @@ def test_any_history_of_appends_cuts_flushes_and_crashes_reads_back(data: st.Dat
                     if first <= len(model):
                         term += 1
                         log.stage_hard(HardState(Term(term)))
-                    new = [(term, p) for p in data.draw(st.lists(st.binary(max_size=700), min_size=1, max_size=4))]
+                    new = [
+                        (term, b"x" + p) for p in data.draw(st.lists(st.binary(max_size=700), min_size=1, max_size=4))
+                    ]
                     await add(log, first, *new, flush=False)
                     model[first - 1 :] = new
                 case "flush":

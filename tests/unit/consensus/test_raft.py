@@ -21,6 +21,7 @@ from idunno.consensus.messages import (
 from idunno.consensus.quorum import grants_vote, majority, reached
 from idunno.consensus.raft import Raft
 from idunno.consensus.terms import Terms
+from idunno.consensus.voters import Voters
 from tests.unit.consensus.world import CONFIG, World
 
 ME, A, B, C, D = (NodeId(name) for name in ("me", "a", "b", "c", "d"))
@@ -34,7 +35,7 @@ def core(
     for t in log_terms:
         terms.append(Term(t), 10)
     hard = e.HardState(Term(max([term, *log_terms])))
-    return Raft(ME, voters, learners, terms, hard, CONFIG, random.Random(1), 0)
+    return Raft(ME, Voters(voters), {*voters, *learners}, terms, hard, CONFIG, random.Random(1), 0)
 
 
 def lead(raft: Raft, now_ms: int = LATE) -> list[e.Output]:
@@ -165,14 +166,19 @@ def test_3_6_1_only_a_log_as_long_and_late_as_mine_gets_my_vote(
     assert not grants_vote(mine, theirs, B, A)
 
 
-def test_a_learner_never_stands_and_has_no_vote() -> None:
+def test_a_learner_never_stands() -> None:
     raft = core(1, voters=(A, B, C), learners=(ME,))
     assert of(e.Send, raft.handle(e.Tick(), LATE)) == []
-    assert raft.handle(e.Received(A, VoteRequest(Term(2), Index(1), Term(1))), LATE) == []
-    other = core(1)
-    assert (
-        other.handle(e.Received(D, VoteRequest(Term(2), Index(1), Term(1))), LATE) == []
-    )  # asked by one that is no voter
+
+
+@pytest.mark.parametrize("voters", [(ME, A, B), (A, B, C)])
+def test_4_2_2_a_vote_is_given_whoever_votes_by_the_own_log_since_the_askers_may_be_ahead(
+    voters: tuple[NodeId, ...],
+) -> None:
+    raft = core(1, voters=voters)
+    [persist] = of(e.Persist, raft.handle(e.Received(D, VoteRequest(Term(2), Index(1), Term(1))), LATE))
+    assert isinstance(persist, e.Persist)
+    assert persist.then == (e.Send(D, VoteAnswer(Term(2), True)),)
 
 
 def test_6_4_a_new_leader_begins_with_a_no_op() -> None:
@@ -347,8 +353,8 @@ def test_a_learner_is_replicated_to_and_counts_as_a_copy_but_not_for_commit() ->
 def test_learners_come_and_go_while_it_leads() -> None:
     raft = core(1)
     lead(raft)
-    assert [o.to for o in raft.handle(e.SetLearners(frozenset({C})), LATE) if isinstance(o, e.Send)] == [C]
-    raft.handle(e.SetLearners(frozenset()), LATE)
+    assert [o.to for o in raft.handle(e.SetMembers(frozenset({ME, A, B, C})), LATE) if isinstance(o, e.Send)] == [C]
+    raft.handle(e.SetMembers(frozenset({ME, A, B})), LATE)
     assert sorted(raft.peers) == [A, B]
 
 

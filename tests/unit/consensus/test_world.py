@@ -21,13 +21,15 @@ def storm(
     sync_first: bool = True,
     ms: int = 20_000,
     config: RaftConfig = CONFIG,
+    changes: float = 0.0,
+    snapshots: float = 0.0,
 ) -> World:
-    """`ms` of everything at once, then peace; the world checks as it goes."""
+    """`ms` of everything at once, then peace; the world checks as it goes. `changes` of voters and `snapshots` by chance."""
     rng = random.Random(seed ^ 0x5EED)
     world = World(
-        rng.choice([3, 3, 5]),
+        rng.choice([3, 3, 5]) if not changes else rng.choice([1, 3, 4]),
         seed,
-        learners=rng.choice([0, 1]),
+        learners=rng.choice([0, 1]) if not changes else rng.choice([1, 2]),
         loss=rng.choice([0.0, 0.02, 0.1, 0.2]),
         maker=maker,
         sync_first=sync_first,
@@ -42,6 +44,13 @@ def storm(
                 proposed += world.propose(name, b"%d" % proposed)
         dice = rng.random()
         names = sorted(world.nodes)
+        if rng.random() < changes:
+            for name in world.up():
+                world.change_voters(name, world.core(name).voters ^ {rng.choice(names)})
+        if rng.random() < snapshots:
+            taker = rng.choice(names)
+            if world.nodes[taker].core is not None and world.core(taker).commit > 0:
+                world.take_snapshot(taker, rng.choice([0, 0, 3, 30]))
         if dice < 0.03:
             rng.shuffle(names)
             at = rng.randint(1, len(names) - 1)
@@ -95,8 +104,22 @@ def test_what_was_applied_anywhere_stays_so_everywhere_whatever_happens() -> Non
         assert dose[what] >= 100, dose
 
 
+def test_so_it_stays_while_voters_come_and_go_and_logs_are_cut() -> None:
+    dose: dict[str, int] = {}
+    entries = 0
+    for seed in range(100):
+        world = storm(seed, changes=0.05, snapshots=0.05)
+        entries += len(world.chosen)
+        for what, count in world.dose.items():
+            dose[what] = dose.get(what, 0) + count
+    assert entries > 5_000, entries
+    assert dose["installed"] >= 60, dose
+    for what in ("leaders", "snapshots", "changes of voters", "partitions", "crashes", "unsynced lost"):
+        assert dose[what] >= 100, dose
+
+
 def test_a_run_is_its_seed() -> None:
-    first, second = storm(7, ms=5_000), storm(7, ms=5_000)
+    first, second = storm(7, ms=5_000, changes=0.1, snapshots=0.1), storm(7, ms=5_000, changes=0.1, snapshots=0.1)
     assert first.sent == second.sent
     assert first.chosen == second.chosen
 

@@ -13,11 +13,23 @@ from dataclasses import dataclass, field
 from idunno.base.ids import Index, NodeId, Term
 from idunno.consensus import events as e
 from idunno.consensus.config import RaftConfig
-from idunno.consensus.messages import Append, Entry, RaftMessage
+from idunno.consensus.messages import Append, Entry, Install, RaftMessage
 from idunno.consensus.raft import Raft
 from idunno.consensus.terms import Terms
+from idunno.consensus.voters import Voters, decode_voters, names_voters
 
 CONFIG = RaftConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """`content` stands for the machine: everything applied up to `index`."""
+
+    index: Index
+    term: Term
+    voters: frozenset[NodeId]
+    voters_index: Index
+    content: tuple[Entry, ...]
 
 
 @dataclass(slots=True)
@@ -25,14 +37,47 @@ class Store:
     """What survives a crash: synced state only."""
 
     hard: e.HardState = field(default_factory=lambda: e.HardState(Term(1)))
-    entries: list[Entry] = field(default_factory=lambda: [Entry(Term(1), b"first")])
+    base: int = 0
+    base_term: int = 0
+    entries: list[Entry] = field(default_factory=lambda: [Entry(Term(1), b"first")])  # behind the base
+    snapshot: Snapshot | None = None
 
     def save(self, persist: e.Persist) -> None:
         if persist.hard is not None:
             self.hard = persist.hard
+        if persist.anew is not None:
+            assert self.snapshot is not None
+            assert self.snapshot.index >= persist.anew
+            self._restart()
         if persist.entries:
-            del self.entries[persist.first - 1 :]
+            del self.entries[persist.first - 1 - self.base :]
             self.entries.extend(persist.entries)
+
+    def reconcile(self) -> None:
+        """At start: a log that does not reach the snapshot, or differs there, gives way to it (as Log.open does)."""
+        taken = self.snapshot
+        if taken is None:
+            return
+        last = self.base + len(self.entries)
+        if taken.index > last or (
+            taken.index > self.base and self.entries[taken.index - 1 - self.base].term != taken.term
+        ):
+            self._restart()
+        if self.hard.term < taken.term:
+            self.hard = e.HardState(taken.term)
+
+    def _restart(self) -> None:
+        assert self.snapshot is not None
+        self.base, self.base_term, self.entries = int(self.snapshot.index), self.snapshot.term, []
+
+    def compact(self, base: int) -> None:
+        self.base_term = self.entries[base - 1 - self.base].term if base > self.base else self.base_term
+        del self.entries[: base - self.base]
+        self.base = base
+
+    def whole(self) -> list[Entry]:
+        before = self.snapshot.content[: self.base] if self.snapshot is not None else ()
+        return [*before, *self.entries]
 
 
 class Node:
@@ -40,7 +85,8 @@ class Node:
         self.name, self.store, self.boot = name, Store(), 0
         self.core: Raft | None = None
         self.waiting: deque[e.Persist] = deque()
-        self.live: list[Entry] = []  # the log as the core sees it, synced or not
+        self.live: list[Entry] = []  # the log as the core sees it, synced or not, behind `base`
+        self.base = 0
         self.applied: list[Entry] = []
         self.ticks_at = -1
         self.syncing = False
@@ -65,7 +111,7 @@ class World:
         self.seed, self.rng, self.now_ms, self.loss, self.maker = seed, random.Random(seed), 0, loss, maker
         self.sync_first, self.sync_ms = sync_first, sync_ms
         names = [NodeId(f"n{i}") for i in range(1, voters + learners + 1)]
-        self.voters, self.learners = names[:voters], names[voters:]
+        self.voters, self.learners = names[:voters], names[voters:]  # at first
         self.nodes = {name: Node(name) for name in names}
         self.cut: set[tuple[NodeId, NodeId]] = set()  # from, to: what is sent there is lost
         self.swallows: Callable[[NodeId, RaftMessage], bool] = lambda sender, message: False
@@ -76,6 +122,7 @@ class World:
         self.dose: dict[str, int] = {}
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
         self._serial = self._reads = 0
+        self._offers: dict[tuple[NodeId, Index], Snapshot] = {}
         for name in names:
             self.start(name)
 
@@ -106,19 +153,27 @@ class World:
         node = self.nodes[name]
         node.boot += 1
         node.ticks_at, node.syncing = -1, False
-        terms = Terms()
-        for entry in node.store.entries:
+        store = node.store
+        store.reconcile()
+        taken = store.snapshot
+        terms = Terms(store.base, store.base_term)
+        named = Voters(self.voters) if taken is None else Voters(taken.voters, taken.voters_index)
+        for index, entry in enumerate(store.entries, store.base + 1):
             terms.append(entry.term, len(entry.payload))
-        node.live, node.applied = list(node.store.entries), []
+            if names_voters(entry.payload) and index > named.index:
+                named.append(index, decode_voters(entry.payload))
+        node.live, node.base = list(store.entries), store.base
+        node.applied = list(taken.content) if taken is not None else []
         node.core = self.maker(
             name,
-            self.voters,
-            self.learners,
+            named,
+            self.nodes.keys(),
             terms,
-            node.store.hard,
+            store.hard,
             self.config,
             random.Random(self.rng.random()),
             self.now_ms,
+            Index(len(node.applied)),
         )
         self._wind(node)
 
@@ -155,11 +210,16 @@ class World:
             case e.Send(to, message):
                 self._send(node.name, to, message)
             case e.SendEntries(to, term, prev_term, first, last, commit, round_):
-                entries = tuple(node.live[first - 1 : last])
+                entries = tuple(node.live[first - 1 - node.base : last - node.base])
                 self._send(node.name, to, Append(term, Index(first - 1), prev_term, commit, round_, entries))
             case e.Persist():
+                if output.anew is not None:
+                    assert node.store.snapshot is not None
+                    node.live, node.base = [], int(output.anew)
+                    node.applied = list(node.store.snapshot.content[: output.anew])
+                    self.count("installed")
                 if output.entries:
-                    del node.live[output.first - 1 :]
+                    del node.live[output.first - 1 - node.base :]
                     node.live.extend(output.entries)
                 if not self.sync_first:
                     for send in output.then:
@@ -168,6 +228,10 @@ class World:
                 self._sync_soon(node)
             case e.Committed(index):
                 self._apply(node, index)
+            case e.SendSnapshot(to, term):
+                self._send_snapshot(node, to, term)
+            case e.TakeInstall(sender, message):
+                self._take_snapshot_in(node, sender, message)
             case e.RoleChanged(e.RaftRole.LEADER, term, _):
                 assert self.leaders.setdefault(term, node.name) == node.name, (
                     f"seed {self.seed}: two leaders in term {term}"
@@ -199,6 +263,58 @@ class World:
             self._sync_soon(node)
 
         self.at(self.rng.randint(1, self.sync_ms), synced)
+
+    # -- snapshots --------------------------------------------------------------------------------------------------
+
+    def take_snapshot(self, name: NodeId, keep: int) -> None:
+        """Of what `name` has applied; its log keeps up to `keep` entries before it, and what is not synced."""
+        node, core = self.nodes[name], self.core(name)
+        index = core.commit
+        if node.store.snapshot is None or node.store.snapshot.index < index:
+            term = core.terms.term(index)
+            assert term is not None
+            at, voters = core.named.at(index)
+            node.store.snapshot = Snapshot(index, term, voters, Index(at), tuple(node.applied[:index]))
+            self.count("snapshots")
+        base = min(node.store.snapshot.index - keep, node.store.base + len(node.store.entries), core.synced)
+        if base > node.base:
+            node.store.compact(base)
+            del node.live[: base - node.base]
+            node.base = base
+            self.step(name, e.Compacted(Index(base)))
+
+    def _send_snapshot(self, node: Node, to: NodeId, term: Term) -> None:
+        """Again and again, as long as it is needed: messages get lost."""
+        core, boot = node.core, node.boot
+        if core is None or not core.is_leader or core.term != term:
+            return
+        progress, taken = core.peers.get(to), node.store.snapshot
+        if progress is None or not progress.installing:
+            return
+        assert taken is not None, f"seed {self.seed}: {node.name} has cut its log without a snapshot"
+        message = Install(term, taken.index, taken.term, 1, 0, b"")
+        self._offers[node.name, taken.index] = taken
+        self._send(node.name, to, message)
+        self.at(300, lambda: self._send_snapshot(node, to, term) if node.boot == boot else None)
+
+    def _take_snapshot_in(self, node: Node, sender: NodeId, message: Install) -> None:
+        taken, boot = self._offers[sender, message.index], node.boot
+
+        def durable() -> None:
+            old = node.store.snapshot
+            if node.core is None or node.boot != boot or node.core.commit >= taken.index:
+                return
+            if old is None or old.index < taken.index:
+                node.store.snapshot = taken
+            # A crash may come between the snapshot and the new log behind it; and more messages.
+            self.at(0 if self.rng.random() < 0.5 else self.rng.randint(1, 50), install)
+
+        def install() -> None:
+            if node.core is not None and node.boot == boot:
+                event = e.Installed(sender, taken.index, taken.term, taken.voters, taken.voters_index)
+                self.step(node.name, event)
+
+        self.at(self.rng.randint(1, 100), durable)
 
     def _send(self, sender: NodeId, to: NodeId, message: RaftMessage) -> None:
         self.sent.append((sender, to, message))
@@ -237,6 +353,14 @@ class World:
         self.step(name, e.Propose((payload,)))
         return True
 
+    def change_voters(self, name: NodeId, voters: Iterable[NodeId]) -> bool:
+        wanted = frozenset(voters)
+        if name not in self.up() or self.core(name).change_refused(wanted):
+            return False
+        self.step(name, e.ChangeVoters(wanted))
+        self.count("changes of voters")
+        return True
+
     def read(self, name: NodeId) -> int:
         self._reads += 1
         self.reads[self._reads] = None
@@ -258,9 +382,9 @@ class World:
 
     def _apply(self, node: Node, index: Index) -> None:
         """State machine safety, and leader completeness with it: one entry an index, for ever, on every node."""
-        assert index <= len(node.live), f"seed {self.seed}: {node.name} commits {index} of {len(node.live)}"
+        assert index <= node.base + len(node.live), f"seed {self.seed}: {node.name} commits {index} of {len(node.live)}"
         for at in range(len(node.applied), index):
-            entry = node.live[at]
+            entry = node.live[at - node.base]
             if at < len(self.chosen):
                 assert entry == self.chosen[at], (
                     f"seed {self.seed}: {node.name} applies {entry} at {at + 1}, not {self.chosen[at]}"
@@ -269,17 +393,22 @@ class World:
                 self.chosen.append(entry)
             node.applied.append(entry)
 
+    def chosen_voters(self) -> frozenset[NodeId]:
+        """The voters as of all that was ever applied."""
+        named = [decode_voters(entry.payload) for entry in self.chosen if names_voters(entry.payload)]
+        return named[-1] if named else frozenset(self.voters)
+
     def check(self) -> None:
         """Log matching, and nothing that was ever applied is missing on a majority of the voters' disks."""
         for a in self.nodes.values():
             for b in self.nodes.values():
-                shared = min(len(a.live), len(b.live))
-                for at in range(shared - 1, -1, -1):
-                    if a.live[at].term == b.live[at].term:
-                        assert a.live[: at + 1] == b.live[: at + 1], f"seed {self.seed}: logs differ below {at + 1}"
+                begin, end = max(a.base, b.base), min(a.base + len(a.live), b.base + len(b.live))
+                for at in range(end - 1, begin - 1, -1):
+                    if a.live[at - a.base].term == b.live[at - b.base].term:
+                        same = a.live[begin - a.base : at + 1 - a.base] == b.live[begin - b.base : at + 1 - b.base]
+                        assert same, f"seed {self.seed}: logs differ below {at + 1}"
                         break
         last = len(self.chosen)
-        holders = [n for n in self.voters if self.nodes[n].store.entries[:last] == self.chosen]
-        assert len(holders) > len(self.voters) // 2, (
-            f"seed {self.seed}: {last} entries applied, synced on {holders} only"
-        )
+        voters = self.chosen_voters()
+        holders = [n for n in voters if self.nodes[n].store.whole()[:last] == self.chosen]
+        assert len(holders) > len(voters) // 2, f"seed {self.seed}: {last} entries applied, synced on {holders} only"

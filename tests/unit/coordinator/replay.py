@@ -73,6 +73,8 @@ def _command(rng: random.Random, nodes: list[NodeId], at: int, world: World) -> 
         (c.AddNode(node(i), "t-node"), SYSTEM),
         (c.UpdateNode(who, f"h:{i}", rng.randrange(9), 1, "z", "0.1"), Actor(who, SYSTEM.role)),
         (c.SetPresence(who, rng.choice(["present", "failed", "stopped"]), rng.randrange(9), "seen"), SYSTEM),
+        (c.RemoveNode(nodes[-1]), ADMIN),
+        (c.RenewClusterKey(bytes([i]) * 32), SYSTEM),
         (c.AddUser(user(f"u{i}", i=i), "t-user"), SYSTEM),
         (c.RevokeUser(f"u{i}"), ADMIN),
         (c.AddToken(token(f"t{i}", "user", 10**7)), ADMIN),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Coroutine
 from typing import Any
 
@@ -31,7 +32,7 @@ from idunno.coordinator.names import output_name
 from idunno.coordinator.namespace import small_block
 from idunno.coordinator.results import PutDone, PutOpen, convert
 from idunno.coordinator.service import CoordinatorService
-from idunno.wire.calls import Peer
+from idunno.wire.calls import Empty, Peer
 from idunno.wire.security import make_ca
 from tests.unit.coordinator.fakes import FakeCluster, until
 from tests.unit.coordinator.world import ALICE, BOB, N1, N2, N3, READER, SYSTEM, World, block
@@ -312,3 +313,31 @@ def test_followers_hear_every_effect_in_order_and_a_bad_one_stops_nobody(caplog:
     assert [index for index, _ in heard] == [1, 3, 5]
     assert applier.machine.digest() == world.machine.digest()
     assert caplog.messages == ["follower failed"] * 3
+
+
+def test_a_call_that_fails_in_the_turn_in_which_its_asker_is_cancelled_leaves_no_error_behind() -> None:
+    async def story() -> None:
+        node = cluster(N2).nodes[N1].coordinator
+        left: list[dict[str, Any]] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: left.append(context))
+        lost = loop.create_future()
+
+        async def call() -> Empty:
+            await lost
+            raise ConnectionLost("gone")
+
+        asker = loop.create_task(node._while_led_by(N2, call()))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        lost.set_result(None)
+        await asyncio.sleep(0)
+        asker.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asker
+        del asker
+        gc.collect()
+        await asyncio.sleep(0)
+        assert left == []
+
+    run(story())

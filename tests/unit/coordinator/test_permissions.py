@@ -39,6 +39,8 @@ COMMANDS: list[c.Command] = [
     c.AddNode(node(4), "t-node"),
     c.UpdateNode(N1, "h:1", 1, 1, "", ""),
     c.SetPresence(N1, "failed", 0, ""),
+    c.RemoveNode(N2),
+    c.RenewClusterKey(bytes(32)),
     c.AddUser(user("carol"), "t-user"),
     c.RevokeUser("alice"),
     c.AddToken(token("t1", "user")),

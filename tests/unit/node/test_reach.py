@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from typing import Any
 
 import pytest
 
 from idunno.base.errors import Unauthenticated, Unavailable
+from idunno.coordinator.records import TokenRecord
 from idunno.node import reach
 from idunno.node.reach import NONCE_BYTES, Reach, answering, check_reachable
 from idunno.wire.calls import Actor, Peer, Role
@@ -23,12 +25,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def check(listen: str, address: str, token: str = "good") -> None:
+async def check(listen: str, address: str, token: str = "node") -> None:
     server = Server(lambda fingerprint: None, name="n1")
 
-    async def check_token(text: str, timeout_s: float) -> None:
-        if text != "good":
+    async def check_token(text: str, timeout_s: float) -> TokenRecord:
+        if text not in ("node", "reader"):
             raise Unauthenticated("this token is not known here")
+        return TokenRecord("t1", text, b"", 0, "init")
 
     Reach(server, check_token)
     caller = LocalCaller(server, Peer(Actor("", Role.ANYONE)))
@@ -64,7 +67,7 @@ def test_the_direction_that_fails_is_named() -> None:
             other.bind(("127.0.0.1", 0))
             seen = int(other.getsockname()[1])
             loop = asyncio.get_running_loop()
-            tcp_only = await loop.create_server(lambda: reach._Echo(NONCE), "127.0.0.1", seen)
+            tcp_only = await loop.create_server(lambda: reach._Echo(NONCE, set()), "127.0.0.1", seen)
             with pytest.raises(Unavailable, match=r"over TCP, but not over UDP \(no answer within"):
                 await check(f"127.0.0.1:{port}", f"127.0.0.1:{seen}")
             tcp_only.close()
@@ -76,6 +79,27 @@ def test_only_who_holds_a_token_has_a_node_call_anywhere() -> None:
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(Unauthenticated):
         asyncio.run(check(address, address, token="bad"))
+    with pytest.raises(Unauthenticated, match="this token is for a reader"):
+        asyncio.run(check(address, address, token="reader"))
+
+
+def test_a_name_that_no_host_can_have_is_a_reason_and_not_a_bug() -> None:
+    with pytest.raises(Unavailable, match="no host can have that name"):
+        asyncio.run(check(f"127.0.0.1:{free_port()}", "a..b:7400"))
+
+
+def test_whoever_connects_and_says_nothing_is_cut_at_the_end_and_holds_up_nobody() -> None:
+    async def story() -> None:
+        port = free_port()
+        async with answering("127.0.0.1", port, NONCE):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            await asyncio.sleep(0.05)
+        async with asyncio.timeout(2):
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        writer.close()
+
+    asyncio.run(story())
 
 
 def test_a_port_that_is_taken_is_told() -> None:

@@ -136,8 +136,8 @@ def test_reading_needs_no_leader_to_know_where_blocks_are() -> None:
 
 def test_a_new_leader_hears_of_all_copies() -> None:
     async def story() -> None:
-        async with World(5) as world:
-            await stored(world)
+        async with World(4) as world:
+            await world.put(CONTENT, "f")
             world.kill(world.node(1))
             await asyncio.sleep(10)
             where = await world.client().where("f")

@@ -240,7 +240,9 @@ class Node:
         self.blocks = BlockStore(disk, inline, world.config)
         self.small = SmallStore(disk, inline)
         self.callers: dict[tuple[str, Lane], LocalCaller] = {}  # into this node, by who calls
-        self.files = FileService(self.id, Coordination(world), self.blocks, self.small, self, config=world.config)
+        self.files = FileService(
+            self.id, Coordination(world), self.blocks, self.small, self, config=world.config, rng=random.Random(number)
+        )
         self.data = DataNode(
             self.id,
             self.blocks,
@@ -353,9 +355,10 @@ class World:
         if applied.error is not None:
             raise applied.error
         for effect in applied.effects:
-            if isinstance(effect, KeepSmall):
-                for node in self.living:
+            for node in self.living:
+                if isinstance(effect, KeepSmall):
                     node.small.keep(effect.block, effect.content)
+                node.files.follow(index, effect)
         return applied.result
 
     def lead(self, node: NodeId | None) -> None:

@@ -25,6 +25,7 @@ from idunno.base.errors import (
     Unavailable,
     Unconfirmed,
 )
+from idunno.base.ids import check_label
 from idunno.wire import security
 from idunno.wire.calls import Actor, Empty, Method, Peer, Role
 from idunno.wire.rpc import Limits, Server, connect_tcp, connect_unix
@@ -293,6 +294,8 @@ def test_a_unix_socket_of_any_path_length_serves_the_same_user_as_admin(loop: st
             async def who(call: object) -> Text:
                 peer: Peer = call.peer  # type: ignore[attr-defined]
                 assert peer.local
+                with pytest.raises(InvalidArgument):  # nobody can log in under that name, and so own what is ours
+                    check_label("user", peer.actor.name)
                 return Text(f"{peer.actor.role.value}")
 
             server.register(WHO, who)

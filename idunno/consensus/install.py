@@ -1,0 +1,355 @@
+# idunno/consensus/install.py: taking snapshots, sending them to followers that need one, taking one in.
+#
+# Rule 1: the machine is captured between two entries and encoded in slices of a few ms; a snapshot counts when its file is
+#         synced and has its name, and the log lets go of what it covers after that, but for a tail for slow followers.
+# Rule 2: what the machine refers to and the snapshot does not hold (small contents) is durable here before the log is cut,
+#         and before a snapshot that was taken in counts.
+# Rule 3: one snapshot is taken or put in place at a time. None is taken while one is being sent, unless the log grows too long.
+# Rule 4: a transfer is a window of pieces, each answered with the place that is wanted next; what is lost is sent again after
+#         a second. A follower that works on what it got says so every second; one that says nothing costs a piece a second.
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any, Final, Protocol
+
+from idunno.base.disk import Disk, File
+from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
+from idunno.base.ids import Index, NodeId, Term
+from idunno.consensus import snapshot as files
+from idunno.consensus.config import RaftConfig
+from idunno.consensus.events import Installed, TakeInstall
+from idunno.consensus.log import Log
+from idunno.consensus.messages import INSTALL_BYTES_MAX, Install, InstallAnswer, RaftMessage
+from idunno.consensus.raft import Raft
+
+log = logging.getLogger("idunno.consensus")
+
+WINDOW_BYTES: Final = 4 * INSTALL_BYTES_MAX
+"""Under way to one follower: 8 ms of a gigabit link, above its round trip with a write."""
+RESEND_S: Final = 1.0
+RETRY_S: Final = 10.0
+"""After a snapshot that could not be written, or that was taken in and is not one, the next is begun so much later."""
+INBOX_MAX: Final = 16
+
+
+class Restore(Protocol):
+    """A machine in the making."""
+
+    def feed(self, piece: bytes) -> None:
+        """The next bytes of the snapshot. Raises DecodeError, Corrupt, Incompatible."""
+        ...
+
+    def finish(self) -> None:
+        """All bytes came. Raises like `feed`."""
+        ...
+
+    async def complete(self, leader: NodeId) -> None:
+        """Get, and make durable, what the snapshot refers to and does not hold. Raises IdunnoError: try again."""
+        ...
+
+    def install(self) -> None:
+        """From now on this is the machine."""
+        ...
+
+
+class StateMachine(Protocol):
+    def capture(self) -> Iterator[bytes]:
+        """The machine as it is now; encoded as the iteration goes on, whatever is applied meanwhile."""
+        ...
+
+    async def secure(self) -> None:
+        """Make durable what the machine refers to and a snapshot does not hold. Raises IdunnoError: the log stays."""
+        ...
+
+    def restore(self) -> Restore: ...
+
+
+class Snapshots:
+    """`step` hands an event to the core; `forget` lets the log go up to an index, when its turn comes."""
+
+    def __init__(
+        self,
+        machine: StateMachine,
+        disk: Disk,
+        config: RaftConfig,
+        *,
+        send: Callable[[NodeId, RaftMessage], None],
+        spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
+    ) -> None:
+        self._machine, self._disk, self._config, self._send, self._spawn = machine, disk, config, send, spawn
+        self.index = Index(0)
+        """Of the newest snapshot on this node's disk."""
+        self.incoming: Restore | None = None  # to be installed when the core says so
+        self._lock = asyncio.Lock()
+        self._taking = False
+        self._not_before_s = 0.0
+        self._log_bytes = 0  # of the log when the last snapshot was taken
+        self._sending: dict[NodeId, asyncio.Event] = {}  # set when the follower answered
+        self._answers: dict[NodeId, InstallAnswer] = {}
+        self._inbox: deque[TakeInstall] = deque(maxlen=INBOX_MAX)
+        self._receiving = False
+        self._part: _Part | None = None
+
+    async def load(self) -> files.Head | None:
+        """At start: become the machine of the snapshot on disk, if there is one. Raises Corrupt, Incompatible, DiskFailed."""
+        await files.clear(self._disk)
+        try:
+            reader = await files.Reader.open(self._disk, files.PATH)
+        except NotFound:
+            return None
+        try:
+            restore = await self._read(reader)
+        finally:
+            await reader.close()
+        restore.install()
+        self.index = reader.head.index
+        return reader.head
+
+    def bind(self, core: Raft, log: Log, step: Callable[[Installed], None], forget: Callable[[Index], None]) -> None:
+        """The log is open."""
+        self._core, self._log, self._step, self._forget = core, log, step, forget
+        self._log_bytes = log.size_bytes
+
+    async def _read(self, reader: files.Reader) -> Restore:
+        restore = self._machine.restore()
+        async for piece in reader.content():
+            restore.feed(piece)
+            await asyncio.sleep(0)  # a piece takes a few ms
+        restore.finish()
+        return restore
+
+    # -- taking -----------------------------------------------------------------------------------------------------
+
+    def consider(self, applied: Index) -> None:
+        """Entries were applied: begin a snapshot if it is time."""
+        config = self._config
+        grown = max(
+            (applied - self.index) / config.snapshot_entries,
+            (self._log.size_bytes - self._log_bytes) / config.snapshot_bytes,
+        )
+        patience = 4.0 if self._sending else 1.0
+        now_s = asyncio.get_running_loop().time()
+        if grown < patience or self._taking or now_s < self._not_before_s or applied <= self.index:
+            return
+        self._taking = True
+        term = self._core.terms.term(applied)
+        assert term is not None, f"{applied} is applied and not in the log"
+        at, voters = self._core.named.at(applied)
+        head = files.Head(applied, term, tuple(sorted(voters)), Index(at))
+        self._spawn(self._take(head, self._machine.capture()), "raft snapshot")
+
+    async def _take(self, head: files.Head, pieces: Iterator[bytes]) -> None:
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        try:
+            async with self._lock:
+                size = await self._write(head, pieces)
+                await self._machine.secure()
+                if head.index > self.index:
+                    await files.replace(self._disk, files.NEW_PATH)
+                    self.index, self._log_bytes = head.index, self._log.size_bytes
+        except IdunnoError as error:
+            self._not_before_s = loop.time() + RETRY_S
+            log.warning("snapshot not taken", extra={"index": head.index, "problem": str(error)})
+            if isinstance(error, DiskFailed):
+                await self._log.use_reserve()
+            return
+        finally:
+            self._taking = False
+        seconds = round(loop.time() - began_s, 3)
+        log.info("snapshot taken", extra={"index": head.index, "bytes": size, "seconds": seconds})
+        self._forget(self._tail_begin(head.index))
+
+    async def _write(self, head: files.Head, pieces: Iterator[bytes]) -> int:
+        async def sliced() -> AsyncIterator[bytes]:
+            loop = asyncio.get_running_loop()
+            end_s = loop.time() + self._config.apply_slice_ms / 1000
+            for piece in pieces:
+                yield piece
+                if loop.time() >= end_s:
+                    await asyncio.sleep(0)
+                    end_s = loop.time() + self._config.apply_slice_ms / 1000
+
+        return await files.write(self._disk, files.NEW_PATH, head, sliced())
+
+    def _tail_begin(self, index: Index) -> Index:
+        """The last entry that need not be kept for followers that are a little behind."""
+        config, terms = self._config, self._core.terms
+        at, size = int(index), 0
+        while at > terms.base and index - at < config.keep_entries and size < config.keep_bytes:
+            size += terms.size(at)
+            at -= 1
+        return Index(at)
+
+    # -- sending ----------------------------------------------------------------------------------------------------
+
+    def send(self, to: NodeId, term: Term) -> None:
+        if to not in self._sending:
+            self._sending[to] = asyncio.Event()
+            self._spawn(self._send_to(to, term), f"raft snapshot for {to}")
+
+    def answered(self, sender: NodeId, answer: InstallAnswer) -> None:
+        if sender in self._sending:
+            self._answers[sender] = answer
+            self._sending[sender].set()
+
+    def _is_wanted(self, to: NodeId, term: Term) -> bool:
+        progress = self._core.peers.get(to)
+        return self._core.is_leader and self._core.term == term and progress is not None and progress.installing
+
+    async def _send_to(self, to: NodeId, term: Term) -> None:
+        try:
+            reader = await files.Reader.open(self._disk, files.PATH)
+            try:
+                log.info(
+                    "snapshot begun to be sent", extra={"to": to, "index": reader.head.index, "bytes": reader.size}
+                )
+                await self._send_file(to, term, reader)
+            finally:
+                await reader.close()
+        except IdunnoError as error:
+            log.error("snapshot not sent", extra={"to": to, "problem": str(error)})
+            await asyncio.sleep(RESEND_S)
+        finally:
+            del self._sending[to]
+            self._answers.pop(to, None)
+        if self._is_wanted(to, term):
+            self.send(to, term)  # the disk failed: try again
+
+    async def _send_file(self, to: NodeId, term: Term, reader: files.Reader) -> None:
+        heard, head = self._sending[to], reader.head
+        acked = sent = 0
+        window = WINDOW_BYTES
+        while self._is_wanted(to, term):
+            while sent < reader.size and sent - acked < window:
+                data = await reader.read(sent, INSTALL_BYTES_MAX)
+                if not self._is_wanted(to, term):
+                    return
+                self._send(to, Install(term, head.index, head.term, reader.size, sent, data))
+                sent += len(data)
+            heard.clear()
+            try:
+                async with asyncio.timeout(RESEND_S):
+                    await heard.wait()
+            except TimeoutError:
+                sent, window = acked, INSTALL_BYTES_MAX
+                if acked == reader.size:
+                    sent = max(0, reader.size - INSTALL_BYTES_MAX)  # asks: is it still at it?
+                continue
+            answer = self._answers[to]
+            if answer.index == head.index and not answer.done:
+                if answer.offset < acked:
+                    sent = answer.offset
+                acked, window = min(answer.offset, reader.size), WINDOW_BYTES
+
+    # -- taking in --------------------------------------------------------------------------------------------------
+
+    def take_in(self, order: TakeInstall) -> None:
+        self._inbox.append(order)  # the oldest is lost when the disk does not follow; it is sent again
+        if not self._receiving:
+            self._receiving = True
+            self._spawn(self._receive(), "raft snapshot received")
+
+    async def _receive(self) -> None:
+        try:
+            while self._inbox:
+                order = self._inbox.popleft()
+                if asyncio.get_running_loop().time() < self._not_before_s or order.message.index <= self._core.commit:
+                    continue
+                try:
+                    await self._take_piece(order)
+                except IdunnoError as error:
+                    self._not_before_s = asyncio.get_running_loop().time() + RETRY_S
+                    await self._drop_part()
+                    log.warning("snapshot not taken in", extra={"from": order.sender, "problem": str(error)})
+                    if isinstance(error, DiskFailed):
+                        await self._log.use_reserve()
+        finally:
+            self._receiving = False
+
+    async def _take_piece(self, order: TakeInstall) -> None:
+        message = order.message
+        if self._part is None or not self._part.is_of(order):
+            if message.offset == 0 and 0 < message.size <= files.BYTES_MAX:
+                await self._drop_part()
+                file = await self._disk.open(files.PART_PATH, create=True)
+                self._part = _Part(order, file)
+            else:
+                self._answer(order, 0)
+                return
+        part = self._part
+        if message.offset == part.have < message.size and 0 < len(message.data) <= message.size - part.have:
+            await part.file.write(part.have, [message.data])
+            part.have += len(message.data)
+        self._answer(order, part.have)
+        if part.have == message.size:
+            await part.file.sync()
+            await self._take_whole(order)
+            await self._drop_part()
+
+    def _answer(self, order: TakeInstall, offset: int) -> None:
+        self._send(order.sender, InstallAnswer(order.message.term, order.message.index, offset))
+
+    async def _drop_part(self) -> None:
+        if self._part is not None:
+            part, self._part = self._part, None
+            await part.file.close()
+            await files.clear(self._disk, [files.PART_PATH])
+
+    async def _take_whole(self, order: TakeInstall) -> None:
+        """The file is here: check it, get what it refers to, put it in place."""
+        message = order.message
+        alive = self._spawn(self._say_alive(order), "raft snapshot keep-alive")
+        try:
+            reader = await files.Reader.open(self._disk, files.PART_PATH)
+            try:
+                head = reader.head
+                if (head.index, head.term) != (message.index, message.last_term):
+                    raise Corrupt(f"{order.sender} sent a snapshot of {head.index}, not of {message.index}")
+                restore = await self._read(reader)
+            finally:
+                await reader.close()
+            while not await self._is_complete(restore, order):
+                if self._core.leader not in (order.sender, None):
+                    return  # another leader: perhaps it has what is missing, or a newer snapshot
+                await asyncio.sleep(RESEND_S)
+        finally:
+            alive.cancel()
+        async with self._lock:
+            if head.index > self._core.commit and self._core.terms.term(head.index) != head.term:
+                await files.replace(self._disk, files.PART_PATH)
+                self.index, self._log_bytes = head.index, 0
+            self.incoming = restore
+            self._step(Installed(order.sender, head.index, head.term, frozenset(head.voters), head.voters_index))
+            self.incoming = None
+        log.info("snapshot taken in", extra={"index": head.index, "bytes": message.size, "from": order.sender})
+
+    async def _is_complete(self, restore: Restore, order: TakeInstall) -> bool:
+        try:
+            await restore.complete(order.sender)
+        except IdunnoError as error:
+            log.warning("snapshot not complete yet", extra={"index": order.message.index, "problem": str(error)})
+            return False
+        return True
+
+    async def _say_alive(self, order: TakeInstall) -> None:
+        while True:
+            self._answer(order, order.message.size)
+            await asyncio.sleep(RESEND_S / 2)
+
+
+class _Part:
+    """A snapshot that is being taken in."""
+
+    def __init__(self, order: TakeInstall, file: File) -> None:
+        self._sender, self._of, self.file, self.have = order.sender, _identity(order.message), file, 0
+
+    def is_of(self, order: TakeInstall) -> bool:
+        return self._sender == order.sender and self._of == _identity(order.message)
+
+
+def _identity(message: Install) -> tuple[int, int, int, int]:
+    return message.term, message.index, message.last_term, message.size

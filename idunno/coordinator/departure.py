@@ -1,0 +1,140 @@
+# idunno/coordinator/departure.py: how a node goes for good: `idunno leave` and `idunno remove`. The leader's part.
+#
+# Rule 1: first its copies are elsewhere (leave), then it votes no more, then it is out of the roster: its certificate opens
+#         nothing, its connections are cut. Then the cluster's key is renewed (elector.py).
+# Rule 2: whoever asks again gets on from where it stopped: each step finds what is done already. The request's id finds a
+#         removal that is over.
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, NotLeader
+from idunno.base.ids import NodeId
+from idunno.coordinator.client import Coordinator
+from idunno.coordinator.commands import RemoveNode
+from idunno.coordinator.elector import Elector
+from idunno.coordinator.messages import LEFT, NODE_LEAVE, NODE_REMOVE, GoneNode, LeaveNode, RemoveDead
+from idunno.coordinator.records import NodeRecord
+from idunno.wire.calls import A, Actor, Call, Empty, Lane, Method, Peers, Q, Registrar
+
+log = logging.getLogger("idunno.coordinator")
+
+LOOK_S: Final = 0.1
+TELL_S: Final = 2.0
+
+Drained = Callable[[NodeId], Awaitable[str]]
+"""Moves what only that node has, and says in a few words what was moved; raises IdunnoError when that cannot be done."""
+
+
+async def _nothing_to_move(node: NodeId) -> str:
+    return ""
+
+
+class Departures:
+    """Registers its handlers."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        elector: Elector,
+        peers: Peers,
+        registrar: Registrar,
+        *,
+        drained: Drained = _nothing_to_move,
+    ) -> None:
+        self._coordinator, self._elector, self._peers = coordinator, elector, peers
+        self.drained = drained
+        registrar.register(NODE_LEAVE, self._leave)
+        registrar.register(NODE_REMOVE, self._remove)
+
+    async def _leave(self, call: Call[LeaveNode]) -> GoneNode:
+        node = self._coordinator.machine.roster.resolve(call.request.node).node
+        request = LeaveNode(node, call.request.request)  # the id: another node's machine may not know the name any more
+
+        async def here(timeout_s: float) -> GoneNode:
+            return await self._go(node, request.request, call.actor, timeout_s, leave=True)
+
+        return await self._at_leader(NODE_LEAVE, request, call, here)
+
+    async def _remove(self, call: Call[RemoveDead]) -> GoneNode:
+        node = self._coordinator.machine.roster.resolve(call.request.node).node
+        request = RemoveDead(node, call.request.request)
+
+        async def here(timeout_s: float) -> GoneNode:
+            return await self._go(node, request.request, call.actor, timeout_s, leave=False)
+
+        return await self._at_leader(NODE_REMOVE, request, call, here)
+
+    async def _at_leader(
+        self, method: Method[Q, A], request: Q, call: Call[Q], here: Callable[[float], Awaitable[A]]
+    ) -> A:
+        """`here` at the leader; a call that a node passed on already is not passed on again."""
+        if call.peer.node is not None and not call.peer.local:
+            if self._coordinator.driver.leader != self._coordinator.me:
+                raise NotLeader(f"{self._coordinator.me} does not lead")
+            return await here(call.remaining_s())
+        return await self._coordinator.ask_leader(
+            method, request, here, timeout_s=call.remaining_s(), actor=call.actor, again=True
+        )
+
+    async def _go(self, node: NodeId, request: str, actor: Actor, timeout_s: float, *, leave: bool) -> GoneNode:
+        machine = await self._coordinator.read(timeout_s)
+        record = machine.roster.find(node)
+        if record is None:
+            return GoneNode(node, node, "it is out of the cluster")
+        self._check(record, leave=leave)
+        end_s = asyncio.get_running_loop().time() + timeout_s
+        self._elector.begin_leaving(node)
+        try:
+            moved = await self._drain(node, end_s) if leave else ""
+            await self._until_no_voter(record, end_s)
+            left_s = max(0.1, end_s - asyncio.get_running_loop().time())
+            await self._coordinator.propose_here(RemoveNode(node), actor=actor, request=request, timeout_s=left_s)
+        finally:
+            self._elector.end_leaving(node)
+        if leave:
+            await self._tell(node)
+        safe = "it is safe to switch it off" if leave else "its certificate no longer works"
+        return GoneNode(node, record.name, "; ".join(filter(None, [moved, safe])))
+
+    def _check(self, record: NodeRecord, *, leave: bool) -> None:
+        if len(self._coordinator.machine.roster.nodes()) == 1:
+            raise Conflict(
+                f"{record.name} is the last node: stop it, and delete its directory when nothing is needed any more"
+            )
+        if not leave and record.presence == "present":
+            raise Conflict(
+                f"{record.name} is up: `idunno leave {record.name}` moves its data first; stop it to remove it as it is"
+            )
+
+    async def _drain(self, node: NodeId, end_s: float) -> str:
+        try:
+            async with asyncio.timeout_at(end_s):
+                return await self.drained(node)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{node} still holds copies that are nowhere else; ask again to go on, with a larger --timeout"
+            ) from None
+
+    async def _until_no_voter(self, record: NodeRecord, end_s: float) -> None:
+        """The elector takes the steps; its roster follows its log."""
+        driver, machine = self._coordinator.driver, self._coordinator.machine
+        term = driver.term
+        while (now := machine.roster.find(record.node)) is not None and now.voter:
+            if not driver.is_leader or driver.term != term:
+                raise NotLeader(f"the leader changed while {record.name} was leaving")
+            if asyncio.get_running_loop().time() >= end_s:
+                raise DeadlineExceeded(
+                    f"{record.name} still votes: no other node can take its place yet; see `idunno status`"
+                )
+            await asyncio.sleep(LOOK_S)
+
+    async def _tell(self, node: NodeId) -> None:
+        """It is out, and cannot hear of that by its log."""
+        try:
+            await self._peers.to(node, Lane.CONSENSUS).call(LEFT, Empty(), timeout_s=TELL_S)
+        except IdunnoError as error:
+            log.info("node did not hear that it has left", extra={"node_id": node, "problem": str(error)})
