@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from idunno.cli import render
-from idunno.cli.options import FILE, LOCAL, NODE, PREFIX, Moment, command, settings
+from idunno.cli.options import ANY, FILE, LOCAL, NODE, PREFIX, Duration, Moment, command, group, settings
 from idunno.cli.running import note, result, usage, work
 
 if TYPE_CHECKING:
@@ -190,9 +190,19 @@ def versions(name: str) -> None:
 @command("ls", example="idunno ls photos/")
 @click.argument("prefix", type=PREFIX, default="")
 @click.option("--system", is_flag=True, help="The system's own files below .idunno/ as well.")
-def ls(prefix: str, system: bool) -> None:
+@click.option("-l", "--long", "long", is_flag=True, help="All versions' bytes: logical, and stored (of one copy).")
+def ls(prefix: str, system: bool, long: bool) -> None:
     """The files whose name begins with PREFIX."""
-    rows = work(lambda cluster: cluster.ls(prefix, system=system))
+    rows = work(lambda cluster: cluster.ls(prefix, system=system, long=long))
+    if long:
+        result(
+            rows,
+            lambda: render.table(
+                ["name", "version", "size", "created", "versions", "logical", "stored"],
+                [(r.name, r.version, r.size, r.created, r.versions, r.logical, r.stored) for r in rows],
+            ),
+        )
+        return
     result(
         rows,
         lambda: render.table(
@@ -241,9 +251,115 @@ def store(node: str) -> None:
 @command("delete", example="idunno delete photos/1.jpg")
 @click.argument("name", type=FILE)
 def delete(name: str) -> None:
-    """Delete all versions of NAME."""
+    """Delete all versions of NAME. For a day `idunno trash restore NAME` brings them back."""
     answer = work(lambda cluster: cluster.delete(name))
     result(answer, lambda: click.echo(f"{answer.name}: {answer.versions} versions deleted"))
 
 
-COMMANDS = [put, get, get_versions, versions, ls, where, store, delete]
+@command("retain", example="idunno retain logs/ --versions 10 --age 7d")
+@click.argument("prefix", type=PREFIX)
+@click.option("--versions", type=click.IntRange(min=1), metavar="N", help="Keep the last N versions of each file.")
+@click.option("--age", type=Duration(), metavar="TIME", help="Keep what was replaced less than so long ago, e.g. 7d.")
+@click.option("--none", "none", is_flag=True, help="No rule for PREFIX any more: everything is kept.")
+def retain(prefix: str, versions: int | None, age: float | None, none: bool) -> None:
+    """How many versions of files below PREFIX are kept; one goes when it is beyond each limit given. Shows what holds."""
+    if none and (versions is not None or age is not None):
+        raise usage("--none goes without --versions and --age")
+    show = not none and versions is None and age is None
+    rows = work(lambda cluster: cluster.retain(prefix, versions=versions or 0, age_s=age or 0.0, show=show))
+    document = [
+        {
+            "prefix": row.prefix,
+            "owner": row.owner or None,
+            "versions": row.versions or None,
+            "age": row.age_ms / 1000 or None,
+        }
+        for row in rows
+    ]
+    result(
+        document, lambda: render.table(["prefix", "owner", "versions", "age"], [list(row.values()) for row in document])
+    )
+
+
+@group("trash", example="idunno trash restore notes.txt")
+def trash() -> None:
+    """What was deleted or has expired, kept for a day."""
+
+
+@command("ls", example="idunno trash ls logs/")
+@click.argument("prefix", type=PREFIX, default="")
+def trash_ls(prefix: str) -> None:
+    """What can be restored, oldest first."""
+    rows = work(lambda cluster: cluster.trash(prefix))
+    result(
+        rows,
+        lambda: render.table(
+            ["name", "versions", "size", "deleted", "by", "purged"],
+            [(row.name, row.versions, row.size, row.deleted, row.by, row.purged) for row in rows],
+        ),
+    )
+
+
+@command("restore", example="idunno trash restore notes.txt")
+@click.argument("name", type=ANY)
+def trash_restore(name: str) -> None:
+    """Bring back all versions of NAME."""
+    answer = work(lambda cluster: cluster.restore(name))
+    result(answer, lambda: click.echo(f"{answer.name}: {answer.versions} versions restored"))
+
+
+@command("empty", example="idunno trash empty logs/")
+@click.argument("prefix", type=PREFIX, default="")
+def trash_empty(prefix: str) -> None:
+    """Free the space of your deleted files below PREFIX now, for good."""
+    answer = work(lambda cluster: cluster.empty_trash(prefix))
+    document = {"versions": answer.versions, "size": answer.size}
+    result(document, lambda: click.echo(f"{answer.versions} versions, {render.size(answer.size)}, are gone for good"))
+
+
+for _command in (trash_ls, trash_restore, trash_empty):
+    trash.add_command(_command)
+
+
+@command("repair", example="idunno repair")
+def repair() -> None:
+    """Blocks below their copies, the bytes still to be copied and about how long it takes; and each node's disk."""
+    import msgspec
+
+    answer = work(lambda cluster: cluster.repair())
+
+    def show() -> None:
+        about = "time unknown" if answer.seconds is None else f"about {answer.seconds:.0f} s"
+        if answer.recovering:
+            click.echo("recovering: not every present node has reported to this scheduler yet")
+        if answer.blocks:
+            click.echo(
+                f"{answer.blocks} blocks lack {answer.copies} copies; {render.size(answer.bytes)} to be copied, {about}; "
+                f"{answer.running} under way"
+            )
+        elif not answer.recovering:
+            click.echo("every block has its copies")
+        if answer.waiting_for:
+            click.echo(f"waiting for {', '.join(answer.waiting_for)} to come back")
+        if answer.lost_blocks:
+            files = ", ".join(render.printable(name) for name in answer.lost_files)
+            click.echo(f"{answer.lost_blocks} blocks have no copy on a present node: {files}")
+        render.table(
+            ["node", "presence", "blocks", "free", "rotten", "problem"],
+            [(n.node, n.presence, n.blocks, render.size(n.free_bytes), n.rotten, n.problem) for n in answer.nodes],
+        )
+
+    result(msgspec.to_builtins(answer), show)
+
+
+@command("scrub", example="idunno scrub n2")
+@click.argument("node", type=NODE, default="")
+def scrub(node: str) -> None:
+    """Have NODE (all if none is named) read its blocks again now, at its set rate; what is rotten is replaced."""
+    answer = work(lambda cluster: cluster.scrub(node))
+    for why in answer.failed:
+        note(f"not begun on {why}")
+    result(answer, lambda: click.echo(f"begun on {', '.join(answer.nodes) or 'no node'}; see `idunno repair`"))
+
+
+COMMANDS = [put, get, get_versions, versions, ls, where, store, delete, retain, trash, repair, scrub]

@@ -20,11 +20,17 @@ from idunno.client.transfer import LineEnds, Progress, Tally, Writable, several,
 from idunno.sdfs.messages import (
     STAT,
     DeleteAnswer,
+    EmptyTrashAnswer,
     FileInfo,
     ListRow,
     PutAnswer,
+    RepairAnswer,
+    RestoreAnswer,
+    RetainRow,
+    ScrubAnswer,
     Stat,
     StoreAnswer,
+    TrashRow,
     VersionRow,
     WhereAnswer,
 )
@@ -178,9 +184,9 @@ class Files(Base):
         """Newest first. Raises NotFound."""
         return await self._file_client.versions(name, timeout_s=self._deadline().left_s())
 
-    async def ls(self, prefix: str = "", *, system: bool = False) -> list[ListRow]:
-        """Every file whose name begins with `prefix`, by name."""
-        return await self._file_client.ls(prefix, system=system, timeout_s=self._deadline().left_s())
+    async def ls(self, prefix: str = "", *, system: bool = False, long: bool = False) -> list[ListRow]:
+        """Every file whose name begins with `prefix`, by name; `long`: with all versions' sizes, logical and stored."""
+        return await self._file_client.ls(prefix, system=system, long=long, timeout_s=self._deadline().left_s())
 
     async def where(self, name: str) -> WhereAnswer:
         return await self._file_client.where(name, timeout_s=self._deadline().left_s())
@@ -198,6 +204,35 @@ class Files(Base):
         if not error.may_have_happened:
             with contextlib.suppress(IdunnoError):  # the refusal is what matters, and is raised
                 await self._file_client.delete(name, request=new_request(), timeout_s=DISCARD_S)
+
+    async def retain(
+        self, prefix: str, *, versions: int = 0, age_s: float = 0.0, show: bool = False
+    ) -> list[RetainRow]:
+        """Keep so many versions of each file below `prefix`, and superseded ones so long (both 0: all, for ever)."""
+        age_ms = round(age_s * 1000)
+        return await self._file_client.retain(
+            prefix, versions=versions, age_ms=age_ms, show=show, timeout_s=self._deadline().left_s()
+        )
+
+    async def trash(self, prefix: str = "") -> list[TrashRow]:
+        """What was deleted or has expired in the last day, oldest first."""
+        return await self._file_client.trash(prefix, timeout_s=self._deadline().left_s())
+
+    async def restore(self, name: str) -> RestoreAnswer:
+        """All versions of `name` that the trash holds. Raises NotFound, PermissionDenied, Conflict."""
+        return await self._file_client.restore(name, timeout_s=self._deadline().left_s())
+
+    async def empty_trash(self, prefix: str = "") -> EmptyTrashAnswer:
+        """Free at once, and for good, what the trash holds of your files below `prefix`."""
+        return await self._file_client.empty_trash(prefix, timeout_s=self._deadline().left_s())
+
+    async def repair(self) -> RepairAnswer:
+        """What is missing to four copies of everything."""
+        return await self._file_client.repair(timeout_s=self._deadline().left_s())
+
+    async def scrub(self, node: str = "") -> ScrubAnswer:
+        """Have a node ("" all) read its blocks again and replace what is rotten."""
+        return await self._file_client.scrub(node, timeout_s=self._deadline().left_s())
 
     async def _put_path(
         self,

@@ -19,7 +19,21 @@ from idunno.client.transfer import Progress
 from idunno.coordinator.messages import GoneNode, Member, MemberEvent, NewTokenAnswer, StatusAnswer, TokenRow, UserRow
 from idunno.grep.messages import Line, QueryAnswer
 from idunno.scheduler.messages import Explanation, JobInfo, ModelInfo, OutputInfo, Rates, Times, WorkerRow
-from idunno.sdfs.messages import DeleteAnswer, FileInfo, ListRow, PutAnswer, StoreAnswer, VersionRow, WhereAnswer
+from idunno.sdfs.messages import (
+    DeleteAnswer,
+    EmptyTrashAnswer,
+    FileInfo,
+    ListRow,
+    PutAnswer,
+    RepairAnswer,
+    RestoreAnswer,
+    RetainRow,
+    ScrubAnswer,
+    StoreAnswer,
+    TrashRow,
+    VersionRow,
+    WhereAnswer,
+)
 
 T = TypeVar("T")
 
@@ -190,8 +204,8 @@ class Cluster:
     def versions(self, name: str) -> list[VersionRow]:
         return self._thread.run(self._cluster.versions(name))
 
-    def ls(self, prefix: str = "", *, system: bool = False) -> list[ListRow]:
-        return self._thread.run(self._cluster.ls(prefix, system=system))
+    def ls(self, prefix: str = "", *, system: bool = False, long: bool = False) -> list[ListRow]:
+        return self._thread.run(self._cluster.ls(prefix, system=system, long=long))
 
     def where(self, name: str) -> WhereAnswer:
         return self._thread.run(self._cluster.where(name))
@@ -201,6 +215,26 @@ class Cluster:
 
     def delete(self, name: str) -> DeleteAnswer:
         return self._thread.run(self._cluster.delete(name))
+
+    def retain(
+        self, prefix: str, *, versions: int = 0, age_s: float = 0.0, show: bool = False
+    ) -> list[RetainRow]:
+        return self._thread.run(self._cluster.retain(prefix, versions=versions, age_s=age_s, show=show))
+
+    def trash(self, prefix: str = "") -> list[TrashRow]:
+        return self._thread.run(self._cluster.trash(prefix))
+
+    def restore(self, name: str) -> RestoreAnswer:
+        return self._thread.run(self._cluster.restore(name))
+
+    def empty_trash(self, prefix: str = "") -> EmptyTrashAnswer:
+        return self._thread.run(self._cluster.empty_trash(prefix))
+
+    def repair(self) -> RepairAnswer:
+        return self._thread.run(self._cluster.repair())
+
+    def scrub(self, node: str = "") -> ScrubAnswer:
+        return self._thread.run(self._cluster.scrub(node))
 
     # -- models -------------------------------------------------------------------------------------------------------
 

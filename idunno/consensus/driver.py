@@ -540,6 +540,7 @@ class RaftDriver:
         """Here, because the log is written and cut by one task only."""
         index, self._forget_up_to = self._forget_up_to, Index(0)
         try:
+            await self._log.roll()
             base = await self._log.forget(index)
         except DiskFailed as error:
             log.warning("log not cut", extra={"index": index, "problem": str(error)})

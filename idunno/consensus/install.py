@@ -42,7 +42,7 @@ class Restore(Protocol):
         """The next bytes of the snapshot. Raises DecodeError, Corrupt, Incompatible."""
         ...
 
-    def finish(self) -> None:
+    async def finish(self) -> None:
         """All bytes came. Raises like `feed`."""
         ...
 
@@ -118,7 +118,7 @@ class Snapshots:
         async for piece in reader.content():
             restore.feed(piece)
             await asyncio.sleep(0)  # a piece takes a few ms
-        restore.finish()
+        await restore.finish()
         return restore
 
     # -- taking -----------------------------------------------------------------------------------------------------

@@ -285,6 +285,11 @@ class Log:
             self._first_segment += 1
         await self._disk.sync_directory(DIRECTORY)
 
+    async def roll(self) -> None:
+        """Begin a segment, if the present one holds anything: so that the next snapshot covers what this one holds whole."""
+        if self._tail > SEGMENT_HEADER_BYTES:
+            await self._begin_segment(self._segment + 1, self._base + len(self._where) + 1)
+
     async def forget(self, index: Index) -> Index:
         """Remove the segments that hold nothing behind `index`, which a durable snapshot covers. Returns the new base.
 
@@ -311,6 +316,8 @@ class Log:
                 await file.close()
         except DiskFailed as error:
             log.warning("no reserve for the log", extra={"problem": str(error)})
+            with contextlib.suppress(NotFound):  # what it got of the space
+                await self._disk.remove(RESERVE_PATH)
             return False
         self._reserved = True
         return True

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from idunno.base.ids import Index
-from idunno.coordinator.effects import Effect
+from idunno.coordinator.effects import Effect, JobChanged, ModelChanged, RosterChanged
 from idunno.coordinator.machine import Applied, Machine
 
 log = logging.getLogger("idunno.coordinator")
@@ -32,10 +32,23 @@ class Applier:
     def __call__(self, index: Index, payload: bytes) -> Applied:
         """Raises DecodeError or Incompatible for an entry this version does not know: then nothing more may be applied."""
         applied = self.machine.apply(index, payload)
-        for effect in applied.effects:
+        self._tell(index, applied.effects)
+        return applied
+
+    def replace(self, machine: Machine) -> None:
+        """A snapshot's machine takes the place of this one: followers look at all that they follow anew."""
+        jobs = {job.job: None for job in [*self.machine.ledger.jobs(), *machine.ledger.jobs()]}
+        models = {model.model: None for model in [*self.machine.registry.models(), *machine.registry.models()]}
+        self.machine.become(machine)
+        effects: list[Effect] = [RosterChanged()]
+        effects += [ModelChanged(model) for model in models]
+        effects += [JobChanged(job) for job in jobs]
+        self._tell(machine.index, effects)
+
+    def _tell(self, index: Index, effects: Iterable[Effect]) -> None:
+        for effect in effects:
             for follower in self._followers:
                 try:
                     follower(index, effect)
                 except Exception:
                     log.exception("follower failed", extra={"index": index, "effect": type(effect).__name__})
-        return applied

@@ -18,6 +18,7 @@ from idunno.base.ids import NodeId, check_label
 from idunno.coordinator.commands import CompleteTask, FailAttempt, PlanJob, SubmitJob
 from idunno.coordinator.records import Attempt, JobRecord, ModelRecord, Output, Record, TaskRecord, VersionRecord
 from idunno.coordinator.results import JobResult, TaskResult
+from idunno.coordinator.rows import Row, runs
 
 JOBS_MAX: Final = 100_000
 """Jobs held, finished ones included, until they are forgotten."""
@@ -55,9 +56,10 @@ class LedgerState(Record, frozen=True):
 
 
 class _Job:
-    __slots__ = ("done", "errors", "failed", "record", "states", "success", "task_queries", "touched")
+    __slots__ = ("captures", "done", "errors", "failed", "record", "states", "success", "task_queries", "touched")
 
-    def __init__(self, state: JobState) -> None:
+    def __init__(self, state: JobState, captures: int = 0) -> None:
+        self.captures = captures  # how many captures there had been: a later one holds this very object
         self.record, self.task_queries = state.record, state.task_queries
         self.states = bytearray(_tasks(state.record.queries, state.task_queries))
         self.touched = {task.task: task for task in state.tasks}
@@ -65,6 +67,13 @@ class _Job:
         for task in state.tasks:
             self.states[task.task] = _CODE[task.state]
             self.count(task)
+
+    def copy(self, captures: int) -> _Job:
+        new = object.__new__(_Job)
+        for name in self.__slots__:
+            setattr(new, name, getattr(self, name))
+        new.states, new.touched, new.captures = self.states.copy(), self.touched.copy(), captures
+        return new
 
     def count(self, task: TaskRecord) -> None:
         self.success += task.state == "success"
@@ -89,6 +98,7 @@ class Ledger:
     def __init__(self, state: LedgerState | None = None) -> None:
         jobs = state.jobs if state is not None else ()
         self._jobs = {job.record.job: _Job(job) for job in jobs}
+        self._captures = 0
         self._unfinished = {name: None for name, job in self._jobs.items() if job.record.state not in FINISHED}
 
     def state(self) -> LedgerState:
@@ -98,6 +108,18 @@ class Ledger:
                 for job in self._jobs.values()
             )
         )
+
+    def capture(self) -> Iterator[Row]:
+        """Rows for a snapshot, as things are now."""
+        self._captures += 1
+        return _rows(list(self._jobs.values()))
+
+    def _own(self, job: str) -> _Job:
+        """The job, to be changed: a copy of it when a capture holds it."""
+        held = self._job(job)
+        if held.captures != self._captures:
+            held = self._jobs[job] = held.copy(self._captures)
+        return held
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -189,7 +211,8 @@ class Ledger:
                     state="planning",
                     submitted_ms=now_ms,
                 )
-            )
+            ),
+            self._captures,
         )
         self._unfinished[command.job] = None
         return JobResult(command.job, "planning")
@@ -207,6 +230,7 @@ class Ledger:
             raise InvalidArgument(
                 f"job {command.job} would have {tasks} tasks, at most {TASKS_MAX}: at least {least} queries a task"
             )
+        held = self._own(command.job)
         held.task_queries, held.states = command.task_queries, bytearray(tasks)
         held.record = msgspec.structs.replace(held.record, state="running", queries=command.queries)
         self._finish_if_done(held, now_ms)
@@ -217,7 +241,7 @@ class Ledger:
         held = self._job(job)
         if held.record.state in FINISHED:
             return JobResult(job, held.record.state, changed=False)
-        self._finish(held, "cancelled", f"cancelled by {by}", now_ms)
+        self._finish(self._own(job), "cancelled", f"cancelled by {by}", now_ms)
         return JobResult(job, "cancelled")
 
     def forget(self, job: str) -> JobRecord:
@@ -262,7 +286,7 @@ class Ledger:
 
     def complete(self, command: CompleteTask, output: Output, now_ms: int) -> TaskResult:
         """The task has its result. Ask `refused` and `check_completion` first."""
-        held = self._job(command.job)
+        held = self._own(command.job)
         held.put(
             msgspec.structs.replace(
                 held.task(command.task),
@@ -283,7 +307,7 @@ class Ledger:
         late = self.refused(command.job, command.task)
         if late is not None:
             return late
-        held = self._job(command.job)
+        held = self._own(command.job)
         task = held.task(command.task)
         if command.attempt != len(task.attempts):
             why = f"{len(task.attempts)} attempts have ended, this was number {command.attempt}"
@@ -303,6 +327,7 @@ class Ledger:
             why = f"{len(held.record.plan_attempts)} attempts have ended, this was number {command.attempt}"
             return TaskResult(command.job, PLANNING, "ready", counted=False, why=why)
         attempts = (*held.record.plan_attempts, _attempt(command.node, command.error))
+        held = self._own(command.job)
         held.record = msgspec.structs.replace(held.record, plan_attempts=attempts)
         if not command.fatal and len(attempts) < ATTEMPTS_ALLOWED:
             return TaskResult(command.job, PLANNING, "ready", counted=True)
@@ -322,6 +347,20 @@ class Ledger:
     def _finish(self, held: _Job, state: str, reason: str, now_ms: int) -> None:
         held.record = msgspec.structs.replace(held.record, state=state, reason=reason, finished_ms=now_ms)
         del self._unfinished[held.record.job]
+
+
+def _rows(jobs: list[_Job]) -> Iterator[Row]:
+    yield "ledger", LedgerState(), 1
+    for job in jobs:
+        # Few touched tasks of many are sorted; many are looked for one after another, so that no step takes long.
+        few = 20 * len(job.touched) < len(job.states)
+        numbers = sorted(job.touched) if few else (n for n in range(len(job.states)) if n in job.touched)
+        for tasks, weight in runs((job.touched[number] for number in numbers), _weight):
+            yield "job", JobState(job.record, job.task_queries, tasks), weight + len(job.record.input_blocks)
+
+
+def _weight(task: TaskRecord) -> int:
+    return 1 + len(task.attempts) + (len(task.output.blocks) if task.output is not None else 0)
 
 
 def _attempt(node: NodeId, error: str) -> Attempt:

@@ -8,8 +8,9 @@
 #         of each other's insides.
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -22,15 +23,15 @@ from idunno.coordinator import commands as c
 from idunno.coordinator import effects as e
 from idunno.coordinator import permissions
 from idunno.coordinator import snapshot as snapshots
-from idunno.coordinator.ledger import Ledger, LedgerState
+from idunno.coordinator.ledger import Ledger
 from idunno.coordinator.names import job_directory, model_directory, output_name
-from idunno.coordinator.namespace import Namespace, NamespaceState, check_blocks, small_block
-from idunno.coordinator.recent import Recent, RecentState
+from idunno.coordinator.namespace import Namespace, check_blocks, small_block
+from idunno.coordinator.recent import Recent
 from idunno.coordinator.records import Block, ModelRecord, Output, VersionRecord
 from idunno.coordinator.references import References, model_blocks
-from idunno.coordinator.registry import Registry, RegistryState
+from idunno.coordinator.registry import Registry
 from idunno.coordinator.results import Done, FileGone, Purged, PutDone, Restored
-from idunno.coordinator.roster import Roster, RosterState
+from idunno.coordinator.roster import Roster
 from idunno.coordinator.timing import check_timing
 from idunno.coordinator.trash import RetentionRule
 from idunno.wire.calls import Actor, Role
@@ -111,33 +112,43 @@ class Machine:
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> bytes:
-        return snapshots.encode(self._snapshot())
+    def capture(self, seen: Callable[[str, Any], None] | None = None) -> Iterator[bytes]:
+        """The machine as it is now, as a snapshot in pieces, whatever is applied while they are taken.
 
-    def _snapshot(self) -> snapshots.Snapshot:
-        states = (
-            self.roster.state(),
-            self.namespace.state(),
-            self.registry.state(),
-            self.ledger.state(),
-            self._recent.state(),
-        )
-        parts = tuple(snapshots.part(name, state) for name, state in zip(snapshots.PARTS, states, strict=True))
-        return snapshots.Snapshot(snapshots.FORMAT, self.roster.machine_version, self.index, self.now_ms, parts)
+        `seen` is told the kind and the record of every row.
+        """
+        head = snapshots.Head(snapshots.FORMAT, self.roster.machine_version, self.index, self.now_ms)
+        parts = (self.roster, self.namespace, self.registry, self.ledger, self._recent)
+        rows = [part.capture() for part in parts]
+        return snapshots.encode(head, chain.from_iterable(rows), seen)
+
+    def snapshot(self) -> bytes:
+        return b"".join(self.capture())
 
     @classmethod
     def restore(cls, data: bytes | memoryview) -> Machine:
         """The machine of a snapshot. Raises Corrupt, Incompatible, DecodeError."""
-        taken = snapshots.decode(data)
+        reader = snapshots.Reader()
+        reader.feed(data)
+        return cls.restored(reader)
+
+    @classmethod
+    def restored(cls, reader: snapshots.Reader) -> Machine:
+        """The machine of a snapshot that was read to its end. Raises Corrupt, DecodeError."""
+        reader.finish()
         machine = cls()
-        machine.index, machine.now_ms = Index(taken.index), taken.now_ms
-        machine.roster = Roster(snapshots.state_of(taken, "roster", RosterState))
-        machine.namespace = Namespace(snapshots.state_of(taken, "namespace", NamespaceState))
-        machine.registry = Registry(snapshots.state_of(taken, "registry", RegistryState))
-        machine.ledger = Ledger(snapshots.state_of(taken, "ledger", LedgerState))
-        machine._recent = Recent(snapshots.state_of(taken, "recent", RecentState))
+        machine.index, machine.now_ms = Index(reader.head.index), reader.head.now_ms
+        machine.roster = Roster(reader.roster())
+        machine.namespace = Namespace(reader.namespace())
+        machine.registry = Registry(reader.registry())
+        machine.ledger = Ledger(reader.ledger())
+        machine._recent = Recent(reader.recent())
         machine.references = machine.recount()
         return machine
+
+    def become(self, other: Machine) -> None:
+        """Whoever holds this machine sees the other from now on."""
+        vars(self).update(vars(other))
 
     def recount(self) -> References:
         """The references as the parts have them: what `references` holds, counted anew."""
@@ -155,7 +166,10 @@ class Machine:
 
     def digest(self) -> bytes:
         """32 bytes that are equal on all nodes at an equal index. Costs as much as a snapshot."""
-        return blake3(msgspec.msgpack.encode(self._snapshot())).digest()
+        hasher = blake3()
+        for piece in self.capture():
+            hasher.update(piece)
+        return hasher.digest()
 
     # -- roster -------------------------------------------------------------------------------------------------------
 

@@ -198,6 +198,8 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     lag: dict[str, int] = {}  # per voter and learner, entries behind; only the leader knows
     recovering: bool = False
     warnings: list[str] = []  # what does not make it unhealthy, but should be mended
+    blocks_lost: list[str] = []  # blocks of files without a copy on a present node, the first 100; the leader knows
+    disk_problems: dict[str, str] = {}  # node -> why it takes no blocks; the leader knows
 
 
 MEMBERS: Final = Method("cluster.members", Members, MembersAnswer, Role.READER)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Final
 
+import msgspec
 from blake3 import blake3
 
 from idunno.base.errors import Conflict, Exhausted, InvalidArgument, NotFound
@@ -21,6 +22,7 @@ from idunno.coordinator.commands import BeginPut, CommitPut, PutSmall
 from idunno.coordinator.names import SYSTEM, check_request, is_block_id
 from idunno.coordinator.records import BLOCK_BYTES_MAX, SMALL_BYTES_MAX, Block, OpenPut, Record, VersionRecord
 from idunno.coordinator.results import Done, FileGone, PutDone, PutOpen
+from idunno.coordinator.rows import Row, runs
 from idunno.coordinator.trash import Retention, RetentionRule, Trash, TrashEntry
 
 BLOCKS_MAX: Final = 6_000
@@ -58,7 +60,7 @@ class FileState(Record, frozen=True):
 
 
 class NamespaceState(Record, frozen=True):
-    files: tuple[FileState, ...] = ()  # by name
+    files: tuple[FileState, ...] = ()
     tombstones: tuple[FileState, ...] = ()  # longest deleted first
     puts: tuple[OpenPut, ...] = ()  # oldest first
     trash: tuple[TrashEntry, ...] = ()  # oldest first
@@ -67,18 +69,20 @@ class NamespaceState(Record, frozen=True):
 
 
 class _File:
-    __slots__ = ("deletion", "last", "versions")
+    __slots__ = ("captures", "deletion", "last", "versions")
 
-    def __init__(self, last: int, versions: list[VersionRecord], deletion: Deletion | None) -> None:
+    def __init__(self, last: int, versions: list[VersionRecord], deletion: Deletion | None, captures: int = 0) -> None:
         self.last, self.versions, self.deletion = last, versions, deletion
+        self.captures = captures  # how many captures there had been: a later one holds this very object
 
 
 class Namespace:
     def __init__(self, state: NamespaceState | None = None) -> None:
         state = state if state is not None else NamespaceState()
+        self._captures = 0
         self._files: dict[str, _File] = {}
         self._tombstones: dict[str, _File] = {}
-        self._names: list[str] = [file.name for file in state.files]  # sorted
+        self._names: list[str] = sorted(file.name for file in state.files)
         self._puts: dict[str, OpenPut] = {put.put: put for put in state.puts}
         self.trash = Trash(state.trash, state.trash_last)
         self.retention = Retention(state.retention)
@@ -106,6 +110,27 @@ class Namespace:
             self.trash.last,
             self.retention.rules(),
         )
+
+    def capture(self) -> Iterator[Row]:
+        """Rows for a snapshot, as things are now."""
+        self._captures += 1
+        empty = NamespaceState(trash_last=self.trash.last)
+        return _rows(
+            empty,
+            # As they were made. Copies of the tables or of their items would take four times as long.
+            (list(self._files), list(self._files.values())),
+            (list(self._tombstones), list(self._tombstones.values())),
+            list(self._puts.values()),
+            list(self.trash.entries.values()),
+            self.retention.rules(),
+        )
+
+    def _own(self, table: dict[str, _File], name: str) -> _File:
+        """The file, to be changed: a copy of it when a capture holds it."""
+        file = table[name]
+        if file.captures != self._captures:
+            file = table[name] = _File(file.last, list(file.versions), file.deletion, self._captures)
+        return file
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -253,12 +278,12 @@ class Namespace:
         self, name: str, size: int, blocks: tuple[Block, ...], owner: str, request: str, now_ms: int, *, small: bool
     ) -> PutDone:
         """A new version, all checks done. `request`: the put that made it, "" for one that no retry asks for."""
-        file = self._files.get(name)
-        if file is None:
-            file = self._tombstones.pop(name, None) or _File(0, [], None)
-            self._files[name] = file
+        if name not in self._files:
+            buried = self._tombstones.pop(name, None)
+            self._files[name] = buried if buried is not None else _File(0, [], None, self._captures)
             insort(self._names, name)
             self.files += not name.startswith(SYSTEM)
+        file = self._own(self._files, name)
         file.last += 1
         file.versions.append(VersionRecord(file.last, size, blocks, now_ms, owner, request, small))
         if request:
@@ -303,7 +328,8 @@ class Namespace:
         self, name: str, request: str, by: str, now_ms: int
     ) -> tuple[FileGone, tuple[VersionRecord, ...], list[VersionRecord]]:
         """Delete all versions; also says which, and which are gone for good. Raises NotFound. Ask `deleted_by` first."""
-        file = self._file(name)
+        self._file(name)
+        file = self._own(self._files, name)
         versions = tuple(file.versions)
         self._forget_puts(file, keep=PUTS_REMEMBERED)
         recent = [version for version in versions[-PUTS_REMEMBERED:] if version.request]
@@ -330,6 +356,7 @@ class Namespace:
         gone = tuple(record for record in file.versions[:-1] if record.version in wanted)
         if not gone:
             return Done(changed=False), []
+        file = self._own(self._files, name)
         file.versions = [*(r for r in file.versions[:-1] if r.version not in wanted), file.versions[-1]]
         for record in gone:
             self._made.pop(record.request, None)
@@ -350,12 +377,12 @@ class Namespace:
                 raise Conflict(
                     f"{name} was begun anew since at version 1, its old versions do not fit: `idunno get` and put"
                 )
-        file = self._files.get(name)
-        if file is None:
-            file = self._tombstones.pop(name, None) or _File(0, [], None)
-            self._files[name] = file
+        if name not in self._files:
+            buried = self._tombstones.pop(name, None)
+            self._files[name] = buried if buried is not None else _File(0, [], None, self._captures)
             insort(self._names, name)
             self.files += 1
+        file = self._own(self._files, name)
         file.versions, file.last = versions, max(file.last, versions[-1].version)
         if file.deletion is not None:
             # A put is found in its version again; what the tombstone knew beside them goes.
@@ -406,6 +433,33 @@ class Namespace:
             self._made.pop(before.put, None)
         for record in file.versions[: len(file.versions) - keep] if keep else file.versions:
             self._made.pop(record.request, None)
+
+
+def _rows(
+    empty: NamespaceState,
+    files: tuple[list[str], list[_File]],
+    tombstones: tuple[list[str], list[_File]],
+    puts: list[OpenPut],
+    trash: list[TrashEntry],
+    retention: tuple[RetentionRule, ...],
+) -> Iterator[Row]:
+    yield "namespace", empty, 1
+    for name, file in zip(*files, strict=True):
+        for versions, weight in runs(file.versions, _weight):
+            yield "file", FileState(name, file.last, versions, file.deletion), weight
+    for name, file in zip(*tombstones, strict=True):
+        yield "tombstone", FileState(name, file.last, (), file.deletion), 2
+    for put in puts:
+        yield "put", put, 1
+    for entry in trash:
+        for versions, weight in runs(entry.versions, _weight):
+            yield "trash", msgspec.structs.replace(entry, versions=versions), weight
+    for rule in retention:
+        yield "retention", rule, 1
+
+
+def _weight(record: VersionRecord) -> int:
+    return 1 + len(record.blocks)
 
 
 def _versions(entries: list[TrashEntry]) -> list[VersionRecord]:

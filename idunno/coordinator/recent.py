@@ -5,9 +5,11 @@
 # Rule 2: bounded; the oldest goes first. A retry comes within its caller's deadline, not ten thousand removals later.
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from idunno.coordinator.records import Record
+from idunno.coordinator.rows import Row
 
 ANSWERS_KEPT: Final = 10_000
 
@@ -33,6 +35,16 @@ class Recent:
 
     def state(self) -> RecentState:
         return RecentState(tuple(self._answered))
+
+    def capture(self) -> Iterator[Row]:
+        """Rows for a snapshot, as things are now."""
+        return _rows(tuple(self._answered))
+
+
+def _rows(answered: tuple[str, ...]) -> Iterator[Row]:
+    yield "recent", RecentState(), 1
+    for key in answered:
+        yield "answered", key, 1
 
 
 def _key(kind: str, what: str, actor: str, request: str) -> str:

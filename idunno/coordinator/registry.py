@@ -18,6 +18,7 @@ from idunno.coordinator.commands import Deploy
 from idunno.coordinator.namespace import Namespace
 from idunno.coordinator.records import ModelRecord, Record, Timing, WorkerRecord
 from idunno.coordinator.results import Done, ModelResult
+from idunno.coordinator.rows import Row
 from idunno.coordinator.timing import TimingTotal
 
 MODELS_MAX: Final = 10_000
@@ -73,6 +74,10 @@ class Registry:
                 for name, m in self._models.items()
             )
         )
+
+    def capture(self) -> Iterator[Row]:
+        """Rows for a snapshot, as things are now."""
+        return _rows(self.state().models)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -252,6 +257,13 @@ def judge(record: ModelRecord, name_of: NameOf, lost: str = "") -> ModelRecord:
     else:
         reason = record.reason or "no worker is assigned yet"
     return msgspec.structs.replace(record, state="undeployed", reason=reason)
+
+
+def _rows(models: tuple[ModelState, ...]) -> Iterator[Row]:
+    yield "registry", RegistryState(), 1
+    for model in models:
+        files = model.record.files if model.record is not None else ()
+        yield "model", model, 10 + sum(1 + len(file.blocks) for file in files)
 
 
 def _check_settings(command: Deploy) -> None:

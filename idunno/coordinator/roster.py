@@ -5,6 +5,7 @@
 # Rule 3: every method either raises and has changed nothing, or has done all of it.
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
@@ -22,6 +23,7 @@ from idunno.coordinator.records import (
     UserRecord,
 )
 from idunno.coordinator.results import Done, NodeAdded, UserAdded
+from idunno.coordinator.rows import Row
 from idunno.wire.calls import Actor, Peer, Role
 
 NODES_MAX: Final = 10_000
@@ -76,6 +78,10 @@ class Roster:
             tuple(self._tokens.values()),
             self.key_is_stale,
         )
+
+    def capture(self) -> Iterator[Row]:
+        """Rows for a snapshot, as things are now."""
+        return _rows(self.state())
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -348,6 +354,13 @@ class Roster:
             raise Unauthenticated(
                 f"token {record.token} is for a {record.role}, not for a {role}; ask an admin for another"
             )
+
+
+def _rows(state: RosterState) -> Iterator[Row]:
+    yield "roster", msgspec.structs.replace(state, nodes=(), users=(), tokens=()), 1
+    for kind, records in (("node", state.nodes), ("user", state.users), ("token", state.tokens)):
+        for record in records:
+            yield kind, record, 10
 
 
 def _check_node_texts(address: str, zone: str, software: str, slots: int) -> None:

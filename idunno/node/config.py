@@ -44,6 +44,12 @@ class NodeConfig:
     """Log entries after which the next snapshot is taken and the log is cut."""
     voter_silent_s: int = 60
     """A voter that has been silent for so long is replaced by another node."""
+    repair_link_percent: int = 30
+    """How much of its time this node spends on taking copies that repair orders. 100: as fast as it can."""
+    scrub_bytes_per_s: int = 10_000_000
+    """What it reads of its own blocks to find rot, all of them at most once a day. 0: never."""
+    stopped_wait_s: int = 600
+    """How long a node that announced its stop is expected back before its copies are made elsewhere. The scheduler's counts."""
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -62,7 +68,9 @@ class NodeConfig:
         for field in ("slots", "task_limit_s", "snapshot_entries", "voter_silent_s"):
             if getattr(self, field) < 1:
                 raise InvalidArgument(f"{field}={getattr(self, field)} in {CONFIG_FILE} must be at least 1")
-        for field in ("disk_reserve_bytes", "cache_bytes", "threads"):
+        if not 1 <= self.repair_link_percent <= 100:
+            raise InvalidArgument(f"repair_link_percent={self.repair_link_percent} in {CONFIG_FILE} must be 1 to 100")
+        for field in ("disk_reserve_bytes", "cache_bytes", "threads", "scrub_bytes_per_s", "stopped_wait_s"):
             if getattr(self, field) < 0:
                 raise InvalidArgument(f"{field}={getattr(self, field)} in {CONFIG_FILE} must not be negative")
         if self.scheduler_works not in ("auto", "always", "never"):

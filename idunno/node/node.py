@@ -34,6 +34,7 @@ from idunno.coordinator.commands import UpdateNode
 from idunno.coordinator.departure import Departures
 from idunno.coordinator.effects import Effect, KeepSmall, RosterChanged
 from idunno.coordinator.elector import Elector
+from idunno.coordinator.keeper import Keeper
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.messages import LEFT, MEMBERS, MemberAddress, Members
 from idunno.coordinator.service import CoordinatorService
@@ -58,6 +59,7 @@ from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.datanode import DataNode
 from idunno.sdfs.service import FileService
 from idunno.sdfs.small import SmallStore
+from idunno.sdfs.small_copies import SmallCopies
 from idunno.wire.calls import A, Actor, Call, Caller, Empty, Lane, Method, Peer, Q, Role
 from idunno.wire.local import LocalCaller
 from idunno.wire.peers import PeerPool
@@ -110,6 +112,8 @@ class Node:
         self.peers = PeerPool(self.known.endpoint, lambda: platform.client_tls, me=me, local=self.local)
 
         applier = Applier(self.machine)
+        self.small = SmallStore(self.disk, self.platform.offload)
+        self.small_copies = SmallCopies(me, self.small, self.peers, self.server)
         self.driver = RaftDriver(
             me,
             platform.log_disk,
@@ -120,6 +124,7 @@ class Node:
             voters=[member.node for member in remembered.members if member.voter],
             members=[member.node for member in remembered.members],
             copies_needed=min(4, max(1, len(remembered.members))),
+            machine=Keeper(applier, self.small, self.small_copies.fetch, platform.offload),
         )
         over_tcp = membership_service.OverTcp(self.peers)
         sealer = Sealer([held.cluster_key], me, self.boot, platform.boot_salt)
@@ -182,9 +187,13 @@ class Node:
         self._connect(applier)
 
     def _make_files(self) -> None:
-        sdfs = SdfsConfig(floor_bytes=self.config.disk_reserve_bytes)
+        sdfs = SdfsConfig(
+            floor_bytes=self.config.disk_reserve_bytes,
+            repair_link_percent=self.config.repair_link_percent,
+            scrub_bytes_per_s=self.config.scrub_bytes_per_s,
+            stopped_wait_ms=self.config.stopped_wait_s * 1_000,
+        )
         self.blocks = BlockStore(self.disk, self.platform.offload, sdfs)
-        self.small = SmallStore(self.disk, self.platform.offload)
         self.files = FileService(
             self.me, self.coordinator, self.blocks, self.small, self.peers, config=sdfs, rng=self.platform.rng
         )
@@ -203,6 +212,7 @@ class Node:
 
     def _connect(self, applier: Applier) -> None:
         """Who hears what of whom."""
+        self.departures.drained = self.files.leading.drain
         applier.subscribe(self._applied)
         applier.subscribe(self.files.follow)
         applier.subscribe(self.scheduler.follow)

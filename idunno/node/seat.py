@@ -18,7 +18,7 @@ from idunno.coordinator.messages import (
     StatusAnswer,
 )
 from idunno.coordinator.views import iso_time
-from idunno.node.status import LeaderView, Seen, members, status
+from idunno.node.status import BLOCKS_TOLD_MAX, LeaderView, Seen, members, status
 from idunno.wire.calls import Call, Empty
 
 if TYPE_CHECKING:
@@ -67,14 +67,23 @@ class Seat:
         except IdunnoError as error:
             log.info("leader did not complete status", extra={"error": str(error)})
             return None
-        return LeaderView(answer.copies_missing, answer.lag, answer.recovering, answer.queue.get("waiting", 0))
+        return LeaderView(
+            answer.copies_missing,
+            answer.lag,
+            answer.recovering,
+            answer.queue.get("waiting", 0),
+            tuple(answer.blocks_lost),
+            answer.disk_problems,
+        )
 
     def _leader_view(self) -> LeaderView:
         node = self._node
         lag = {node.known.name(follower): behind for follower, behind in node.driver.lag().items()}
         recovering = node.files.leading.recovering or node.scheduler.recovering
         missing = 0 if recovering else node.files.leading.copies_missing
-        return LeaderView(missing, lag, recovering, node.scheduler.waiting)
+        lost = tuple(node.files.leading.lost()[:BLOCKS_TOLD_MAX])
+        disks = {node.known.name(of): why for of, why in node.files.leading.disk_problems().items()}
+        return LeaderView(missing, lag, recovering, node.scheduler.waiting, lost, disks)
 
     def _seen(self, leader_view: LeaderView | None) -> Seen:
         node = self._node

@@ -6,13 +6,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 from idunno.base.ids import NodeId
 from idunno.base.version import VERSION
 from idunno.coordinator.messages import Member, StatusAnswer
 from idunno.coordinator.records import NodeRecord
 from idunno.membership.messages import MemberView
+
+BLOCKS_TOLD_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,8 @@ class LeaderView:
     lag: dict[str, int]
     recovering: bool
     waiting: int  # tasks out on lease
+    blocks_lost: tuple[str, ...] = ()  # the first BLOCKS_TOLD_MAX
+    disk_problems: Mapping[str, str] = field(default_factory=dict)  # by node's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,7 @@ def status(seen: Seen) -> StatusAnswer:
     known = {record.node for record in seen.roster}
     why = _why(seen, rows)
     extra = seen.leader_view
+    disks = dict(extra.disk_problems) if extra is not None else {}
     tasks = dict(seen.tasks)
     if extra is not None:
         tasks["waiting"] = extra.waiting
@@ -111,7 +117,12 @@ def status(seen: Seen) -> StatusAnswer:
         rates=seen.rates,
         lag=extra.lag if extra is not None else {},
         recovering=extra.recovering if extra is not None else False,
-        warnings=[f"{row.name}: {row.problem}" for row in rows if row.problem],
+        warnings=[
+            *(f"{row.name}: {row.problem}" for row in rows if row.problem),
+            *(f"{node} takes no blocks: {problem}" for node, problem in sorted(disks.items())),
+        ],
+        blocks_lost=list(extra.blocks_lost) if extra is not None else [],
+        disk_problems=disks,
     )
 
 
@@ -137,6 +148,11 @@ def _why(seen: Seen, rows: Sequence[Member]) -> list[str]:
     if seen.leader_view is not None:
         if seen.leader_view.copies_missing:
             why.append(f"{seen.leader_view.copies_missing} block copies are missing")
+        if lost := seen.leader_view.blocks_lost:
+            text = (
+                f"{len(lost)}{' or more' if len(lost) == BLOCKS_TOLD_MAX else ''} blocks have no copy on a present node"
+            )
+            why.append(f"{text}, first {lost[0][:16]}; `idunno repair` names the files")
         if seen.leader_view.recovering:
             why.append("recovering: the new scheduler is waiting for the nodes' reports")
     failed = seen.models.get("failed", 0)

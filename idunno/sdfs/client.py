@@ -22,8 +22,14 @@ from idunno.sdfs.messages import (
     ABORT,
     COMMIT,
     DELETE,
+    EMPTY_TRASH,
     LIST,
+    LIST_TRASH,
     PUT_SMALL,
+    REPAIR,
+    RESTORE,
+    RETAIN,
+    SCRUB,
     STAT,
     STORE,
     VERSIONS,
@@ -35,15 +41,27 @@ from idunno.sdfs.messages import (
     Commit,
     Delete,
     DeleteAnswer,
+    EmptyTrash,
+    EmptyTrashAnswer,
     FileInfo,
     List,
     ListAnswer,
     ListRow,
+    ListTrash,
     PutAnswer,
     PutSmallFile,
+    Repair,
+    RepairAnswer,
+    RestoreAnswer,
+    RestoreFile,
+    Retain,
+    RetainRow,
+    Scrub,
+    ScrubAnswer,
     Stat,
     Store,
     StoreAnswer,
+    TrashRow,
     VersionRow,
     WhereAnswer,
 )
@@ -236,12 +254,14 @@ class FileClient:
         """Newest first, at most the last 1,000. Raises NotFound."""
         return (await self._asker(f"versions of {name}", timeout_s).ask(VERSIONS, ByName(name))).versions
 
-    async def ls(self, prefix: str = "", *, system: bool = False, timeout_s: float = QUESTION_S) -> list[ListRow]:
+    async def ls(
+        self, prefix: str = "", *, system: bool = False, long: bool = False, timeout_s: float = QUESTION_S
+    ) -> list[ListRow]:
         asker = self._asker(f"ls {prefix}", timeout_s)
         rows: list[ListRow] = []
         after = ""
         while True:
-            page = await asker.ask(LIST, List(prefix, after, system=system))
+            page = await asker.ask(LIST, List(prefix, after, system=system, long=long))
             rows += page.files
             if not page.more or not page.files:
                 return rows
@@ -268,6 +288,47 @@ class FileClient:
 
     async def delete(self, name: str, *, request: str = "", timeout_s: float = QUESTION_S) -> DeleteAnswer:
         return await self._asker(f"delete of {name}", timeout_s).ask(DELETE, Delete(name, request or self.new_id()))
+
+    # -- keeping and throwing away ------------------------------------------------------------------------------------
+
+    async def retain(
+        self, prefix: str, *, versions: int = 0, age_ms: int = 0, show: bool = False, timeout_s: float = QUESTION_S
+    ) -> list[RetainRow]:
+        """Set how many versions of each file below `prefix` are kept and how long superseded ones (both 0: no rule); or show
+        what holds there."""
+        request = Retain(prefix, self.new_id(), versions, age_ms, show)
+        return (await self._asker(f"retention of {prefix}", timeout_s).ask(RETAIN, request)).rules
+
+    async def trash(self, prefix: str = "", *, timeout_s: float = QUESTION_S) -> list[TrashRow]:
+        """What was deleted or has expired and can be restored, oldest first."""
+        asker = self._asker(f"trash {prefix}", timeout_s)
+        page = await asker.ask(LIST_TRASH, ListTrash(prefix))
+        rows = list(page.entries)
+        while page.more:
+            page = await asker.ask(LIST_TRASH, ListTrash(prefix, rows[-1].entry))
+            rows += page.entries
+        return rows
+
+    async def restore(self, name: str, *, timeout_s: float = QUESTION_S) -> RestoreAnswer:
+        """Bring back from the trash all versions of `name` that are there. Raises NotFound, PermissionDenied, Conflict."""
+        return await self._asker(f"restore of {name}", timeout_s).ask(RESTORE, RestoreFile(name, self.new_id()))
+
+    async def empty_trash(self, prefix: str = "", *, timeout_s: float = QUESTION_S) -> EmptyTrashAnswer:
+        """Free what the trash holds below `prefix` of the caller's (an admin's: everybody's) files, for good."""
+        asker = self._asker(f"emptying of the trash {prefix}", timeout_s)
+        versions = size = 0
+        while True:
+            answer = await asker.ask(EMPTY_TRASH, EmptyTrash(prefix, self.new_id()))
+            versions, size = versions + answer.versions, size + answer.size
+            if not answer.more:
+                return EmptyTrashAnswer(versions, size)
+
+    async def repair(self, *, timeout_s: float = QUESTION_S) -> RepairAnswer:
+        return await self._asker("repair", timeout_s).ask(REPAIR, Repair())
+
+    async def scrub(self, node: str = "", *, timeout_s: float = QUESTION_S) -> ScrubAnswer:
+        """Have a node (name or id; "" all) read its blocks again, from now on."""
+        return await self._asker(f"scrub {node}", timeout_s).ask(SCRUB, Scrub(node))
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class SdfsConfig:
     report_wait_ms: int = 30_000
     """A present node that does not report to a new leader is waited for so long; without it copies are made, never removed."""
     trims_max: int = 4
-    trim_wait_ms: int = 30_000
+    trim_wait_ms: int = 15_000
     """How long a block must have been surplus: a node that comes and goes moves nothing."""
     sweep_s: float = 30.0
     """Between looks for blocks that nothing refers to; the first follows a second after something was freed."""

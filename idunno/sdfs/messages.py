@@ -170,7 +170,7 @@ class List(msgspec.Struct, frozen=True):
     long: bool = False
 
 
-class ListRow(msgspec.Struct, frozen=True):
+class ListRow(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     version: int
     size: int

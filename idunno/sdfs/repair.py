@@ -93,6 +93,7 @@ class RepairCore:
         self._later: list[tuple[int, BlockId]] = []  # the same, soonest first
         self._short: dict[BlockId, _Short] = {}
         self._queues: tuple[dict[BlockId, None], ...] = tuple({} for _ in range(COPIES_WANTED))  # by copies
+        self._lost: dict[BlockId, None] = {}
         self._surplus: dict[BlockId, int] = {}  # since when
         self._busy: dict[BlockId, Copying | Trimming] = {}
         self._load: dict[NodeId, int] = {}  # copies under way by node, as target or first source
@@ -156,6 +157,10 @@ class RepairCore:
                 queue.setdefault(block)  # it keeps its place
             else:
                 queue.pop(block, None)
+        if new is not None and new.lost:
+            self._lost.setdefault(block)
+        else:
+            self._lost.pop(block, None)
         if new is not None:
             self._short[block] = new
             self.missing += new.missing
@@ -306,7 +311,7 @@ class RepairCore:
 
     def lost(self) -> list[BlockId]:
         """Blocks that nobody can give."""
-        return [block for block, short in self._short.items() if short.lost]
+        return list(self._lost)
 
     def is_short(self, block: BlockId) -> bool:
         """Also when that is not known for sure yet."""

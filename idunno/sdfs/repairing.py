@@ -40,6 +40,8 @@ NAMES_SLICE: Final = 100
 DRAIN_LOOK_S: Final = 0.5
 DRAIN_FIRST_S: Final = 1.0
 """What the node took until now it reports within this (inventory.py)."""
+DRAINED_MS: Final = 600_000
+"""A node that was drained and is still in the roster after this is one like the others again: its leaving was given up."""
 DRAIN_SAY_S: Final = 10.0
 
 
@@ -51,6 +53,8 @@ class Repairing:
         self._config = config
         self.core = RepairCore(self._size_of, locator.holders, config)
         self.draining: set[NodeId] = set()
+        self._drained_ms: dict[NodeId, int] = {}  # since when nothing is left on them that others lack
+        self._counting: frozenset[NodeId] = frozenset()
         self._presence: dict[NodeId, str] = {}
         self._stopped_ms: dict[NodeId, int] = {}  # since when, by this loop's clock
         self._loop = asyncio.get_running_loop()
@@ -91,7 +95,7 @@ class Repairing:
         for node in self._locator.nodes():
             if roster.find(node) is None:
                 self.touch(self._locator.forget(node))
-                self.draining.discard(node)
+                self.undrain(node)
         for record in roster.nodes():
             was = self._presence.get(record.node)
             if record.presence != "present" and was != record.presence:
@@ -157,14 +161,18 @@ class Repairing:
 
     async def look(self) -> None:
         """Judge what was touched, then order what can be done now."""
-        if self.core.set_nodes(self._nodes()) or self._loop.time() - self._looked_s > FULL_LOOK_S:
+        for node, since_ms in list(self._drained_ms.items()):
+            if since_ms < self._now_ms() - DRAINED_MS:
+                self.undrain(node)
+        self._see_nodes()
+        if self._loop.time() - self._looked_s > FULL_LOOK_S:
             self._looked_s = self._loop.time()
             self.core.touch(self._coordinator.machine.references)
         more = True
         while more:
             more = self.core.judge(self._now_ms(), SLICE)
             await asyncio.sleep(0)
-        self.core.set_nodes(self._nodes())
+        self._see_nodes()
         recovering = self.recovering
         if recovering and self._now_ms() - self._began_ms < self._config.report_wait_ms:
             return
@@ -173,6 +181,15 @@ class Repairing:
         if not recovering:
             for trimming in self.core.next_trims(self._now_ms()):
                 self._begin(self._trim(trimming), f"trim {trimming.block[:16]}")
+
+    def _see_nodes(self) -> None:
+        nodes = self._nodes()
+        came_or_went = sorted(nodes.counting ^ self._counting)
+        self._counting = nodes.counting
+        for node in came_or_went:
+            self.core.touch(self._locator.held_by(node))
+        if self.core.set_nodes(nodes):
+            self.core.touch(self._coordinator.machine.references)
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = tasks.begin(work, name)
@@ -278,15 +295,19 @@ class Repairing:
         """See Leading.drain."""
         name = self._coordinator.machine.roster.node(node).name
         self.draining.add(node)
+        self._drained_ms.pop(node, None)
         try:
             await asyncio.sleep(DRAIN_FIRST_S)
-            return await self._drained(node, name)
+            said = await self._drained(node, name)
+            self._drained_ms[node] = self._now_ms()
+            return said
         except BaseException:
             self.undrain(node)  # whoever gave up on it wants the node as it was
             raise
 
     def undrain(self, node: NodeId) -> None:
         self.draining.discard(node)
+        self._drained_ms.pop(node, None)
         self.touch(self._locator.held_by(node))
 
     async def _drained(self, node: NodeId, name: str) -> str:
@@ -295,10 +316,7 @@ class Repairing:
         while True:
             left, size, held = await self._left_of(node)
             if not left and not self.recovering:
-                return (
-                    f"{name}: each of its {held:,} blocks ({size:,} bytes) has its copies on other nodes; "
-                    "it is safe to switch it off"
-                )
+                return f"{name}: each of its {held:,} blocks ({size:,} bytes) has its copies on other nodes"
             if self._loop.time() - said_s > DRAIN_SAY_S:
                 said_s = self._loop.time()
                 log.info("draining", extra={"holder": node, "blocks": held, "left": left})

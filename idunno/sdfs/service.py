@@ -18,6 +18,7 @@ from idunno.coordinator.results import FileGone, PutDone, PutOpen
 from idunno.sdfs.blocks import BlockStore
 from idunno.sdfs.config import FILE_BLOCKS_MAX, SdfsConfig
 from idunno.sdfs.hashing import block_id, check_block_id
+from idunno.sdfs.keeping import Keeping
 from idunno.sdfs.leading import Leading
 from idunno.sdfs.messages import (
     ABORT,
@@ -74,6 +75,7 @@ class FileService:
         self.orders = Orders(me, coordinator, blocks, peers, config=config)
         self.sweeper = Sweeper(coordinator, blocks, config=config)
         self.scrubber = Scrubber(blocks, rng, config=config)
+        self._keeping = Keeping(me, coordinator, peers, self.scrubber.begin, config=config)
 
     def register(self, registrar: Registrar) -> None:
         registrar.register(BEGIN, self.begin)
@@ -84,6 +86,7 @@ class FileService:
         self._views.register(registrar)
         self.leading.register(registrar)
         self.orders.register(registrar)
+        self._keeping.register(registrar)
 
     def start(self) -> None:
         """After the block store is open."""

@@ -4,7 +4,8 @@
 #         the block, no open put counts on it, nobody writes it. In that step the node stops saying that it has it.
 # Rule 2: what was written before this process began is known to no pin. Until all puts have ended that were open at the first
 #         barrier, nothing is removed.
-# Rule 3: bounded: BATCH blocks a barrier; one look at all blocks after the start, in slices; then only at what was told.
+# Rule 3: bounded: BATCH blocks a barrier; a look at all blocks after the start and once an hour, in slices; else only at what was
+#         told.
 from __future__ import annotations
 
 import asyncio
@@ -25,6 +26,8 @@ log = logging.getLogger("idunno.sdfs")
 BATCH: Final = 256
 """Removed after one barrier: 2 GB at most, 100 ms of a slow disk."""
 SLICE: Final = 5_000
+LOOK_AGAIN_S: Final = 3_600.0
+"""Between looks at all blocks: a node that became another's snapshot was told nothing of what was freed in between."""
 GATHER_S: Final = 1.0
 BARRIER_S: Final = 10.0
 
@@ -33,7 +36,9 @@ class Sweeper:
     def __init__(self, coordinator: Coordination, blocks: BlockStore, *, config: SdfsConfig) -> None:
         self._coordinator, self._blocks, self._config = coordinator, blocks, config
         self._candidates: dict[BlockId, None] = {}
-        self._looked = False
+        self._looked = False  # at all blocks, since `_look_again_s` was set
+        self._look_again_s = 0.0
+        self._first = True
         self._before: list[str] = []  # puts open at the first barrier that have not ended
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -68,7 +73,7 @@ class Sweeper:
 
     async def sweep(self) -> int:
         """Remove what can be removed now; how many blocks. Raises IdunnoError."""
-        if not self._looked:
+        if not self._looked or asyncio.get_running_loop().time() >= self._look_again_s:
             await self._look_at_all()
         removed = 0
         while self._candidates or self._ended():
@@ -91,13 +96,16 @@ class Sweeper:
     async def _look_at_all(self) -> None:
         """Blocks that nothing refers to after the first barrier; what comes later is told."""
         machine = await self._coordinator.read(BARRIER_S)
-        self._before = [put.put for put in machine.namespace.open_puts()]
+        if self._first:
+            self._first = False
+            self._before = [put.put for put in machine.namespace.open_puts()]
         for number, block in enumerate(self._blocks.held()):
             if number % SLICE == SLICE - 1:
                 await asyncio.sleep(0)
             if block not in machine.references:
                 self._candidates[block] = None
         self._looked = True
+        self._look_again_s = asyncio.get_running_loop().time() + LOOK_AGAIN_S
 
     async def _decide(self) -> list[BlockId]:
         """A barrier; then up to BATCH blocks are held no more, and are to be erased."""

@@ -54,6 +54,8 @@ VERSIONS_BLOCKS_MAX: Final = 10_000
 """Blocks whose holders are looked up for one list of versions; the list ends there."""
 SLICE_NAMES: Final = 100
 """Names looked at in one turn of the loop: with 40 blocks each about a millisecond."""
+LONG_ROWS_MAX: Final = 100
+"""Of a long listing, which looks at each version and block."""
 SMALL_S: Final = 2.0
 """For one other node to give a small content."""
 
@@ -142,15 +144,14 @@ class Views:
         request = call.request
         machine = await self._read(call)
         namespace = machine.namespace
-        limit = max(1, min(request.limit, ROWS_MAX))
+        limit = max(1, min(request.limit, LONG_ROWS_MAX if request.long else ROWS_MAX))
         rows: list[ListRow] = []
         after, more = request.after, True
         while more and not rows:  # a page with nothing for this actor's eyes is no end
             names, more = namespace.names(request.prefix, after, limit, system=request.system)
             for name in names:
                 if may_read(name, call.actor, machine):
-                    record = namespace.latest(name)
-                    rows.append(ListRow(name, record.version, record.size, iso(record.created_ms)))
+                    rows.append(_list_row(name, namespace.history(name), long=request.long))
             after = names[-1] if names else after
             await asyncio.sleep(0)  # other work first: a listing is in no hurry
         return ListAnswer(rows, more)
@@ -224,6 +225,15 @@ class Views:
             if any(block.block in store for block in record.blocks):
                 return StoreRow(name, record.version, record.size)
         return None
+
+
+def _list_row(name: str, versions: list[VersionRecord], *, long: bool) -> ListRow:
+    last = versions[-1]
+    if not long:
+        return ListRow(name, last.version, last.size, iso(last.created_ms))
+    logical = sum(record.size for record in versions)
+    stored = sum({block.block: block.size for record in versions for block in record.blocks}.values())
+    return ListRow(name, last.version, last.size, iso(last.created_ms), len(versions), logical, stored)
 
 
 def _info(

@@ -150,3 +150,42 @@ def test_nodes_leave_until_one_is_left_and_nothing_is_lost(grown: Grown) -> None
     with pytest.raises(CommandFailed) as caught:
         grown.json("n2", "leave", "n2")
     assert "last node" in caught.value.error
+
+
+def test_a_node_that_was_away_while_the_log_was_cut_comes_back_and_has_everything(tmp_path: Path) -> None:
+    with Grown(tmp_path, "voter_silent_s = 60\nsnapshot_entries = 40\n") as grown:
+        grown.add("n1")
+        until(lambda: grown.json("n1", "status")["scheduler"] == "n1", "the first scheduler")
+        for name in ("n2", "n3"):
+            grown.add(name, through="n1")
+        grown.until_voters("n1", "n1", "n2", "n3")
+        grown.put("n1", "before", b"before")
+        grown.kill("n3")
+        folder = tmp_path / "small"
+        folder.mkdir()
+        for turn in range(4):
+            for number in range(40):
+                (folder / str(number)).write_bytes(b"content %d, turn %d" % (number, turn))
+            grown.json("n1", "put", str(folder), "small/")
+        grown.put("n1", "large", bytes(20_000))
+        segments = grown.directory / "n1" / "log"
+        until(lambda: (segments / "snapshot").exists(), "a snapshot")
+        for name in ("n1", "n2"):  # from the snapshot and what follows it
+            grown.kill(name)
+        grown.start("n1")
+        grown.start("n2")
+        assert until(lambda: grown.json("n1", "status")["scheduler"], "a scheduler") in ("n1", "n2")
+        assert grown.get("n2", "small/19") == b"content 19, turn 3"
+        grown.start("n3")
+        story = grown.directory / "n3" / "logs" / "node.jsonl"
+        until(lambda: "snapshot taken in" in story.read_text(), "n3 to take a snapshot in")
+        until(lambda: grown.json("n3", "status")["applied"] >= grown.json("n1", "status")["commit"], "n3 to catch up")
+        for name in ("n1", "n2"):
+            grown.kill(name)
+        small = (grown.directory / "n3" / "small" / "0000000001.seg").read_bytes()
+        assert all(b"content %d, turn %d" % (number, turn) in small for number in range(40) for turn in range(4))
+        grown.start("n2")
+        for number in (0, 39):
+            assert grown.get("n3", f"small/{number}") == b"content %d, turn 3" % number
+        assert grown.get("n3", "before") == b"before"
+        assert grown.get("n3", "large") == bytes(20_000)

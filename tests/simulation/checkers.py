@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from idunno.base.ids import Index, NodeId
@@ -20,10 +21,12 @@ from tests.simulation.machine import Machine
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-DIGEST_EVERY: Final = 64
+DIGEST_EVERY: Final = 16
 """Entries between two comparisons of whole machines while a world runs; the end of a world compares them again."""
 DISTURBED_S: Final = 8.0
 """How long after a fault its echo may still be heard: accusations under way, a detector that waits longer for its own sake."""
+COUNTED: Final = frozenset({"snapshot taken", "snapshot taken in", "copy made", "task given back"})
+"""What a world's report tells of: faults alone prove little if nothing followed from them."""
 NOTICED_S: Final = 6.0
 """A death is known to everybody undisturbed within this."""
 
@@ -33,6 +36,8 @@ class Checkers:
         self.world = world
         self.disturbances: list[tuple[float, float, frozenset[str]]] = []
         """(from, until, machines; none means all): when a fault explains that somebody is called dead."""
+        self.counts: Counter[str] = Counter()
+        """Log lines of COUNTED."""
         self.excuse_accusers = True
         """Whether a fault of who accuses explains that somebody healthy is called dead."""
         self.false_failures = 0
@@ -52,9 +57,9 @@ class Checkers:
     # -- machines -------------------------------------------------------------------------------------------------
 
     def _on_applied(self, machine: Machine, node: Node, index: Index, payload: bytes) -> None:
-        before = self._applied.get(node, 0)
-        if index != before + 1:
-            self.world.found(f"{machine.name} applied entry {index} after {before}")
+        before = node.driver.applied_index  # more than what was applied before when a snapshot took its place
+        if index != before + 1 or index <= self._applied.get(node, 0):
+            self.world.found(f"{machine.name} applied entry {index} after {self._applied.get(node, 0)}, at {before}")
         self._applied[node] = index
         self._compare(self._entries, "entry", index, hashlib.blake2b(payload, digest_size=16).digest(), machine.name)
         if index % DIGEST_EVERY == 0:
@@ -75,6 +80,8 @@ class Checkers:
     # -- consensus ------------------------------------------------------------------------------------------------
 
     def _on_log(self, machine: Machine, record: logging.LogRecord) -> None:
+        if record.msg in COUNTED:
+            self.counts[record.msg] += 1
         if record.msg != "consensus role":
             return
         fields = vars(record)

@@ -43,6 +43,8 @@ CLUSTER: Final = "5".ljust(32, "0")
 CLUSTER_KEY: Final = bytes(range(32))
 BOOT_FILE: Final = "boot"
 SEGMENT_BYTES: Final = 64 * 1024
+SNAPSHOT_ENTRIES: Final = 25
+"""So few that every world takes snapshots, and who was away for a second needs one."""
 
 
 def node_id(number: int) -> NodeId:
@@ -74,7 +76,7 @@ class Machine:
         self.host = Host(network, self.address, self.certificate)
         self.disk = SimDisk(random.Random(f"{seed} disk {number}"), trace, self.name)
         self.disk.capacity_bytes = DISK_BYTES
-        self.config = NodeConfig(name=self.name, listen=f"{self.address}:{PORT}")
+        self.config = NodeConfig(name=self.name, listen=f"{self.address}:{PORT}", snapshot_entries=SNAPSHOT_ENTRIES)
         self.cost, self.counts = Cost(), Counter[str]()
         self.skew_ms = 0
         self.boot = 0

@@ -105,6 +105,7 @@ class Cluster:
         for machine in self.world.machines:
             happened.update(machine.disk.counts)
             happened.update(machine.counts)
+        happened.update(self.checkers.counts)
         happened["leaders"] += self.checkers.elections
         happened["boots"] += sum(machine.boot for machine in self.world.machines)
 

@@ -6,6 +6,7 @@ import secrets
 
 import pytest
 
+from tests.simulation.checkers import COUNTED
 from tests.simulation.command import SECONDS, one
 from tests.simulation.dose import Dose
 from tests.simulation.faults import KINDS
@@ -33,6 +34,7 @@ def test_every_kind_of_fault_struck_at_every_stage() -> None:
         pytest.skip("only part of the fixed seeds was run")
     print("\n".join(_dose.table()))  # noqa: T201
     assert _dose.below(5) == []
+    assert all(_dose.happened[what] >= 5 for what in COUNTED), _dose.happened
     assert {kind for kind, _ in _dose.struck} == set(KINDS)
 
 

@@ -54,6 +54,8 @@ CORES = [
     "coordinator/permissions.py",
     "sdfs/placement.py",
     "sdfs/locator.py",
+    "sdfs/pins.py",
+    "sdfs/repair.py",
     "scheduler/fairness.py",
     "scheduler/dispatch.py",
     "scheduler/deploy.py",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -20,6 +22,8 @@ from idunno.coordinator import snapshot as snapshots
 from idunno.coordinator.machine import Machine
 from tests.unit.coordinator.replay import history
 from tests.unit.coordinator.world import World
+
+SNAPSHOT = history(5, 200).machine.snapshot()
 
 
 def test_the_random_log_does_something_of_every_kind() -> None:
@@ -82,7 +86,7 @@ def test_a_damaged_snapshot_is_refused() -> None:
 
 @given(st.binary(max_size=200))
 def test_what_is_no_snapshot_or_entry_is_a_decode_error(data: bytes) -> None:
-    with pytest.raises(DecodeError):
+    with pytest.raises((DecodeError, Corrupt)):
         Machine.restore(data)
     with pytest.raises(DecodeError):
         c.decode_entry(data)
@@ -91,20 +95,64 @@ def test_what_is_no_snapshot_or_entry_is_a_decode_error(data: bytes) -> None:
 
 
 def test_a_newer_snapshot_is_incompatible() -> None:
-    taken = World().machine._snapshot()
-    newer = [
-        msgspec.structs.replace(taken, format=2),
-        msgspec.structs.replace(taken, machine_version=2),
-        msgspec.structs.replace(taken, parts=taken.parts[:-1]),
-        msgspec.structs.replace(taken, parts=(msgspec.structs.replace(taken.parts[0], format=2), *taken.parts[1:])),
-    ]
-    for snapshot in newer:
+    head = snapshots.Head(snapshots.FORMAT, 1, 1, 0)
+    with pytest.raises(Incompatible, match="upgrade"):
+        Machine.restore(b"".join(snapshots.encode(head, [("colour", "red", 1)])))
+    for changed in (msgspec.structs.replace(head, format=3), msgspec.structs.replace(head, machine_version=99)):
         with pytest.raises(Incompatible, match="upgrade"):
-            Machine.restore(snapshots.encode(snapshot))
-    unknown = msgspec.msgpack.encode({"cluster": "x", "colour": "red"})
-    part = msgspec.structs.replace(taken.parts[0], content=unknown)
-    with pytest.raises(DecodeError, match="part roster"):
-        Machine.restore(snapshots.encode(msgspec.structs.replace(taken, parts=(part, *taken.parts[1:]))))
+            Machine.restore(b"".join(snapshots.encode(changed, [])))
+    data = b"".join(snapshots.encode(head, [("roster", {"cluster": "x", "colour": "red"}, 1)]))
+    with pytest.raises(DecodeError, match="not one this version knows"):
+        Machine.restore(data)
+    with pytest.raises(DecodeError, match="0 rows of kind roster, not one"):
+        Machine.restore(b"".join(snapshots.encode(head, [])))
+
+
+def test_a_capture_gives_the_machine_as_it_was_whatever_is_applied_meanwhile() -> None:
+    """With every kind of command between any two pieces."""
+    rng = random.Random(3)
+    machine, plain, log = Machine(), Machine(), list(enumerate(history(11, 1_500).log, 1))
+
+    def apply(count: int) -> None:
+        for index, payload in log[:count]:
+            machine.apply(Index(index), payload)
+            plain.apply(Index(index), payload)
+        del log[:count]
+
+    while log:
+        apply(rng.randrange(300))
+        expected, taken = plain.snapshot(), []
+        for piece in machine.capture():
+            taken.append(piece)
+            apply(rng.randrange(30))
+        assert b"".join(taken) == expected
+    assert machine.digest() == plain.digest()
+
+
+@given(st.lists(st.integers(0, len(SNAPSHOT)), max_size=20))
+def test_a_snapshot_comes_in_pieces_of_any_size(cuts: list[int]) -> None:
+    reader = snapshots.Reader()
+    for begin, end in pairwise([0, *sorted(cuts), len(SNAPSHOT)]):
+        reader.feed(SNAPSHOT[begin:end])
+    assert Machine.restored(reader).snapshot() == SNAPSHOT
+
+
+@given(st.binary(max_size=300), st.integers(0, 10_000))
+def test_whatever_follows_a_good_beginning_is_refused_with_a_known_error(rest: bytes, cut_at: int) -> None:
+    with pytest.raises((Corrupt, DecodeError, Incompatible)):
+        Machine.restore(SNAPSHOT[: cut_at % len(SNAPSHOT)] + rest + b"x")
+
+
+def test_files_with_many_versions_and_jobs_with_many_tasks_are_cut_into_pages_and_put_together() -> None:
+    world = World()
+    for number in range(5_000):
+        world.put("one/file", f"{number}", put=f"p{number}")
+    pieces = list(world.machine.capture())
+    assert len(pieces) >= 4
+    assert max(len(piece) for piece in pieces) < 1024 * 1024
+    restored = Machine.restore(b"".join(pieces))
+    assert restored.namespace.state() == world.machine.namespace.state()
+    assert len(restored.namespace.history("one/file")) == 5_000
 
 
 def test_entries_are_applied_once_and_in_order() -> None:

@@ -1,0 +1,103 @@
+# idunno/coordinator/keeper.py: the machine as consensus sees it: what its snapshots are made of, and how one becomes it.
+#
+# Rule 1: contents of small files are not in a snapshot. Before the log that brought them is cut, and before a received snapshot
+#         counts, all that it refers to are in this node's own store, synced (docs/consensus.md).
+# Rule 2: whoever holds the machine goes on holding it: a restored one takes its place within. Followers are told what may be
+#         different, as if it had just been changed.
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Protocol
+
+from idunno.base.ids import BlockId, NodeId
+from idunno.coordinator import snapshot as snapshots
+from idunno.coordinator.applier import Applier
+from idunno.coordinator.machine import Machine
+from idunno.coordinator.records import SMALL_BYTES_MAX, Block
+
+Fetch = Callable[[Sequence[BlockId], Sequence[NodeId]], Awaitable[None]]
+"""Have these small contents here, synced, from these nodes. Raises IdunnoError when that cannot be done now."""
+
+
+class Smalls(Protocol):
+    """The node's store of small contents."""
+
+    def __contains__(self, block: BlockId) -> bool: ...
+
+    async def flush(self) -> None: ...
+
+
+class Offload(Protocol):
+    async def __call__(self, work: Callable[[], Machine], /) -> Machine: ...
+
+
+class Keeper:
+    """consensus.install.StateMachine."""
+
+    def __init__(self, applier: Applier, smalls: Smalls, fetch: Fetch, offload: Offload) -> None:
+        self.applier, self.smalls, self.fetch, self.offload = applier, smalls, fetch, offload
+        self._lacking: dict[BlockId, None] = {}
+
+    def capture(self) -> Iterator[bytes]:
+        lacking: dict[BlockId, None] = {}
+        self._lacking = lacking
+        return self.applier.machine.capture(lambda kind, record: note_lacking(kind, record, self.smalls, lacking))
+
+    async def secure(self) -> None:
+        await self.smalls.flush()
+        if self._lacking:
+            await self.fetch(list(self._lacking), holders(self.applier.machine))
+
+    def restore(self) -> Restoring:
+        return Restoring(self)
+
+
+class Restoring:
+    """consensus.install.Restore."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._reader = snapshots.Reader()
+        self._lacking: dict[BlockId, None] = {}
+        self._machine: Machine | None = None
+
+    def feed(self, piece: bytes) -> None:
+        for kind, rows in self._reader.feed(piece):
+            for record in rows:
+                note_lacking(kind, record, self._keeper.smalls, self._lacking)
+
+    async def finish(self) -> None:
+        self._machine = await self._keeper.offload(lambda: Machine.restored(self._reader))
+
+    async def complete(self, leader: NodeId) -> None:
+        assert self._machine is not None
+        await self._keeper.fetch(list(self._lacking), [leader, *holders(self._machine)])
+
+    def install(self) -> None:
+        assert self._machine is not None
+        self._keeper.applier.replace(self._machine)
+
+
+def holders(machine: Machine) -> list[NodeId]:
+    """Every node may hold every small content."""
+    return [record.node for record in machine.roster.nodes() if record.presence == "present"]
+
+
+def note_lacking(kind: str, record: Any, smalls: Smalls, lacking: dict[BlockId, None]) -> None:
+    for block in _small_blocks(kind, record):
+        if block.block not in smalls:
+            lacking[block.block] = None
+
+
+def _small_blocks(kind: str, record: Any) -> Iterator[Block]:
+    """The small contents that a row of a snapshot refers to."""
+    if kind in ("file", "trash"):
+        yield from chain.from_iterable(version.blocks for version in record.versions if version.small)
+    elif kind == "job":
+        yield from record.record.input_blocks if record.record.input_small else ()
+        for task in record.tasks:
+            yield from task.output.blocks if task.output is not None and task.output.small else ()
+    elif kind == "model" and record.record is not None:
+        for file in record.record.files:
+            yield from file.blocks if file.size <= SMALL_BYTES_MAX else ()

@@ -1,0 +1,121 @@
+# Retention and trash as users see them.
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from idunno.base.errors import NotFound, PermissionDenied
+from idunno.wire.calls import Actor, Role
+from tests.unit.sdfs.world import CONFIG, MB, OTHER, World, content_of, run
+
+CONTENT = content_of(MB)
+ADMIN = Actor("root", Role.ADMIN)
+READER = Actor("rita", Role.READER)
+
+
+def test_old_versions_expire_into_the_trash_small_ones_too() -> None:
+    async def story() -> None:
+        async with World(4) as world:
+            client = world.client()
+            for number in range(5):
+                await world.put(content_of(MB, number), "logs/a")
+                await world.put(b"small" + bytes([number]), "logs/b")
+                await world.put(b"small", "other")
+            rules = await client.retain("logs/", versions=2)
+            assert [(r.prefix, r.owner, r.versions, r.age_ms) for r in rules] == [("logs/", "alice", 2, 0)]
+            assert await client.retain("logs/a", show=True) == rules
+            await asyncio.sleep(5)
+            for name in ("logs/a", "logs/b"):
+                assert [row.version for row in await client.versions(name)] == [5, 4]
+            assert len(await client.versions("other")) == 5
+            assert [(row.name, row.versions, row.expired) for row in await client.trash("logs/")] == [
+                ("logs/a", [1, 2, 3], True),
+                ("logs/b", [1, 2, 3], True),
+            ]
+            assert await client.retain("logs/", versions=0) == []
+            assert (await client.restore("logs/b")).versions == 3
+            assert await world.get("logs/b", version=1) == b"small\0"
+            await asyncio.sleep(200)
+            assert len(await client.versions("logs/b")) == 5
+
+    run(story)
+
+
+def test_by_age_a_version_goes_so_long_after_it_was_replaced() -> None:
+    async def story() -> None:
+        async with World(4) as world:
+            client = world.client()
+            await world.put(b"1", "a")
+            world.now_ms += 100_000
+            await world.put(b"2", "a")  # replaces 1 now
+            await client.retain("", age_ms=50_000)
+            await asyncio.sleep(70)
+            assert len(await client.versions("a")) == 2
+            world.now_ms += 60_000
+            await world.put(b"x", "b")  # machine time goes on with commands
+            await asyncio.sleep(70)
+            assert [row.version for row in await client.versions("a")] == [2]
+
+    run(story)
+
+
+def test_everybody_keeps_house_with_his_own() -> None:
+    async def story() -> None:
+        async with World(4) as world:
+            alice, bob, admin, reader = (world.client(actor) for actor in (world_user(), OTHER, ADMIN, READER))
+            for _ in range(3):
+                await world.put(CONTENT, "shared/a")
+            await bob.retain("shared/", versions=1)
+            await asyncio.sleep(70)
+            assert len(await alice.versions("shared/a")) == 3  # bob's rule is for bob's files
+            await alice.delete("shared/a")
+            with pytest.raises(PermissionDenied, match="belongs to alice"):
+                await bob.restore("shared/a")
+            with pytest.raises(PermissionDenied):
+                await reader.retain("shared/", versions=1)
+            assert (await bob.empty_trash()).versions == 0
+            assert len(await reader.trash()) == 1
+            assert (await admin.empty_trash("other/")).versions == 0
+            emptied = await admin.empty_trash()
+            assert (emptied.versions, emptied.size) == (3, 3 * MB)
+            with pytest.raises(NotFound, match="the trash holds nothing"):
+                await alice.restore("shared/a")
+
+    run(story)
+
+
+def world_user() -> Actor:
+    return Actor("alice", Role.USER)
+
+
+def test_a_trash_of_many_is_emptied_in_parts_and_purged_by_itself_in_time() -> None:
+    async def story() -> None:
+        async with World(3, config=replace(CONFIG, trash_ms=1_000_000)) as world:
+            client = world.client()
+            for number in range(30):
+                for _ in range(50):
+                    await world.put(b"x", f"f{number}")
+                await client.delete(f"f{number}")
+            assert world.machine.namespace.trash.versions == 1_500
+            assert (await client.empty_trash("f1")).versions == 11 * 50
+            world.now_ms += 1_000_000
+            await world.put(b"x", "b")
+            await asyncio.sleep(130)
+            assert world.machine.namespace.trash.versions == 0
+
+    run(story)
+
+
+def test_a_long_listing_counts_shared_blocks_once() -> None:
+    async def story() -> None:
+        async with World(4) as world:
+            await world.put(CONTENT, "a")
+            await world.put(CONTENT, "a")
+            await world.put(CONTENT + b"more" * 2000, "a")
+            row = (await world.client().ls("a", long=True))[0]
+            assert (row.versions, row.logical, row.stored) == (3, 3 * MB + 8_000, 2 * MB + 8_000)
+            assert (await world.client().ls("a"))[0].versions == 0
+
+    run(story)

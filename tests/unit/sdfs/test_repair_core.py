@@ -1,0 +1,150 @@
+# What is copied next, and what waits: the rules of repair alone, without nodes or network.
+from __future__ import annotations
+
+from idunno.base.disk import Space
+from idunno.base.ids import BlockId, NodeId
+from idunno.sdfs.config import SdfsConfig
+from idunno.sdfs.placement import Candidate
+from idunno.sdfs.repair import Copying, Nodes, RepairCore
+
+MB = 1_000_000
+CONFIG = SdfsConfig(floor_bytes=0, floor_percent=0)
+NODES = [NodeId(f"{i:016x}") for i in range(1, 9)]
+
+
+class Store:
+    """Blocks and their holders, as a leader knows them."""
+
+    def __init__(self, *, present: int = 8, zones: tuple[str, ...] = ("",) * 8, free: int = 10**12) -> None:
+        self.size: dict[BlockId, int] = {}
+        self.held: dict[BlockId, list[NodeId]] = {}
+        self.core = RepairCore(lambda block: self.size.get(block, 0), lambda block: self.held[block], CONFIG)
+        self.candidates = tuple(
+            Candidate(node, node[-2:], zone, "present", Space(free, 2 * free))
+            for node, zone in zip(NODES[:present], zones, strict=False)
+        )
+        self.see()
+
+    def see(self, *, waited: frozenset[NodeId] = frozenset(), draining: frozenset[NodeId] = frozenset()) -> None:
+        giving = frozenset(candidate.node for candidate in self.candidates) - waited
+        self.core.set_nodes(Nodes(self.candidates, giving, waited, 0, draining))
+
+    def add(self, number: int, holders: list[NodeId], size: int = 8 * MB) -> BlockId:
+        block = BlockId(f"{number:064x}")
+        self.size[block], self.held[block] = size, holders
+        self.core.touch([block])
+        return block
+
+    def next(self, now_ms: int = 0) -> list[Copying]:
+        while self.core.judge(now_ms, 100):
+            pass
+        return self.core.next_copies(now_ms)
+
+
+def test_fewest_copies_come_first_then_the_oldest() -> None:
+    store = Store()
+    three = store.add(1, NODES[:3])
+    two = [store.add(number, NODES[:2]) for number in (2, 3)]
+    one = store.add(4, NODES[:1])
+    assert [order.block for order in store.next()] == [one, *two, three]
+    assert (store.core.missing, store.core.bytes_left) == (3 + 2 + 2 + 1, 8 * 8 * MB)
+
+
+def test_256_mb_of_what_has_three_copies_at_once_the_rest_after_a_minute() -> None:
+    store = Store()
+    for number in range(50):
+        store.add(number, NODES[:3])
+    copied = 0
+    for _ in range(50):
+        for order in store.next(1_000):
+            copied += order.size
+            store.held[order.block] = [*order.sources, order.target]
+            store.core.copied(order, 1_000)
+    assert copied == 32 * 8 * MB
+    assert store.next(59_000) == []
+    urgent = store.add(99, NODES[:2])
+    assert [order.block for order in store.next(59_500)] == [urgent]
+    assert len(store.next(61_000)) > 0
+    assert store.core.estimate_s(61_000) is None  # nothing was copied in the last 10 s
+
+
+def test_a_copy_goes_to_another_zone_with_room_and_no_node_gets_too_many() -> None:
+    store = Store(zones=("a", "a", "a", "b", "a", "a", "b", "a"))
+    for number in range(20):
+        store.add(number, NODES[:3])
+    orders = store.next()
+    assert [order.target for order in orders[:4]].count(NODES[3]) == 2
+    loads = {node: sum(order.target == node or order.sources[0] == node for order in orders) for node in NODES}
+    assert max(loads.values()) > 0
+    assert all(sum(order.target == node for order in orders) <= 2 for node in NODES)
+    assert {orders[0].target, orders[1].target} <= {NODES[3], NODES[6]}
+
+
+def test_a_full_node_gets_nothing_and_what_cannot_be_placed_is_missing_but_not_left() -> None:
+    store = Store(present=4, free=MB)
+    store.add(1, NODES[:3])
+    assert store.next() == []
+    assert (store.core.short, store.core.missing, store.core.bytes_left) == (1, 1, 0)
+
+
+def test_a_target_that_fails_is_left_alone_for_a_while() -> None:
+    store = Store(present=5)
+    block = store.add(1, NODES[:3])
+    (order,) = store.next(0)
+    store.core.not_copied(order, 0, blame_target=True)
+    (other,) = store.next(100)
+    assert (other.block, other.target) == (block, ({NODES[3], NODES[4]} - {order.target}).pop())
+    store.core.not_copied(other, 100, blame_target=True)
+    assert store.next(5_000) == []
+    assert len(store.next(11_000)) == 1
+
+
+def test_a_block_is_judged_again_by_what_is_told_and_forgotten_when_nothing_refers_to_it() -> None:
+    store = Store()
+    block = store.add(1, NODES[:3])
+    store.next()
+    del store.size[block]
+    store.core.touch([block])
+    store.core.judge(0, 10)
+    assert (store.core.short, store.core.missing, store.core.bytes_left) == (0, 0, 0)
+
+
+def test_what_is_being_drained_counts_not_but_gives() -> None:
+    store = Store(present=6)
+    block = store.add(1, NODES[:1])
+    store.see(draining=frozenset(NODES[:1]))
+    (order,) = store.next()
+    assert (order.block, order.sources, order.copies) == (block, (NODES[0],), 0)
+    assert store.core.lost() == []
+
+
+def test_lost_is_what_nobody_can_give_but_not_a_models_small_file() -> None:
+    store = Store()
+    lost = store.add(1, [])
+    store.add(2, [], size=4096)
+    assert store.next() == []
+    assert store.core.lost() == [lost]
+    assert store.core.missing == 4
+    store.held[lost] = NODES[:4]
+    store.core.touch([lost])
+    store.core.judge(0, 10)
+    assert (store.core.lost(), store.core.missing) == ([], 0)
+
+
+def test_surplus_is_trimmed_after_a_while_over_zones_and_only_when_nothing_is_urgent() -> None:
+    store = Store(zones=("a", "a", "b", "b", "c", "d", "d", "d"))
+    block = store.add(1, NODES[:5])
+    urgent = store.add(2, NODES[:2])
+    store.next(0)
+    assert store.core.next_trims(20_000) == []
+    store.held[urgent] = NODES[:4]
+    store.core.touch([urgent])
+    store.core.judge(20_000, 10)
+    (order,) = store.core.next_trims(20_000)
+    assert (order.block, len(order.keep)) == (block, 4)
+    assert order.drop in NODES[:4]  # of zone a or b, of which there are two
+    assert store.core.next_trims(20_000) == []  # it is under way
+    store.core.trimmed(order, 20_000, done=False)
+    store.core.judge(20_000, 10)
+    assert store.core.next_trims(30_000) == []
+    assert len(store.core.next_trims(36_000)) == 1
