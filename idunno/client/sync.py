@@ -216,9 +216,7 @@ class Cluster:
     def delete(self, name: str) -> DeleteAnswer:
         return self._thread.run(self._cluster.delete(name))
 
-    def retain(
-        self, prefix: str, *, versions: int = 0, age_s: float = 0.0, show: bool = False
-    ) -> list[RetainRow]:
+    def retain(self, prefix: str, *, versions: int = 0, age_s: float = 0.0, show: bool = False) -> list[RetainRow]:
         return self._thread.run(self._cluster.retain(prefix, versions=versions, age_s=age_s, show=show))
 
     def trash(self, prefix: str = "") -> list[TrashRow]:

@@ -91,10 +91,12 @@ class Orders:
     async def drop(self, call: Call[Drop]) -> Empty:
         block = check_block_id(call.request.block)
         self._check_term(call.request.term)
-        await self._coordinator.read(BARRIER_S)
-        self._check_term(call.request.term)
+        mark = self._blocks.pins.mark()
+        namespace = (await self._coordinator.read(BARRIER_S)).namespace
         # From here to `take_out` there is no await.
-        if block in self._blocks.pins or self._blocks.is_written(block):
+        self._check_term(call.request.term)
+        needed = self._blocks.pins.is_needed(block, mark, lambda put: namespace.open_put(put) is not None)
+        if needed or self._blocks.is_written(block):
             raise Conflict(f"block {block[:16]} is being put here: it stays")
         if block in self._blocks:
             self._blocks.take_out(block)

@@ -29,6 +29,12 @@ class Pins:
     def __contains__(self, block: BlockId) -> bool:
         return block in self._count
 
+    def is_needed(self, block: BlockId, mark: int, is_open: Callable[[str], bool]) -> bool:
+        """After the barrier: whether the block is pinned by what `settle` would keep."""
+        if block not in self._count:
+            return False
+        return any(block in blocks and (serial > mark or is_open(put)) for put, (serial, blocks) in self._puts.items())
+
     def puts(self) -> list[str]:
         return list(self._puts)
 

@@ -68,7 +68,8 @@ def test_a_cluster_grows_by_joins_and_says_as_long_as_it_has_one_voter(tmp_path:
             status = cluster.json("status", where=str(second))  # the joined node's own view
             assert (status["node"], status["scheduler"]) == ("second", "first")
             until(
-                lambda: len(cluster.json("status", where=str(second))["voters"]) == 3, "three voters, where one was before"
+                lambda: len(cluster.json("status", where=str(second))["voters"]) == 3,
+                "three voters, where one was before",
             )
             put = cluster.json("put", str(DIGITS / "digits.zip"), "z.zip", where=str(second))
             assert (put["copies"], put["degraded"]) == (3, False)  # as many as there are nodes

@@ -33,9 +33,9 @@ def test_ten_quiet_minutes_of_ten_nodes_have_one_leader_and_no_accusation() -> N
 
 
 def test_clients_of_a_quiet_world_are_never_refused() -> None:
-    report = mixed("quiet clients", seconds=10, kinds=[])
+    report = mixed("quiet clients", seconds=25, kinds=[])
     assert report.done["put"] > 20
-    assert report.done["job success"] == report.done["submit"] > 5
+    assert report.done["job success"] == report.done["submit"] >= 5
     refused = {what: count for what, count in report.done.items() if ": " in what and what != "get: not-found"}
     assert refused == {}
     assert report.dose.happened["leaders"] == 1
