@@ -18,6 +18,7 @@ from idunno.base.errors import (
     Conflict,
     ConnectionLost,
     DeadlineExceeded,
+    Exhausted,
     IdunnoError,
     InternalError,
     NoQuorum,
@@ -43,6 +44,10 @@ NEEDS_REQUEST: Final = (c.DeleteFile, c.Deploy, c.Undeploy, c.ForgetJob, c.Revok
 """Commands that find their first try by the request id alone. All others name what they make, or set what may be set twice."""
 
 
+BEGINS: Final = (c.BeginPut, c.PutSmall, c.Deploy, c.SubmitJob, c.AddNode, c.AddUser, c.AddToken)
+"""Commands that begin something new: refused while the leader lives on its log's reserve."""
+
+
 class Driver(Protocol):
     """What this file needs of consensus.driver.RaftDriver."""
 
@@ -54,6 +59,8 @@ class Driver(Protocol):
     def is_leader(self) -> bool: ...
     @property
     def term(self) -> Term: ...
+    @property
+    def short_of_space(self) -> bool: ...
 
     async def propose(self, payload: bytes, timeout_s: float) -> tuple[Index, int, Any]: ...
     async def read_index(self, timeout_s: float) -> Index: ...
@@ -107,6 +114,11 @@ class Coordinator:
             raise NotLeader(f"{self.me} does not lead; the leader is {self.driver.leader or 'not known'}")
         end_s = _now_s() + timeout_s
         permissions.check_new_names(command)
+        if self.driver.short_of_space and isinstance(command, BEGINS):
+            raise Exhausted(
+                f"the log's disk of the leader, {self.machine.roster.name(self.me)}, is full: only what frees space is done; "
+                "delete files or jobs, or free space on that disk"
+            )
         try:
             permissions.check(command, actor, self.machine)
         except (PermissionDenied, Conflict):

@@ -43,6 +43,7 @@ class BlockStore:
     def __init__(self, disk: Disk, offload: Offload, config: SdfsConfig) -> None:
         self._disk, self._offload, self._config = disk, offload, config
         self._held: dict[BlockId, tuple[int, int]] = {}  # size, serial
+        self._doubtful: set[BlockId] = set()  # held, but the disk refused to read them
         self._names = asyncio.Lock()  # over renames: quarantine must not move away what was just published
         self._directories: set[str] = set()  # of blocks/, at most 256
         self._reserved_bytes = 0  # of writers under way
@@ -84,7 +85,8 @@ class BlockStore:
         return len(self._held)
 
     def held(self) -> list[BlockId]:
-        return list(self._held)
+        """What others may count on: a block that could not be read lately is kept, and tried, but not counted."""
+        return [block for block in self._held if block not in self._doubtful]
 
     def size(self, block: BlockId) -> int:
         """In bytes. Raises NotFound."""
@@ -169,10 +171,11 @@ class BlockStore:
             if writer.block in self._held:
                 self._held[writer.block] = (writer.size, writer.serial)
         await self._disk.sync_directory(f"blocks/{directory}")
-        fresh = writer.block not in self._held
+        fresh = writer.block not in self._held or writer.block in self._doubtful
         self._held[writer.block] = (writer.size, writer.serial)
-        if fresh and self.on_change is not None:
-            self.on_change(writer.block, True)
+        self._doubtful.discard(writer.block)
+        if fresh:
+            self._tell(writer.block, True)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -193,8 +196,12 @@ class BlockStore:
                 try:
                     piece = await file.read(at, min(WRITE_BYTES, end - at))
                 except DiskFailed as error:
+                    # Not quarantined: what the device or the system refused once (no more descriptors, a passing error)
+                    # says nothing about the content, and it may be the last copy. The reader asks another replica, and
+                    # until it has been read well again nobody counts on this one.
                     self._note(error)
-                    await self._quarantine(block, serial, f"cannot be read: {error}")
+                    self._doubt(block, serial)
+                    raise
                 if not piece:
                     await self._quarantine(block, serial, f"ends at {at} of {size} bytes")
                 if digest is not None:
@@ -203,8 +210,13 @@ class BlockStore:
                 yield piece
         finally:
             await file.close()
-        if digest is not None and digest.block() != block:
+        if digest is None:
+            return
+        if digest.block() != block:
             await self._quarantine(block, serial, "has other content than its name says")
+        if block in self._doubtful and self._held.get(block, (0, -1))[1] == serial:
+            self._doubtful.discard(block)
+            self._tell(block, True)
 
     async def verify(self, block: BlockId) -> bool:
         """Whether the block is held, synced, and on the disk as its name says: it is read again from end to end."""
@@ -213,7 +225,7 @@ class BlockStore:
         try:
             async for _ in self.read(block, 0, self.size(block)):
                 pass
-        except (Corrupt, NotFound):
+        except (Corrupt, NotFound, DiskFailed):
             return False
         return True
 
@@ -244,9 +256,19 @@ class BlockStore:
         if self._held.get(block, (0, -1))[1] != serial:
             return False
         del self._held[block]
-        if self.on_change is not None:
-            self.on_change(block, False)
+        self._doubtful.discard(block)
+        self._tell(block, False)
         return True
+
+    def _doubt(self, block: BlockId, serial: int) -> None:
+        if block not in self._doubtful and self._held.get(block, (0, -1))[1] == serial:
+            self._doubtful.add(block)
+            log.error("block cannot be read", extra={"block": block})
+            self._tell(block, False)
+
+    def _tell(self, block: BlockId, held: bool) -> None:
+        if self.on_change is not None:
+            self.on_change(block, held)
 
     # -- removing -----------------------------------------------------------------------------------------------------
 

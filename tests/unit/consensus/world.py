@@ -47,8 +47,7 @@ class Store:
             self.hard = persist.hard
         if persist.anew is not None:
             assert self.snapshot is not None
-            assert self.snapshot.index >= persist.anew
-            self._restart()
+            self._restart(int(persist.anew))
         if persist.entries:
             del self.entries[persist.first - 1 - self.base :]
             self.entries.extend(persist.entries)
@@ -62,13 +61,13 @@ class Store:
         if taken.index > last or (
             taken.index > self.base and self.entries[taken.index - 1 - self.base].term != taken.term
         ):
-            self._restart()
+            self._restart(int(taken.index))
         if self.hard.term < taken.term:
             self.hard = e.HardState(taken.term)
 
-    def _restart(self) -> None:
+    def _restart(self, base: int) -> None:
         assert self.snapshot is not None
-        self.base, self.base_term, self.entries = int(self.snapshot.index), self.snapshot.term, []
+        self.base, self.base_term, self.entries = base, self.snapshot.content[base - 1].term, []
 
     def compact(self, base: int) -> None:
         self.base_term = self.entries[base - 1 - self.base].term if base > self.base else self.base_term

@@ -27,6 +27,7 @@ class FakeDriver:
         self.on_leader: list[Callable[[NodeId | None, Term], None]] = []
         self.leader: NodeId | None = None
         self.term = Term(0)
+        self.short_of_space = False
         self.rounds = 0
 
     @property

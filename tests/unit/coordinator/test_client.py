@@ -341,3 +341,17 @@ def test_a_call_that_fails_in_the_turn_in_which_its_asker_is_cancelled_leaves_no
         assert left == []
 
     run(story())
+
+
+def test_a_leader_that_lives_on_its_reserve_begins_nothing_and_still_deletes() -> None:
+    async def story() -> None:
+        made = cluster()
+        ask = made.nodes[N2].coordinator
+        await ask.propose(small(), actor=ALICE, timeout_s=1)
+        made.nodes[N1].driver.short_of_space = True
+        for command in (small("p2", "b"), c.BeginPut("p3", "c")):
+            with pytest.raises(Exhausted, match="only what frees space"):
+                await ask.propose(command, actor=ALICE, timeout_s=1)
+        await ask.propose(c.DeleteFile("a"), actor=ALICE, request="r1", timeout_s=1)
+
+    run(story())

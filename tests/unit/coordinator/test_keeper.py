@@ -1,0 +1,109 @@
+"""Snapshots as consensus asks for them: what they lack is fetched before they count, and followers hear of a new machine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from idunno.base.ids import BlockId, Index, NodeId
+from idunno.coordinator import commands as c
+from idunno.coordinator.applier import Applier
+from idunno.coordinator.effects import Effect, JobChanged, ModelChanged, RosterChanged
+from idunno.coordinator.keeper import Keeper
+from idunno.coordinator.machine import Machine
+from idunno.coordinator.namespace import small_block
+from tests.unit.coordinator.replay import history
+from tests.unit.coordinator.world import ALICE, N1, World
+
+
+class Smalls:
+    def __init__(self) -> None:
+        self.held: set[BlockId] = set()
+        self.flushes = 0
+
+    def __contains__(self, block: BlockId) -> bool:
+        return block in self.held
+
+    async def flush(self) -> None:
+        self.flushes += 1
+
+
+class Fixture:
+    def __init__(self, machine: Machine) -> None:
+        self.smalls = Smalls()
+        self.asked: list[tuple[list[BlockId], list[NodeId]]] = []
+        self.applier = Applier(machine)
+        self.keeper = Keeper(self.applier, self.smalls, self.fetch, self.offload)
+
+    async def fetch(self, blocks: Sequence[BlockId], sources: Sequence[NodeId]) -> None:
+        self.asked.append((list(blocks), list(sources)))
+        self.smalls.held.update(blocks)
+
+    async def offload(self, work: Callable[[], Machine]) -> Machine:
+        return work()
+
+
+def with_small_files() -> World:
+    world = World()
+    for number in range(3):
+        block = small_block(b"content %d" % number)
+        world.do(c.PutSmall(f"p{number}", f"f{number}", block.block, b"content %d" % number), ALICE)
+    world.put("large")
+    world.do(c.DeleteFile("f1"), ALICE)  # into the trash: its content is still wanted
+    return world
+
+
+def blocks(*numbers: int) -> set[BlockId]:
+    return {small_block(b"content %d" % number).block for number in numbers}
+
+
+def test_before_the_log_is_cut_the_store_is_flushed_and_what_it_lacks_is_fetched() -> None:
+    async def story() -> None:
+        fixture = Fixture(with_small_files().machine)
+        fixture.smalls.held = blocks(0)
+        b"".join(fixture.keeper.capture())
+        await fixture.keeper.secure()
+        assert fixture.smalls.flushes == 1
+        [(asked, sources)] = fixture.asked
+        assert set(asked) == blocks(1, 2)
+        assert N1 in sources
+        b"".join(fixture.keeper.capture())
+        await fixture.keeper.secure()
+        assert len(fixture.asked) == 1  # nothing lacks any more
+
+    asyncio.run(story())
+
+
+def test_a_received_snapshot_is_completed_from_its_leader_first_and_then_takes_the_machines_place() -> None:
+    async def story() -> None:
+        there = with_small_files().machine
+        here = Machine()
+        fixture = Fixture(here)
+        told: list[Effect] = []
+        fixture.applier.subscribe(lambda index, effect: told.append(effect))
+        restore = fixture.keeper.restore()
+        for piece in there.capture():
+            restore.feed(piece)
+        await restore.finish()
+        assert here.index == 0
+        await restore.complete(NodeId("the-leader"))
+        [(asked, sources)] = fixture.asked
+        assert (set(asked), sources[0]) == (blocks(0, 1, 2), "the-leader")
+        restore.install()
+        assert here.digest() == there.digest()
+        assert told == [RosterChanged()]
+        here.apply(Index(here.index + 1), b"")
+
+    asyncio.run(story())
+
+
+def test_followers_hear_of_every_job_and_model_that_is_or_was() -> None:
+    old, new = history(1, 900).machine, history(2, 900).machine
+    applier = Applier(old)
+    told: list[Effect] = []
+    applier.subscribe(lambda index, effect: told.append(effect))
+    jobs = {job.job for machine in (old, new) for job in machine.ledger.jobs()}
+    models = {model.model for machine in (old, new) for model in machine.registry.models()}
+    applier.replace(new)
+    assert {effect.job for effect in told if isinstance(effect, JobChanged)} == jobs
+    assert {effect.model for effect in told if isinstance(effect, ModelChanged)} == models
