@@ -88,11 +88,13 @@ def test_a_flipped_byte_is_found_by_a_read_and_by_a_scrub_and_the_copy_is_replac
     rot(first, blocks[0])
     cluster.command("get", "big", str(tmp_path / "back"), where=str(cluster.directory / first))
     assert (tmp_path / "back").read_bytes() == content
-    until(lambda: copies(cluster, blocks[0]) == 4 and _all_good(cluster), "the rotten copy's replacement")
+    until(
+        lambda: copies(cluster, blocks[0]) == 4 and _all_good(cluster), "the rotten copy's replacement", timeout_s=90.0
+    )
     rot(second, blocks[1])
     assert not _all_good(cluster)
     assert sorted(cluster.json("scrub")["nodes"]) == cluster.names()
-    until(lambda: copies(cluster, blocks[1]) == 4 and _all_good(cluster), "the scrub", timeout_s=30)
+    until(lambda: copies(cluster, blocks[1]) == 4 and _all_good(cluster), "the scrub", timeout_s=90.0)
     rotten = {row["node"]: row["rotten"] for row in cluster.json("repair")["nodes"]}
     assert {name for name, count in rotten.items() if count} == {first, second}
 
