@@ -88,12 +88,23 @@ def test_a_name_that_no_host_can_have_is_a_reason_and_not_a_bug() -> None:
         asyncio.run(check(f"127.0.0.1:{free_port()}", "a..b:7400"))
 
 
-def test_whoever_connects_and_says_nothing_is_cut_at_the_end_and_holds_up_nobody() -> None:
+def test_whoever_connects_and_says_nothing_is_cut_at_the_end_and_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def story() -> None:
         port = free_port()
+        accepted = asyncio.Event()
+        made = reach._Echo.connection_made
+
+        def connection_made(echo: reach._Echo, transport: asyncio.BaseTransport) -> None:
+            made(echo, transport)
+            accepted.set()
+
+        monkeypatch.setattr(reach._Echo, "connection_made", connection_made)
         async with answering("127.0.0.1", port, NONCE):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            await asyncio.sleep(0.05)
+            async with asyncio.timeout(2):
+                await accepted.wait()
         async with asyncio.timeout(2):
             with contextlib.suppress(ConnectionResetError):
                 assert await reader.read() == b""
