@@ -1,19 +1,15 @@
 # idunno/consensus/driver.py: the asyncio shell around the Raft core: its log, its timer, its messages, its callers.
 #
-# Rule 1: outputs are carried out in order; what a Persist promises is sent only after its flush. All Persists that wait share
-#         one flush (group commit).
-# Rule 2: committed entries are applied one after another, in slices of a few ms. An entry that cannot be applied stops this
-#         node's part in the consensus, and it says so: applying on would make it differ from the others.
-# Rule 3: a proposal is answered when it is committed, applied and synced on `copies_needed` nodes. NotLeader, NoQuorum and
-#         Exhausted mean: certainly not appended. Anything later is Unconfirmed or DeadlineExceeded.
-# Rule 4: who votes stands in the log; who else has the log, and how many copies an answer needs, the node says (set_members).
-# Rule 5: a disk that refuses does not end the node: it steps aside (Halt), tries again every second, and comes back.
+# Rule 1: outputs are carried out in order. An event that one of them causes waits for its turn.
+# Rule 2: what is promised only when it is durable is in durability.py, what is done with committed entries in applying.py, who
+#         waits for what in callers.py, what keeps a node from taking part in health.py.
+# Rule 3: who votes stands in the log; who else has the log, and how many copies an answer needs, the node says (set_members).
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,31 +19,22 @@ from idunno.base.errors import (
     Conflict,
     DeadlineExceeded,
     DiskFailed,
-    Exhausted,
-    IdunnoError,
-    InternalError,
-    InvalidArgument,
-    NoQuorum,
-    NotFound,
-    NotLeader,
     Unconfirmed,
 )
 from idunno.base.ids import Index, NodeId, Term
+from idunno.consensus.applying import Applying
+from idunno.consensus.callers import Callers
 from idunno.consensus.config import RaftConfig
+from idunno.consensus.durability import Durability
 from idunno.consensus.events import (
     ChangeVoters,
     Committed,
-    Compacted,
-    Halt,
     HardState,
     Input,
     InstallAnswered,
     Output,
     PeerLost,
     Persist,
-    Persisted,
-    Propose,
-    Read,
     ReadFailed,
     ReadReady,
     Received,
@@ -61,23 +48,18 @@ from idunno.consensus.events import (
     Transfer,
 )
 from idunno.consensus.feeder import Feeder
+from idunno.consensus.health import Health
 from idunno.consensus.install import Snapshots, StateMachine
 from idunno.consensus.log import Log
-from idunno.consensus.messages import PAYLOAD_BYTES_MAX, RaftMessage
-from idunno.consensus.quorum import majority
+from idunno.consensus.messages import RaftMessage
 from idunno.consensus.raft import Raft
 from idunno.consensus.terms import Terms
-from idunno.consensus.voters import Voters, names_voters
-from idunno.consensus.waiting import IndexWaiters, Proposal
+from idunno.consensus.voters import Voters
 
 log = logging.getLogger("idunno.consensus")
 
-DISK_RETRY_S: Final = 1.0
-"""Between attempts to write to a disk that refused: soon enough for a person who just freed space."""
 STOP_FLUSH_S: Final = 5.0
 """How long `stop` waits for the last flush: the node has 10 s to exit."""
-APPLY_BYTES_MAX: Final = 1024 * 1024
-APPLY_ENTRIES_MAX: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,33 +93,26 @@ class RaftDriver:
         copies_needed: int = 1,
         machine: StateMachine | None = None,
     ) -> None:
-        self.me, self.config, self.copies_needed = me, config, copies_needed
+        self.me, self.config = me, config
         self.on_role: list[Callable[[bool, Term], None]] = []
         """Told (True, term) when this node leads and has applied the no-op of its term, (False, term) when it leads no more."""
         self.on_leader: list[Callable[[NodeId | None, Term], None]] = []
         """Told whenever this node's role, its term or the leader it knows are others than before."""
-        self.problem: str | None = None
-        """Why this node takes no part at the moment (its disk refuses, an entry could not be applied); None if it does."""
-        self._disk, self._send, self._apply, self._rng = disk, send, apply, rng
+        self._disk, self._send, self._rng = disk, send, rng
         self._first_voters, self._members = frozenset(voters), frozenset(members)
         # Until `start` opens the log: a core that knows nothing and is asked nothing.
         self._core = Raft(me, Voters(self._first_voters), self._members, Terms(), HardState(Term(0)), config, rng, 0)
         self._snapshots = (
             Snapshots(machine, disk, config, send=send, spawn=self._spawn) if machine is not None else None
         )
-        self._forget_up_to = Index(0)
         self._running = self._busy = self._announced = False
-        self._stuck = False  # halted for good
-        self._disk_refuses: set[str] = set()  # halted for as long as the disk refuses these: "write", "read"
         self._inbox: deque[Input] = deque()
-        self._persists: list[Persist] = []
-        self._persist_due, self._apply_due, self._role_changed = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._applied = Index(0)
-        self._new: list[Proposal] = []  # to be appended at the end of this turn of the loop
-        self._proposals: OrderedDict[Index, Proposal] = OrderedDict()  # appended here, in this term, not answered
-        self._reads: dict[int, asyncio.Future[Index]] = {}
-        self._read_number = 0
-        self._awaited = IndexWaiters()
+        self._role_changed = asyncio.Event()
+        self._health = Health(self._step_if_running)
+        self._applying = Applying(
+            apply, slice_s=config.apply_slice_ms / 1000, done=self._was_applied, settled=self._slice_applied
+        )
+        self._callers = Callers(me, config, self._applying, self._health, self._step, copies_needed)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -155,7 +130,7 @@ class RaftDriver:
             segment_bytes=self.config.segment_bytes,
         )
         first = Voters(self._first_voters) if head is None else Voters(head.voters, head.voters_index)
-        self._applied = head.index if head is not None else Index(0)
+        applied = head.index if head is not None else Index(0)
         self._core = Raft(
             self.me,
             self._log.voters(first),
@@ -165,15 +140,18 @@ class RaftDriver:
             self.config,
             self._rng,
             self._now_ms(),
-            self._applied,
+            applied,
         )
+        self._durability = Durability(self._log, self._core.terms, self._health, send=self._send, step=self._step)
+        self._applying.bind(self._core, self._log, self._health, applied)
+        self._callers.bind(self._core)
         if self._snapshots is not None:
-            self._snapshots.bind(self._core, self._log, self._step, self._forget)
+            self._snapshots.bind(self._core, self._log, self._step, self._durability.forget)
             await self._log.keep_reserve()
         self._feeder = Feeder(self._core, self._log, self._send, self._spawn)
         self._running = True
-        self._persister = self._spawn(self._persist_forever(), "raft persist")
-        self._spawn(self._apply_forever(), "raft apply")
+        self._persister = self._spawn(self._durability.run(), "raft persist")
+        self._spawn(self._applying.run(), "raft apply")
         self._arm()
 
     async def stop(self, transfer: bool) -> None:
@@ -192,8 +170,8 @@ class RaftDriver:
         self._running = False
         if self._timer is not None:
             self._timer.cancel()
-        self._fail_waiting("this node is stopping")
-        self._persist_due.set()
+        self._callers.close()
+        self._durability.end()
         assert self._persister is not None
         await asyncio.wait({self._persister}, timeout=STOP_FLUSH_S)  # a flush is not cut off while a thread writes
         tasks = list(self._tasks)
@@ -215,11 +193,19 @@ class RaftDriver:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            self._stuck = True
-            self._halt(f"{task.get_name()} failed: {error!r}", error)
-            self._awaited.fail(InternalError(f"{self.me} applies nothing: {self.problem}"))
+            self._health.broken(f"{task.get_name()} failed: {error!r}", error)
+            self._callers.fail_awaited()
 
     # -- what it knows ----------------------------------------------------------------------------------------------
+
+    @property
+    def problem(self) -> str | None:
+        """Why this node takes no part at the moment (its disk refuses, an entry could not be applied); None if it does."""
+        return self._health.problem
+
+    @property
+    def copies_needed(self) -> int:
+        return self._callers.copies_needed
 
     @property
     def leader(self) -> NodeId | None:
@@ -239,7 +225,7 @@ class RaftDriver:
 
     @property
     def applied_index(self) -> Index:
-        return self._applied
+        return self._applying.index
 
     @property
     def last_index(self) -> Index:
@@ -287,7 +273,7 @@ class RaftDriver:
 
     def set_members(self, members: Iterable[NodeId], copies_needed: int) -> None:
         """Who is replicated to beside the voters, and on how many nodes an entry must be synced before it is answered."""
-        self.copies_needed = copies_needed
+        self._callers.copies_needed = copies_needed
         self._members = frozenset(members)
         if self._running:
             self._step(SetMembers(self._members))
@@ -297,7 +283,7 @@ class RaftDriver:
 
         Raises NotLeader, NoQuorum, Conflict (not possible now: nothing happened); Unconfirmed, DeadlineExceeded.
         """
-        self._check_leads()
+        self._callers.leading()
         wanted = frozenset(voters)
         why = self._core.change_refused(wanted)
         if why:
@@ -333,91 +319,18 @@ class RaftDriver:
         Returns its index, the number of nodes that have it synced, and what `apply` returned. Raises NotLeader, NoQuorum,
         Exhausted, InvalidArgument (certainly not appended); Unconfirmed, DeadlineExceeded (it may happen, or have happened).
         """
-        if not 1 <= len(payload) <= PAYLOAD_BYTES_MAX:
-            raise InvalidArgument(f"a command has 1 to {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}")
-        if names_voters(payload):
-            raise InvalidArgument("voters are named by change_voters only")
-        self._check_leads()
-        waiting = len(self._new) + max(len(self._proposals), self._core.terms.last - self._core.commit)
-        if waiting >= self.config.proposals_max:
-            raise Exhausted(
-                f"{waiting} proposals wait at the leader, at most {self.config.proposals_max}; try again later"
-            )
-        proposal = Proposal(payload, self._loop.create_future())
-        if not self._new:
-            self._loop.call_soon(self._append_new)
-        self._new.append(proposal)
-        expiry = self._loop.call_later(timeout_s, self._expire, proposal, timeout_s)
-        try:
-            return await proposal.answer
-        finally:
-            expiry.cancel()
-            if proposal.index is not None and self._proposals.get(proposal.index) is proposal:
-                del self._proposals[proposal.index]
+        return await self._callers.propose(payload, timeout_s)
 
     async def read_index(self, timeout_s: float) -> Index:
         """An index such that a machine that has applied it has seen all that was committed before this call.
 
         Raises NotLeader, NoQuorum, Exhausted, DeadlineExceeded; a read changes nothing, so it may always be asked again.
         """
-        self._check_leads()
-        if len(self._reads) >= self.config.proposals_max:
-            raise Exhausted(
-                f"{len(self._reads)} reads wait at the leader, at most {self.config.proposals_max}; try again later"
-            )
-        self._read_number += 1
-        read = self._read_number
-        answer = self._reads[read] = self._loop.create_future()
-        self._step(Read(read))
-        try:
-            async with asyncio.timeout(timeout_s):
-                index: Index = await answer
-                return index
-        except TimeoutError:
-            self._check_leads()
-            raise DeadlineExceeded(
-                f"no read index after {timeout_s:g} s: {self.answering()} of {len(self._core.voters)} voters answer, "
-                f"committed {self.commit}, this term began at {self._core.term_start}"
-            ) from None
-        finally:
-            self._reads.pop(read, None)
+        return await self._callers.read_index(timeout_s)
 
     async def applied(self, index: Index, timeout_s: float) -> None:
-        """Wait until this node has applied `index`. Raises DeadlineExceeded, InternalError (it stopped applying)."""
-        if self._applied >= index:
-            return
-        self._check_applies()
-        if len(self._awaited) >= self.config.proposals_max:
-            raise Exhausted(f"{len(self._awaited)} callers wait for entries to be applied; try again later")
-        try:
-            await self._awaited.wait(index, timeout_s)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"entry {index} not applied here after {timeout_s:g} s: applied {self._applied}, known committed "
-                f"{self.commit}, log ends at {self.last_index}, leader {self.leader or 'unknown'}"
-            ) from None
-
-    def _check_leads(self) -> None:
-        """Raises NotLeader; NoQuorum from a leader, or a node that hears no leader, if too few voters answer."""
-        lost = "start the others, or see `idunno recover` if they are lost for good"
-        voters, needed = len(self._core.voters), majority(len(self._core.voters))
-        if not self._running:
-            raise NotLeader(f"{self.me} is not running")
-        if not self._core.accepts_proposals:
-            silent_ms = self._core.leaderless_ms(self._now_ms())
-            if self.problem is None and silent_ms > 2 * self.config.election_ms_max:
-                raise NoQuorum(
-                    f"no leader for {silent_ms / 1000:.1f} s: fewer than {needed} of {voters} voters are up and reach "
-                    f"each other; {lost}"
-                )
-            why = self.problem or (f"the leader is {self.leader}" if self.leader else "a leader is being elected")
-            raise NotLeader(f"{self.me} does not lead: {why}")
-        if self.answering() < needed:
-            raise NoQuorum(f"{self.answering()} of {voters} voters answer, {needed} are needed; {lost}")
-
-    def _check_applies(self) -> None:
-        if self._stuck:
-            raise InternalError(f"{self.me} applies nothing: {self.problem}")
+        """Wait until this node has applied `index`. Raises DeadlineExceeded, Exhausted, InternalError (it applies no more)."""
+        await self._callers.applied(index, timeout_s)
 
     # -- the core and its outputs -----------------------------------------------------------------------------------
 
@@ -439,6 +352,10 @@ class RaftDriver:
             self._arm()
         self._settle()
 
+    def _step_if_running(self, event: Input) -> None:
+        if self._running:
+            self._step(event)
+
     def _carry_out(self, output: Output) -> None:
         match output:
             case Send():
@@ -454,25 +371,16 @@ class RaftDriver:
             case InstallAnswered(sender, message):
                 if self._snapshots is not None:
                     self._snapshots.answered(sender, message)
-            case Persist(_, hard, first, entries, _, anew):
-                if anew is not None:
-                    self._begin_anew(anew)
-                if hard is not None:
-                    self._log.stage_hard(hard)
-                if entries:
-                    self._log.stage(first, entries)
-                self._persists.append(output)
-                self._persist_due.set()
+            case Persist():
+                if output.anew is not None:
+                    self._begin_anew(output.anew)
+                self._durability.persist(output)
             case Committed():
-                self._apply_due.set()
+                self._applying.committed()
             case ReadReady(reads, index):
-                for read in reads:
-                    if (answer := self._reads.get(read)) is not None and not answer.done():
-                        answer.set_result(index)
+                self._callers.read_ready(reads, index)
             case ReadFailed(reads):
-                for read in reads:
-                    if (answer := self._reads.get(read)) is not None and not answer.done():
-                        answer.set_exception(NotLeader(f"{self.me} lost the leadership; ask the new leader"))
+                self._callers.read_failed(reads)
             case RoleChanged(role, term, leader):
                 log.info("consensus role", extra={"role": role.value, "term": term, "leader": leader})
                 self._role_changed.set()
@@ -487,11 +395,7 @@ class RaftDriver:
         assert self._snapshots.incoming is not None
         self._log.begin_anew(index)
         self._snapshots.incoming.install()
-        self._applied = index
-
-    def _forget(self, index: Index) -> None:
-        self._forget_up_to = max(self._forget_up_to, index)
-        self._persist_due.set()
+        self._applying.begin_anew(index)
 
     def _arm(self) -> None:
         """One timer, moved only when it must fire earlier: a heartbeat that puts off an election costs nothing here."""
@@ -508,174 +412,27 @@ class RaftDriver:
         if self._running:
             self._step(Tick())
 
-    # -- durability -------------------------------------------------------------------------------------------------
+    # -- applied, and answered --------------------------------------------------------------------------------------
 
-    async def _persist_forever(self) -> None:
-        while True:
-            await self._persist_due.wait()
-            self._persist_due.clear()
-            while self._persists:
-                batch, self._persists = self._persists, []
-                try:
-                    await self._log.flush()
-                except IdunnoError as error:
-                    self._persists = batch + self._persists
-                    self._disk_refuses.add("write")
-                    self._halt(f"its log cannot be written: {error}", error)
-                    if not self._running:
-                        return
-                    await asyncio.sleep(DISK_RETRY_S)
-                    continue
-                for persist in batch:
-                    for send in persist.then:
-                        self._send(send.to, send.message)
-                self._step(Persisted(batch[-1].seq))
-                self._resume("write")
-            if self._forget_up_to > self._core.terms.base and self._running:
-                await self._compact()
-            if not self._running:
-                return
+    def _was_applied(self, index: Index, value: Any) -> None:
+        self._callers.was_applied(index, value)
 
-    async def _compact(self) -> None:
-        """Here, because the log is written and cut by one task only."""
-        index, self._forget_up_to = self._forget_up_to, Index(0)
-        try:
-            await self._log.roll()
-            base = await self._log.forget(index)
-        except DiskFailed as error:
-            log.warning("log not cut", extra={"index": index, "problem": str(error)})
-            return
-        if base > self._core.terms.base:
-            self._step(Compacted(base))
-
-    def _halt(self, problem: str, error: BaseException) -> None:
-        if self.problem is None:
-            self.problem = problem
-            log.error("node takes no part in consensus", extra={"problem": problem}, exc_info=error)
-            if self._running:
-                self._step(Halt(True))
-
-    def _resume(self, doing: str) -> None:
-        """The disk works again. A node that could not apply an entry does not come back."""
-        if doing not in self._disk_refuses:
-            return
-        self._disk_refuses.remove(doing)
-        if not self._stuck and not self._disk_refuses:
-            self.problem = None
-            log.warning("node takes part in consensus again")
-            self._step(Halt(False))
-
-    # -- applying and answering -------------------------------------------------------------------------------------
-
-    async def _apply_forever(self) -> None:
-        while True:
-            await self._apply_due.wait()
-            self._apply_due.clear()
-            while self._applied < self._core.commit:
-                first = self._applied + 1
-                last, _ = self._core.terms.batch_end(first, APPLY_BYTES_MAX, APPLY_ENTRIES_MAX)
-                last = min(last, self._core.commit)
-                payloads = await self._read(first, last)
-                if payloads is None or self._applied + 1 != first:
-                    continue  # the disk refused, or a snapshot was installed meanwhile
-                self._apply_slice(payloads)
-                self._settle()
-                if self._snapshots is not None:
-                    self._snapshots.consider(self._applied)
-                await asyncio.sleep(0)  # lets the loop breathe between slices
-
-    async def _read(self, first: int, last: int) -> list[bytes] | None:
-        """Committed entries; None when they could not be had, and are to be asked for again."""
-        payloads = self._log.cached(first, last)
-        if payloads is not None:
-            return payloads
-        try:
-            payloads = await self._log.read(first, last)
-        except NotFound:
-            if self._applied + 1 == first:
-                raise
-            return None
-        except DiskFailed as error:
-            self._disk_refuses.add("read")
-            self._halt(f"its log cannot be read: {error}", error)
-            await asyncio.sleep(DISK_RETRY_S)
-            return None
-        self._resume("read")
-        return payloads
-
-    def _apply_slice(self, payloads: list[bytes]) -> None:
-        end = self._loop.time() + self.config.apply_slice_ms / 1000
-        for index, payload in enumerate(payloads, self._applied + 1):
-            value = self._apply(Index(index), payload)
-            self._applied = Index(index)
-            proposal = self._proposals.get(self._applied)
-            if proposal is not None:
-                proposal.applied, proposal.value = True, value
-            if self._loop.time() >= end:
-                return
+    def _slice_applied(self) -> None:
+        self._settle()
+        if self._snapshots is not None:
+            self._snapshots.consider(self._applying.index)
 
     def _settle(self) -> None:
-        """Answer whoever waited for what is now there."""
-        self._awaited.reached(self._applied)
-        if not self._core.is_leader:
-            return
-        if not self._announced and self._applied >= self._core.term_start:
+        self._callers.settle()
+        if not self._announced and self._core.is_leader and self._applying.index >= self._core.term_start:
             self._announced = True
             self._tell_role(True)
-        if not self._proposals:
-            return
-        ready = min(self._applied, self._core.copies(self.copies_needed))
-        while self._proposals and next(iter(self._proposals)) <= ready:
-            index, proposal = self._proposals.popitem(last=False)
-            if not proposal.answer.done():
-                proposal.answer.set_result((index, self._core.copies_of(index), proposal.value))
-
-    def _append_new(self) -> None:
-        new, self._new = [p for p in self._new if not p.answer.done()], []
-        if not self._running or not self._core.accepts_proposals:
-            for proposal in new:
-                proposal.fail(
-                    NotLeader(f"{self.me} does not lead any more; the leader is {self.leader or 'not known'}")
-                )
-        elif new:
-            for index, proposal in enumerate(new, self._core.terms.last + 1):
-                proposal.index = Index(index)
-                self._proposals[proposal.index] = proposal
-            self._step(Propose(tuple(proposal.payload for proposal in new)))
-
-    def _expire(self, proposal: Proposal, timeout_s: float) -> None:
-        if not proposal.answer.done():
-            proposal.fail(DeadlineExceeded(f"no answer after {timeout_s:g} s: {self._story(proposal)}"))
-
-    def _story(self, proposal: Proposal) -> str:
-        """How far a proposal has come, with the numbers that decide."""
-        index = proposal.index
-        if index is None:
-            return "not appended yet"
-        copies = self._core.copies_of(index)
-        if index > self._core.commit:
-            voters = len(self._core.voters)
-            needed = majority(voters)
-            return f"entry {index} is synced on {copies} nodes, not committed: {needed} of {voters} voters are needed"
-        if not proposal.applied:
-            return f"entry {index} is committed, not applied yet (applied {self._applied})"
-        missing = sorted(node for node, p in self._core.peers.items() if p.match < index)
-        return (
-            f"entry {index} is committed, {copies} of {self.copies_needed} copies synced; "
-            f"no acknowledgement from {', '.join(missing) or 'anybody else'}"
-        )
 
     def _lost_leadership(self) -> None:
-        self._fail_waiting("the leadership was lost")
+        self._callers.lose("the leadership was lost")
         if self._announced:
             self._announced = False
             self._tell_role(False)
-
-    def _fail_waiting(self, why: str) -> None:
-        proposals, self._proposals = self._proposals, OrderedDict()
-        for index, proposal in proposals.items():
-            state = "is committed" if index <= self._core.commit else "was appended"
-            proposal.fail(Unconfirmed(f"{why}: entry {index} {state}, it may have happened; look before trying again"))
 
     def _tell_role(self, is_leader: bool) -> None:
         for callback in self.on_role:

@@ -353,7 +353,7 @@ class World:
 
     def _made(self, machine: Machine, node: Node) -> None:
         if self.on_applied:
-            apply = node.driver._apply
+            apply = node.driver._applying.apply
 
             def watched(index: Index, payload: bytes) -> Any:
                 result = apply(index, payload)
@@ -361,7 +361,7 @@ class World:
                     heard(machine, node, index, payload)
                 return result
 
-            node.driver._apply = watched
+            node.driver._applying.apply = watched
         for callback in self.on_made:
             callback(machine, node)
 

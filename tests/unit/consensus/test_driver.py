@@ -264,7 +264,7 @@ def test_a_leader_that_hears_no_majority_appends_nothing_and_says_no_quorum() ->
 
     def leader_error(driver: RaftDriver) -> IdunnoError | None:
         try:
-            driver._check_leads()
+            driver._callers.leading()
         except IdunnoError as error:
             return error
         return None
@@ -283,7 +283,7 @@ def test_a_deadline_says_what_was_waited_for() -> None:
         assert "entry 10000 not applied here after 0.01 s: applied" in str(error)
         error = await outcome(leader.read_index(0.01))
         assert "1 of 3 voters answer" in str(error) or "of 3 voters answer, committed" in str(error)
-        assert leader._awaited._heap == []
+        assert leader._callers._awaited._heap == []
 
     story(work, 3)
 
@@ -307,10 +307,10 @@ def test_a_proposal_that_is_cancelled_leaves_nothing_behind() -> None:
         leader = await cluster.elected()
         cluster.cut.update(n for n in cluster.voters if n != leader.me)
         task = asyncio.ensure_future(leader.propose(b"x", WAIT_S))
-        await until(lambda: leader._proposals)
+        await until(lambda: leader._callers._proposals)
         task.cancel()
         await asyncio.wait({task})
-        assert not leader._proposals
+        assert not leader._callers._proposals
 
     story(work, 3)
 
@@ -385,7 +385,7 @@ def test_stop_hands_the_leadership_over_before_it_ends() -> None:
 def test_a_leader_whose_disk_refuses_steps_aside_and_comes_back_when_it_works_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("idunno.consensus.driver.DISK_RETRY_S", 0.02)
+    monkeypatch.setattr("idunno.consensus.health.DISK_RETRY_S", 0.02)
 
     async def work(cluster: Cluster) -> None:
         leader = await cluster.elected()
@@ -409,7 +409,7 @@ def test_a_leader_whose_disk_refuses_steps_aside_and_comes_back_when_it_works_ag
 
 
 def test_a_node_whose_log_cannot_be_read_for_a_while_applies_on_when_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("idunno.consensus.driver.DISK_RETRY_S", 0.02)
+    monkeypatch.setattr("idunno.consensus.health.DISK_RETRY_S", 0.02)
 
     async def work(cluster: Cluster) -> None:
         leader = await cluster.elected()

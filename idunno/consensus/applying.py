@@ -1,0 +1,90 @@
+# idunno/consensus/applying.py: hands committed entries to the machine.
+#
+# Rule 1: one after another, from index 1 or behind the snapshot on, each once, in slices of a few ms between which others run.
+# Rule 2: an entry that cannot be applied ends the task, and with it this node's part in the consensus: applying on would make
+#         it differ from the others.
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final
+
+from idunno.base.errors import DiskFailed, NotFound
+from idunno.base.ids import Index
+from idunno.consensus.health import Health
+from idunno.consensus.log import Log
+from idunno.consensus.raft import Raft
+
+APPLY_BYTES_MAX: Final = 1024 * 1024
+APPLY_ENTRIES_MAX: Final = 1024
+
+
+class Applying:
+    """`apply` makes of an entry what its proposer is told; `done` hears of both. `settled` is called after each slice."""
+
+    def __init__(
+        self,
+        apply: Callable[[Index, bytes], Any],
+        *,
+        slice_s: float,
+        done: Callable[[Index, Any], None],
+        settled: Callable[[], None],
+    ) -> None:
+        self.apply = apply
+        self.index = Index(0)
+        """The last entry applied."""
+        self._slice_s, self._done, self._settled = slice_s, done, settled
+        self._due = asyncio.Event()
+
+    def bind(self, core: Raft, log: Log, health: Health, index: Index) -> None:
+        self._core, self._log, self._health, self.index = core, log, health, index
+        self._now_s = asyncio.get_running_loop().time
+
+    def committed(self) -> None:
+        """There is something to apply."""
+        self._due.set()
+
+    def begin_anew(self, index: Index) -> None:
+        """A snapshot of `index` took the machine's place."""
+        self.index = index
+
+    async def run(self) -> None:
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            while self.index < self._core.commit:
+                first = self.index + 1
+                last, _ = self._core.terms.batch_end(first, APPLY_BYTES_MAX, APPLY_ENTRIES_MAX)
+                payloads = await self._read(first, min(last, self._core.commit))
+                if payloads is None or self.index + 1 != first:
+                    continue  # the disk refused, or a snapshot was installed meanwhile
+                self._apply_slice(payloads)
+                self._settled()
+                await asyncio.sleep(0)  # lets the loop breathe between slices
+
+    async def _read(self, first: int, last: int) -> list[bytes] | None:
+        """Committed entries; None when they could not be had, and are to be asked for again."""
+        payloads = self._log.cached(first, last)
+        if payloads is not None:
+            return payloads
+        try:
+            payloads = await self._log.read(first, last)
+        except NotFound:
+            if self.index + 1 == first:
+                raise
+            return None
+        except DiskFailed as error:
+            self._health.disk_refuses("read", f"its log cannot be read: {error}", error)
+            await self._health.pause()
+            return None
+        self._health.disk_works("read")
+        return payloads
+
+    def _apply_slice(self, payloads: list[bytes]) -> None:
+        end = self._now_s() + self._slice_s
+        for index, payload in enumerate(payloads, self.index + 1):
+            value = self.apply(Index(index), payload)
+            self.index = Index(index)
+            self._done(self.index, value)
+            if self._now_s() >= end:
+                return

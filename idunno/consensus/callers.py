@@ -1,0 +1,233 @@
+# idunno/consensus/callers.py: who proposes to the replicated log, reads its index, or waits for an entry to be applied.
+#
+# Rule 1: a proposal is answered when it is committed, applied and synced on `copies_needed` nodes. NotLeader, NoQuorum and
+#         Exhausted mean: certainly not appended. Anything later is Unconfirmed or DeadlineExceeded.
+# Rule 2: all proposals of one turn of the loop become one append.
+# Rule 3: every wait ends, and an error says how far things had come.
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from idunno.base.errors import (
+    DeadlineExceeded,
+    Exhausted,
+    InternalError,
+    InvalidArgument,
+    NoQuorum,
+    NotLeader,
+    Unconfirmed,
+)
+from idunno.base.ids import Index, NodeId
+from idunno.consensus.applying import Applying
+from idunno.consensus.config import RaftConfig
+from idunno.consensus.events import Propose, Read
+from idunno.consensus.health import Health
+from idunno.consensus.messages import PAYLOAD_BYTES_MAX
+from idunno.consensus.quorum import majority
+from idunno.consensus.raft import Raft
+from idunno.consensus.voters import names_voters
+from idunno.consensus.waiting import IndexWaiters, Proposal
+
+
+class Callers:
+    """`step` hands the core what they want of it. Refuses all until `bind`, and after `close`."""
+
+    def __init__(
+        self,
+        me: NodeId,
+        config: RaftConfig,
+        applying: Applying,
+        health: Health,
+        step: Callable[[Propose | Read], None],
+        copies_needed: int,
+    ) -> None:
+        self.copies_needed = copies_needed
+        self._me, self._config, self._applying, self._health, self._step = me, config, applying, health, step
+        self._core: Raft | None = None
+        self._new: list[Proposal] = []  # to be appended at the end of this turn of the loop
+        self._proposals: OrderedDict[Index, Proposal] = OrderedDict()  # appended here, in this term, not answered
+        self._reads: dict[int, asyncio.Future[Index]] = {}
+        self._read_number = 0
+        self._awaited = IndexWaiters()
+
+    def bind(self, core: Raft) -> None:
+        self._core = core
+        self._loop = asyncio.get_running_loop()
+
+    def close(self) -> None:
+        self.lose("this node is stopping")
+        self._core = None
+
+    # -- what they ask ------------------------------------------------------------------------------------------------
+
+    async def propose(self, payload: bytes, timeout_s: float) -> tuple[Index, int, Any]:
+        """See RaftDriver.propose."""
+        if not 1 <= len(payload) <= PAYLOAD_BYTES_MAX:
+            raise InvalidArgument(f"a command has 1 to {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}")
+        if names_voters(payload):
+            raise InvalidArgument("voters are named by change_voters only")
+        core = self.leading()
+        waiting = len(self._new) + max(len(self._proposals), core.terms.last - core.commit)
+        if waiting >= self._config.proposals_max:
+            raise Exhausted(
+                f"{waiting} proposals wait at the leader, at most {self._config.proposals_max}; try again later"
+            )
+        proposal = Proposal(payload, self._loop.create_future())
+        if not self._new:
+            self._loop.call_soon(self._append_new)
+        self._new.append(proposal)
+        expiry = self._loop.call_later(timeout_s, self._expire, proposal, timeout_s)
+        try:
+            return await proposal.answer
+        finally:
+            expiry.cancel()
+            if proposal.index is not None and self._proposals.get(proposal.index) is proposal:
+                del self._proposals[proposal.index]
+
+    async def read_index(self, timeout_s: float) -> Index:
+        """See RaftDriver.read_index."""
+        core = self.leading()
+        if len(self._reads) >= self._config.proposals_max:
+            raise Exhausted(
+                f"{len(self._reads)} reads wait at the leader, at most {self._config.proposals_max}; try again later"
+            )
+        self._read_number += 1
+        read = self._read_number
+        answer = self._reads[read] = self._loop.create_future()
+        self._step(Read(read))
+        try:
+            async with asyncio.timeout(timeout_s):
+                index: Index = await answer
+                return index
+        except TimeoutError:
+            self.leading()
+            raise DeadlineExceeded(
+                f"no read index after {timeout_s:g} s: {core.answering(3)} of {len(core.voters)} voters answer, "
+                f"committed {core.commit}, this term began at {core.term_start}"
+            ) from None
+        finally:
+            self._reads.pop(read, None)
+
+    async def applied(self, index: Index, timeout_s: float) -> None:
+        """See RaftDriver.applied."""
+        if self._applying.index >= index:
+            return
+        self._check_applies()
+        if len(self._awaited) >= self._config.proposals_max:
+            raise Exhausted(f"{len(self._awaited)} callers wait for entries to be applied; try again later")
+        try:
+            await self._awaited.wait(index, timeout_s)
+        except TimeoutError:
+            core = self._core
+            known = f", known committed {core.commit}, log ends at {core.terms.last}" if core is not None else ""
+            leader = (core.leader if core is not None else None) or "unknown"
+            raise DeadlineExceeded(
+                f"entry {index} not applied here after {timeout_s:g} s: applied {self._applying.index}{known}, leader {leader}"
+            ) from None
+
+    def leading(self) -> Raft:
+        """The core of a leader. Raises NotLeader; NoQuorum from a leader, or a node that hears no leader, if too few voters
+        answer."""
+        core = self._core
+        if core is None:
+            raise NotLeader(f"{self._me} is not running")
+        lost = "start the others, or see `idunno recover` if they are lost for good"
+        voters, needed = len(core.voters), majority(len(core.voters))
+        if not core.accepts_proposals:
+            silent_ms = core.leaderless_ms(int(self._loop.time() * 1000))
+            if self._health.problem is None and silent_ms > 2 * self._config.election_ms_max:
+                raise NoQuorum(
+                    f"no leader for {silent_ms / 1000:.1f} s: fewer than {needed} of {voters} voters are up and reach "
+                    f"each other; {lost}"
+                )
+            led = f"the leader is {core.leader}" if core.leader else "a leader is being elected"
+            raise NotLeader(f"{self._me} does not lead: {self._health.problem or led}")
+        answering = core.answering(3)
+        if answering < needed:
+            raise NoQuorum(f"{answering} of {voters} voters answer, {needed} are needed; {lost}")
+        return core
+
+    def _check_applies(self) -> None:
+        if self._health.stuck:
+            raise InternalError(f"{self._me} applies nothing: {self._health.problem}")
+
+    # -- what happened ------------------------------------------------------------------------------------------------
+
+    def read_ready(self, reads: tuple[int, ...], index: Index) -> None:
+        for read in reads:
+            if (answer := self._reads.get(read)) is not None and not answer.done():
+                answer.set_result(index)
+
+    def read_failed(self, reads: tuple[int, ...]) -> None:
+        for read in reads:
+            if (answer := self._reads.get(read)) is not None and not answer.done():
+                answer.set_exception(NotLeader(f"{self._me} lost the leadership; ask the new leader"))
+
+    def was_applied(self, index: Index, value: Any) -> None:
+        proposal = self._proposals.get(index)
+        if proposal is not None:
+            proposal.applied, proposal.value = True, value
+
+    def settle(self) -> None:
+        """Answer whoever waited for what is now there."""
+        self._awaited.reached(self._applying.index)
+        core = self._core
+        if core is None or not self._proposals or not core.is_leader:
+            return
+        ready = min(self._applying.index, core.copies(self.copies_needed))
+        while self._proposals and next(iter(self._proposals)) <= ready:
+            index, proposal = self._proposals.popitem(last=False)
+            if not proposal.answer.done():
+                proposal.answer.set_result((index, core.copies_of(index), proposal.value))
+
+    def lose(self, why: str) -> None:
+        """The leadership is gone, or this node is about to be: what was appended here may or may not be committed."""
+        commit = self._core.commit if self._core is not None else 0
+        proposals, self._proposals = self._proposals, OrderedDict()
+        for index, proposal in proposals.items():
+            state = "is committed" if index <= commit else "was appended"
+            proposal.fail(Unconfirmed(f"{why}: entry {index} {state}, it may have happened; look before trying again"))
+
+    def fail_awaited(self) -> None:
+        """Nothing is applied here any more."""
+        self._awaited.fail(InternalError(f"{self._me} applies nothing: {self._health.problem}"))
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _append_new(self) -> None:
+        new, self._new = [p for p in self._new if not p.answer.done()], []
+        core = self._core
+        if core is None or not core.accepts_proposals:
+            leader = (core.leader if core is not None else None) or "not known"
+            for proposal in new:
+                proposal.fail(NotLeader(f"{self._me} does not lead any more; the leader is {leader}"))
+        elif new:
+            for index, proposal in enumerate(new, core.terms.last + 1):
+                proposal.index = Index(index)
+                self._proposals[proposal.index] = proposal
+            self._step(Propose(tuple(proposal.payload for proposal in new)))
+
+    def _expire(self, proposal: Proposal, timeout_s: float) -> None:
+        if not proposal.answer.done():
+            proposal.fail(DeadlineExceeded(f"no answer after {timeout_s:g} s: {self._story(proposal)}"))
+
+    def _story(self, proposal: Proposal) -> str:
+        """How far a proposal has come, with the numbers that decide."""
+        index, core = proposal.index, self._core
+        if index is None or core is None:
+            return "not appended yet"
+        copies = core.copies_of(index)
+        if index > core.commit:
+            voters = len(core.voters)
+            needed = majority(voters)
+            return f"entry {index} is synced on {copies} nodes, not committed: {needed} of {voters} voters are needed"
+        if not proposal.applied:
+            return f"entry {index} is committed, not applied yet (applied {self._applying.index})"
+        missing = sorted(node for node, p in core.peers.items() if p.match < index)
+        return (
+            f"entry {index} is committed, {copies} of {self.copies_needed} copies synced; "
+            f"no acknowledgement from {', '.join(missing) or 'anybody else'}"
+        )

@@ -1,0 +1,98 @@
+# idunno/consensus/durability.py: makes durable what the core says must be, and only then sends what that promises.
+#
+# Rule 1: what a Persist promises is sent only after its flush. All Persists that wait share one flush (group commit).
+# Rule 2: the log is written and cut by one task only, this one.
+# Rule 3: a disk that refuses is tried again (health.py); nothing that was staged is lost meanwhile.
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from idunno.base.errors import DiskFailed, IdunnoError
+from idunno.base.ids import Index, NodeId
+from idunno.consensus.events import Compacted, Persist, Persisted
+from idunno.consensus.health import Health
+from idunno.consensus.log import Log
+from idunno.consensus.messages import RaftMessage
+from idunno.consensus.terms import Terms
+
+log = logging.getLogger("idunno.consensus")
+
+
+class Durability:
+    """`terms` are the core's; `step` hands it Persisted and Compacted."""
+
+    def __init__(
+        self,
+        log: Log,
+        terms: Terms,
+        health: Health,
+        *,
+        send: Callable[[NodeId, RaftMessage], None],
+        step: Callable[[Persisted | Compacted], None],
+    ) -> None:
+        self._log, self._terms, self._health = log, terms, health
+        self._send, self._step = send, step
+        self._persists: list[Persist] = []
+        self._due = asyncio.Event()
+        self._forget_up_to = Index(0)
+        self._ending = False
+
+    def persist(self, order: Persist) -> None:
+        if order.hard is not None:
+            self._log.stage_hard(order.hard)
+        if order.entries:
+            self._log.stage(order.first, order.entries)
+        self._persists.append(order)
+        self._due.set()
+
+    def forget(self, index: Index) -> None:
+        """Cut the log up to `index`, which a durable snapshot covers, as soon as nothing waits to be written."""
+        self._forget_up_to = max(self._forget_up_to, index)
+        self._due.set()
+
+    def end(self) -> None:
+        """Let `run` return when what waits is written."""
+        self._ending = True
+        self._due.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            while self._persists:
+                if not await self._flush():
+                    if self._ending:
+                        return
+                    await self._health.pause()
+            if self._forget_up_to > self._terms.base and not self._ending:
+                await self._cut()
+            if self._ending:
+                return
+
+    async def _flush(self) -> bool:
+        batch, self._persists = self._persists, []
+        try:
+            await self._log.flush()
+        except IdunnoError as error:
+            self._persists = batch + self._persists
+            self._health.disk_refuses("write", f"its log cannot be written: {error}", error)
+            return False
+        for persist in batch:
+            for send in persist.then:
+                self._send(send.to, send.message)
+        self._step(Persisted(batch[-1].seq))
+        self._health.disk_works("write")
+        return True
+
+    async def _cut(self) -> None:
+        index, self._forget_up_to = self._forget_up_to, Index(0)
+        try:
+            await self._log.roll()
+            base = await self._log.forget(index)
+        except DiskFailed as error:
+            log.warning("log not cut", extra={"index": index, "problem": str(error)})
+            return
+        if base > self._terms.base:
+            self._step(Compacted(base))
