@@ -122,6 +122,7 @@ class Book:
             raise AssertionError(f"{member.name} cannot go from {old.value} to {state.value}: {reason}")
         if old is not state or (state is State.SUSPICIOUS and version != member.version):  # a new trial
             member.since_ms, member.reason = now_ms, reason
+            member.given_ms = member.not_before_ms = 0
         member.state, member.version = state, version
         if old is not state:
             self.watched_stale = True
@@ -156,14 +157,17 @@ class Book:
 
     def give_time(self, late_ms: int, now_ms: int) -> None:
         """This process was held up: suspects get the time back, and what came meanwhile is read first."""
-        suspects = [self.members[node] for _, node in self._deadlines if node in self.members]
-        for member in suspects:
-            if member.state is State.SUSPICIOUS and member.deadline_ms is not None:
-                self._set_deadline(member, max(member.deadline_ms + late_ms, now_ms + self._config.late_ms))
+        for node in dict.fromkeys(node for _, node in self._deadlines):  # one may have several entries, most void
+            member = self.members.get(node)
+            if member is not None and member.state is State.SUSPICIOUS and member.deadline_ms is not None:
+                # Kept beside the deadline: another accuser sets that anew, and must not take the time away again.
+                member.given_ms += late_ms
+                member.not_before_ms = now_ms + self._config.late_ms
+                self._set_suspect_deadline(member, now_ms)
 
     def recant(self, now_ms: int) -> None:
         """This node counts as dead: from where it was, all others looked dead. Its accusations are not told on."""
-        for node in {node for _, node in self._deadlines}:
+        for node in dict.fromkeys(node for _, node in self._deadlines):
             member = self.members.get(node)
             if member is not None and member.state in (State.SUSPICIOUS, State.FAILED):
                 self.news.discard(node)
@@ -229,7 +233,7 @@ class Book:
         )
         if self.me.node not in member.accusers:
             wait += config.bystander_ms
-        self._set_deadline(member, max(now_ms, member.since_ms + wait))
+        self._set_deadline(member, max(now_ms, member.not_before_ms, member.since_ms + wait + member.given_ms))
 
     def _set_deadline(self, member: Member, at_ms: int) -> None:
         member.looked = False

@@ -27,8 +27,11 @@ class Member:
     reason: str = "not heard from yet"
     accusers: tuple[NodeId, ...] = ()  # while SUSPICIOUS: at most ACCUSERS_MAX
     deadline_ms: int | None = None  # SUSPICIOUS: when it fails; FAILED: when it is deleted
+    given_ms: int = 0  # SUSPICIOUS: time that this process was held up, and that is not counted
+    not_before_ms: int = 0  # SUSPICIOUS: what came while this process was held up is read first
     looked: bool = False  # the deadline has passed once; what lies in the socket is read before the verdict
     mark: int = 0  # its part of the list's digest; 0: nothing to tell of it
+    named: str = ""  # the address that the roster named last
     detours: int = 0  # probes in a row that it did not answer directly
     detour: str = ""  # how it did answer
     skew_ms: int | None = None  # its wall clock minus ours, as last estimated

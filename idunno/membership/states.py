@@ -87,11 +87,17 @@ def overrides(state: State, version: Version, known_state: State, known_version:
     return RANK[state] > RANK[known_state]
 
 
+def far_above(version: Version, known: Version) -> bool:
+    """Whether no member gets from `known` to `version` between two hearings: one of them is a lie, or damaged."""
+    if version[0] == known[0]:
+        return version[1] - known[1] > STEP_MAX
+    return version[0] - known[0] > STEP_MAX
+
+
 def runs_ahead(claimed: Version, known: Version) -> bool:
     """Whether `claimed` is too far above `known` to be believed from hearsay."""
-    if claimed[0] == known[0]:
-        return claimed[1] - known[1] > STEP_MAX
-    return claimed[0] - known[0] > STEP_MAX
+    # A boot begins with incarnation 0: a rumour of the next boot must not bring an incarnation to its end either.
+    return far_above(claimed, known) or (claimed[0] > known[0] and claimed[1] > STEP_MAX)
 
 
 def diagram() -> str:

@@ -40,7 +40,7 @@ from idunno.membership.health import LocalHealth
 from idunno.membership.messages import Ack, Ping, PingReq, Relayed, Rumor, State, WholeList
 from idunno.membership.probes import Prober
 from idunno.membership.records import Member
-from idunno.membership.states import NEVER_HEARD, STEP_MAX, Version, overrides, runs_ahead
+from idunno.membership.states import NEVER_HEARD, STEP_MAX, Version, far_above, overrides, runs_ahead
 from idunno.membership.voice import Voice
 
 INTRODUCTIONS_MAX: Final = 16
@@ -335,10 +335,11 @@ class Swim:
         if member is None:
             return None
         said: Version = (event.boot, message.incarnation)
-        if said > member.version or (said < member.version and runs_ahead(member.version, said)):
+        if said > member.version or (said < member.version and far_above(member.version, said)):
             restarted = NEVER_HEARD[0] < member.version[0] < event.boot
             member.name, member.address = message.name, message.address
             if restarted:
+                self._prober.drop(event.sender)  # what the process of before did not answer says nothing of this one
                 reason = f"restarted (boot {event.boot})"
             elif member.state is State.UNKNOWN:
                 reason = "answered"
@@ -471,11 +472,15 @@ class Swim:
             self.book.expect(seed.node)
             known = self.members.get(seed.node)
             if known is not None:
-                if known.state is not State.ACTIVE:
-                    # The roster may know a newer address than the one that fell silent.
+                if known.state is not State.ACTIVE and seed.address != known.named:
+                    # The roster knows a newer address than the one that fell silent. What it only says again may be older
+                    # than what the member itself said when it was restarted elsewhere.
                     known.name, known.address = seed.name, seed.address
+                known.named = seed.address
                 continue
             added = self.book.record(seed.node, seed.name, seed.address, now_ms)
+            if added is not None:
+                added.named = seed.address
             if added is not None and greeted < INTRODUCTIONS_MAX:  # at once; the others in the periods that follow
                 greeted += 1
                 out.append(self._greet(added, now_ms))

@@ -1,6 +1,8 @@
 # idunno/membership/talks.py: what the detector says over TCP: a probe, an exchange of lists. Both are optional.
 #
-# Rule 1: at most TALKS_MAX at once, one of a kind per member; what does not fit is not begun, and the core does without.
+# Rule 1: at most PROBES_MAX probes and EXCHANGES_MAX exchanges at once, one of a kind per member; what does not fit is not
+#         begun, and the core does without. Exchanges with the dead hang for seconds: they do not keep a probe of the living
+#         waiting.
 # Rule 2: every talk has a deadline, its failure is the core's knowledge and nobody's exception; stop() ends all.
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from idunno.membership.messages import WholeList, decode_list, encode
 
 log = logging.getLogger("idunno.membership")
 
-TALKS_MAX: Final = 32
+PROBES_MAX: Final = 32
+EXCHANGES_MAX: Final = 16
 EXCHANGE_S: Final = 5.0
 """Two lists of 2,000 members are 250 KB: a fraction of a second, unless the way is nearly closed."""
 
@@ -70,7 +73,8 @@ class Talks:
         self._begin("exchange", node, talk)
 
     def _begin(self, kind: str, node: NodeId, talk: Callable[[], Awaitable[None]]) -> None:
-        if (kind, node) in self._tasks or len(self._tasks) >= TALKS_MAX:
+        most = PROBES_MAX if kind == "probe" else EXCHANGES_MAX
+        if (kind, node) in self._tasks or sum(other == kind for other, _ in self._tasks) >= most:
             return
 
         async def bounded() -> None:

@@ -52,6 +52,8 @@ SOURCES_MAX: Final = 4_096
 IP_UDP_BYTES: Final = 28
 """Heads of IPv4 and UDP, so that `sent-bytes` is what the network carries."""
 LOOKUPS_MAX: Final = 1_024
+LOOKUP_AGAIN_S: Final = 5.0
+"""A name that was not found is looked up again after this."""
 LOOKUP_TTL_S: Final = 60.0
 """How long a host name's address is used: a machine that moved is found again within a minute."""
 
@@ -132,7 +134,8 @@ class Membership:
         self._timer_ms: int | None = None
         self._closed: asyncio.Future[None]  # set by start()
         self._announced: asyncio.Future[Announced] | None = None
-        self._addresses: dict[str, tuple[tuple[str, int], float]] = {}  # "host:port" -> (where to send, until when)
+        # "host:port" -> (where to send, or None: its name was not found; until when that counts)
+        self._addresses: dict[str, tuple[tuple[str, int] | None, float]] = {}
         self._lookups: dict[str, asyncio.Task[None]] = {}
         self._waiting_seeds: tuple[Seed, ...] = ()
         self.paused = False  # the transport's write buffer is full
@@ -375,6 +378,8 @@ class Membership:
         assert self._loop is not None
         known = self._addresses.get(address)
         if known is not None and (known[1] == float("inf") or known[1] > self._loop.time()):
+            if known[0] is None:
+                self._counts["dropped-no-address"] += 1
             return known[0]
         try:
             host, port = split_address(address)
@@ -395,16 +400,18 @@ class Membership:
         loop = asyncio.get_running_loop()
         assert self._transport is not None
         family = self._transport.get_extra_info("socket").family
-        first = address not in self._addresses
+        before = self._addresses[address][0] if address in self._addresses else None
         try:
             async with asyncio.timeout(5.0):  # the resolver's own time limit is 5 s a server
                 found = await loop.getaddrinfo(host, port, family=family)
             where = (str(found[0][4][0]), port)
             self._addresses[address] = (where, loop.time() + LOOKUP_TTL_S)
-            if first:
+            if before is None:
                 self._write(payload, where)
         except (OSError, TimeoutError, UnicodeError) as error:  # UnicodeError: no name at all
             self._counts["dropped-no-address"] += 1
+            # News go out ten times a second: without a pause each would look it up, and log that, again.
+            self._addresses[address] = (before, loop.time() + LOOKUP_AGAIN_S)
             log.warning("host name not found", extra={"address": address, "error": str(error) or "timed out"})
         finally:
             del self._lookups[address]

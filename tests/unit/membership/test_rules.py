@@ -19,6 +19,7 @@ from idunno.membership.events import (
     NotExchanged,
     Output,
     Received,
+    Seed,
     Seeds,
     Self,
     Send,
@@ -224,6 +225,50 @@ def test_a_timer_that_fired_late_discards_the_verdict_and_gives_suspects_the_tim
     assert suspecting.state(2) is State.SUSPICIOUS
 
 
+def test_a_long_pause_gives_a_suspect_its_time_back_once_however_often_its_deadline_was_set() -> None:
+    node = Lone()
+    node.tell(3, rumor(2, State.SUSPICIOUS, accusers=(3,)))
+    node.tell(4, rumor(2, State.SUSPICIOUS, accusers=(4,)))
+    node.tell(5, rumor(2, State.SUSPICIOUS, accusers=(5,)))
+    node.now_ms += 60_000  # stopped for a minute
+    node.feed(Tick())
+    node.wait(2_500, answering={3, 4, 5})
+    assert node.state(2) in (State.FAILED, State.DELETED)  # and not minutes later
+
+
+def test_another_accuser_does_not_take_back_the_time_that_a_pause_has_given() -> None:
+    node = Lone()
+    node.tell(3, rumor(2, State.SUSPICIOUS, accusers=(3,)))
+    node.wait(1_000, answering={3, 4, 5})
+    node.now_ms += 1_500  # held up: the suspect's refutation may have been dropped by a full socket meanwhile
+    node.feed(Tick())
+    node.tell(4, rumor(2, State.SUSPICIOUS, accusers=(4,)))
+    node.wait(200, answering={3, 4, 5})
+    assert node.state(2) is State.SUSPICIOUS
+    node.tell(5, rumor(2, State.ACTIVE, incarnation=1))  # told once more by who has heard it
+    assert node.state(2) is State.ACTIVE
+
+
+def test_a_probe_of_the_process_of_before_does_not_accuse_the_restarted_one() -> None:
+    node = Lone(others=1)
+    node.wait(500, answering=set())
+    assert node_id(2) in node.core._prober.open
+    node.say(2, Gossip("n2", address(2)), boot=2)
+    assert node_id(2) not in node.core._prober.open
+
+
+def test_the_rosters_old_address_does_not_replace_what_a_restarted_member_said() -> None:
+    node = Lone(others=0)
+    node.feed(Seeds((seed_of(2), seed_of(3))))
+    node.say(2, Gossip("n2", "10.0.9.2:7400"), boot=2)
+    node.tell(3, rumor(2, State.SUSPICIOUS, boot=2, accusers=(3,)))
+    node.feed(Seeds((seed_of(2), seed_of(3))))  # the roster changed elsewhere, and still has the old address
+    assert node.core.members[node_id(2)].address == "10.0.9.2:7400"
+    moved = Seed(node_id(2), "n2", "10.0.8.2:7400")
+    node.feed(Seeds((moved, seed_of(3))))
+    assert node.core.members[node_id(2)].address == "10.0.8.2:7400"
+
+
 def test_a_verdict_waits_for_what_lies_in_the_socket_unread() -> None:
     node = Lone()
     node.tell(3, rumor(2, State.SUSPICIOUS, accusers=(3, 4, 5)))
@@ -300,8 +345,19 @@ def test_a_packet_cannot_drive_an_incarnation_to_its_end() -> None:
 def test_how_far_hearsay_may_run_ahead() -> None:
     assert not runs_ahead((1, STEP_MAX), (1, 0))
     assert runs_ahead((1, STEP_MAX + 1), (1, 0))
-    assert not runs_ahead((2, NUMBER_MAX), (1, 0))
+    assert not runs_ahead((2, STEP_MAX), (1, 0))
+    assert runs_ahead((2, STEP_MAX + 1), (1, 0))  # a boot begins with incarnation 0
     assert runs_ahead((STEP_MAX + 2, 0), (1, 0))
+
+
+def test_a_packet_about_the_next_boot_cannot_drive_its_incarnation_to_the_end_either() -> None:
+    node = Lone()
+    node.tell(3, rumor(2, State.FAILED, boot=2, incarnation=NUMBER_MAX - 1))
+    assert node.core.members[node_id(2)].version == (1, 0)
+    # What a member itself says is believed, and a process of the past is not, however far the incarnations lie apart.
+    node.say(2, Gossip("n2", address(2), incarnation=2 * STEP_MAX), boot=2)
+    node.say(2, Gossip("n2", address(2)), boot=1)
+    assert node.core.members[node_id(2)].version == (2, 2 * STEP_MAX)
 
 
 # -- boots, members, roster -------------------------------------------------------------------------------------------

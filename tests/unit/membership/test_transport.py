@@ -14,7 +14,7 @@ from idunno.base.ids import NodeId
 from idunno.membership.config import SwimConfig
 from idunno.membership.events import Changed, Seed, Self
 from idunno.membership.messages import Gossip, State, encode
-from idunno.membership.talks import ExchangeBytes, TcpProbe
+from idunno.membership.talks import EXCHANGES_MAX, PROBES_MAX, ExchangeBytes, Talks, TcpProbe
 from idunno.membership.transport import (
     EVENTS_MAX,
     SOURCE_RATE_MAX,
@@ -309,6 +309,44 @@ def test_a_probe_and_an_exchange_that_fail_or_hang_stop_nothing() -> None:
             nodes[0].exchanged(node_id(2), encode(nodes[1]._core.whole_list()))
         with pytest.raises(DecodeError):
             nodes[0].exchanged(node_id(2), b"junk")
+
+    run(story)
+
+
+def test_exchanges_that_hang_leave_room_for_probes() -> None:
+    async def story() -> None:
+        probed = asyncio.Event()
+
+        async def probe(_: NodeId) -> bool:
+            return True
+
+        async def exchange(_: NodeId, __: bytes) -> bytes:
+            await asyncio.Event().wait()
+            return b""
+
+        talks = Talks(probe, exchange)
+        ours = make(1, 1)._core.whole_list()
+        for number in range(2, 2 * PROBES_MAX):  # a switch has died
+            talks.exchange(node_id(number), ours, lambda _: None, lambda: None)
+        assert len(talks._tasks) == EXCHANGES_MAX
+        talks.probe(node_id(2), 1_000, probed.set)
+        async with asyncio.timeout(5):
+            await probed.wait()
+        await talks.stop()
+
+    run(story)
+
+
+def test_a_host_name_that_is_not_found_is_not_looked_up_with_every_datagram() -> None:
+    async def story() -> None:
+        async with ring(1) as (node,):
+            node._loop = asyncio.get_running_loop()
+            for _ in range(3):
+                node._where("no-such-host.invalid:7400", b"")
+                await until(lambda: not node._lookups)
+            assert node._addresses["no-such-host.invalid:7400"][0] is None
+            assert node.counters["dropped-no-address"] == 3
+            assert not node._lookups
 
     run(story)
 
