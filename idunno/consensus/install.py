@@ -196,9 +196,12 @@ class Snapshots:
             self._answers[sender] = answer
             self._sending[sender].set()
 
-    def _is_wanted(self, to: NodeId, term: Term) -> bool:
+    def _is_wanted(self, to: NodeId, term: Term, index: int | None = None) -> bool:
+        """A snapshot, or the one of `index`: who has that already needs a newer one, and says nothing to more of this."""
         progress = self._core.peers.get(to)
-        return self._core.is_leader and self._core.term == term and progress is not None and progress.installing
+        if not self._core.is_leader or self._core.term != term or progress is None or not progress.installing:
+            return False
+        return index is None or progress.match < index
 
     async def _send_to(self, to: NodeId, term: Term) -> None:
         try:
@@ -217,16 +220,16 @@ class Snapshots:
             del self._sending[to]
             self._answers.pop(to, None)
         if self._is_wanted(to, term):
-            self.send(to, term)  # the disk failed: try again
+            self.send(to, term)  # the disk failed, or the log was cut further meanwhile: the newest one now
 
     async def _send_file(self, to: NodeId, term: Term, reader: files.Reader) -> None:
         heard, head = self._sending[to], reader.head
         acked = sent = 0
         window = WINDOW_BYTES
-        while self._is_wanted(to, term):
+        while self._is_wanted(to, term, head.index):
             while sent < reader.size and sent - acked < window:
                 data = await reader.read(sent, INSTALL_BYTES_MAX)
-                if not self._is_wanted(to, term):
+                if not self._is_wanted(to, term, head.index):
                     return
                 self._send(to, Install(term, head.index, head.term, reader.size, sent, data))
                 sent += len(data)

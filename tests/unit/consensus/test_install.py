@@ -189,6 +189,26 @@ def test_who_was_away_while_the_log_was_cut_is_sent_a_snapshot_in_pieces_and_goe
     story(work)
 
 
+def test_who_was_away_for_so_long_that_the_snapshot_begun_for_it_is_too_old_is_sent_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("idunno.consensus.install.RESEND_S", 0.02)
+
+    async def work(cluster: Snapshotting) -> None:
+        late = await cluster.left_behind()
+        leader = await cluster.elected()
+        snapshots = leader._snapshots
+        assert snapshots is not None
+        begun = snapshots.index
+        await until(lambda: snapshots._sending)
+        await cluster.fill(200)
+        await until(lambda: leader._core.terms.base > begun)  # what was begun ends before the log
+        await cluster.start(late)
+        await cluster.same(late)
+
+    story(work)
+
+
 def test_lost_pieces_and_lost_answers_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("idunno.consensus.install.RESEND_S", 0.02)
 
