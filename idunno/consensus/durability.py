@@ -90,6 +90,9 @@ class Durability:
         index, self._forget_up_to = self._forget_up_to, Index(0)
         try:
             await self._log.roll()
+        except DiskFailed as error:  # a full disk: older segments go all the more
+            log.warning("log's segment not ended", extra={"index": index, "problem": str(error)})
+        try:
             base = await self._log.forget(index)
         except DiskFailed as error:
             log.warning("log not cut", extra={"index": index, "problem": str(error)})

@@ -4,7 +4,8 @@
 #         synced and has its name, and the log lets go of what it covers after that, but for a tail for slow followers.
 # Rule 2: what the machine refers to and the snapshot does not hold (small contents) is durable here before the log is cut,
 #         and before a snapshot that was taken in counts.
-# Rule 3: one snapshot is taken or put in place at a time. None is taken while one is being sent, unless the log grows too long.
+# Rule 3: one snapshot is taken or put in place at a time. None is taken while one is being sent to somebody who answers, unless
+#         the log grows too long.
 # Rule 4: a transfer is a window of pieces, each answered with the place that is wanted next; what is lost is sent again after
 #         a second. A follower that works on what it got says so every second; one that says nothing costs a piece a second.
 from __future__ import annotations
@@ -30,6 +31,8 @@ log = logging.getLogger("idunno.consensus")
 WINDOW_BYTES: Final = 4 * INSTALL_BYTES_MAX
 """Under way to one follower: 8 ms of a gigabit link, above its round trip with a write."""
 RESEND_S: Final = 1.0
+AWAY_RESENDS: Final = 3
+"""After so many in vain a follower is taken to be away."""
 RETRY_S: Final = 10.0
 """After a snapshot that could not be written, or that was taken in and is not one, the next is begun so much later."""
 INBOX_MAX: Final = 16
@@ -89,6 +92,7 @@ class Snapshots:
         self._log_bytes = 0  # of the log when the last snapshot was taken
         self._sending: dict[NodeId, asyncio.Event] = {}  # set when the follower answered
         self._answers: dict[NodeId, InstallAnswer] = {}
+        self._silent: set[NodeId] = set()  # of those it is sent to: who has not answered AWAY_RESENDS of them
         self._inbox: deque[TakeInstall] = deque(maxlen=INBOX_MAX)
         self._receiving = False
         self._part: _Part | None = None
@@ -126,11 +130,12 @@ class Snapshots:
     def consider(self, applied: Index) -> None:
         """Entries were applied: begin a snapshot if it is time."""
         config = self._config
+        self._log_bytes = min(self._log_bytes, self._log.size_bytes)  # it was cut since: from there it grows anew
         grown = max(
             (applied - self.index) / config.snapshot_entries,
             (self._log.size_bytes - self._log_bytes) / config.snapshot_bytes,
         )
-        patience = 4.0 if self._sending else 1.0
+        patience = 4.0 if self._sending.keys() - self._silent else 1.0
         now_s = asyncio.get_running_loop().time()
         if grown < patience or self._taking or now_s < self._not_before_s or applied <= self.index:
             return
@@ -194,6 +199,7 @@ class Snapshots:
     def answered(self, sender: NodeId, answer: InstallAnswer) -> None:
         if sender in self._sending:
             self._answers[sender] = answer
+            self._silent.discard(sender)
             self._sending[sender].set()
 
     def _is_wanted(self, to: NodeId, term: Term, index: int | None = None) -> bool:
@@ -219,12 +225,15 @@ class Snapshots:
         finally:
             del self._sending[to]
             self._answers.pop(to, None)
+            self._silent.discard(to)
         if self._is_wanted(to, term):
-            self.send(to, term)  # the disk failed, or the log was cut further meanwhile: the newest one now
+            self.send(
+                to, term
+            )  # the disk failed, or the log was cut further, or there is a newer one: the newest one now
 
     async def _send_file(self, to: NodeId, term: Term, reader: files.Reader) -> None:
         heard, head = self._sending[to], reader.head
-        acked = sent = 0
+        acked = sent = timeouts = 0
         window = WINDOW_BYTES
         while self._is_wanted(to, term, head.index):
             while sent < reader.size and sent - acked < window:
@@ -238,11 +247,16 @@ class Snapshots:
                 async with asyncio.timeout(RESEND_S):
                     await heard.wait()
             except TimeoutError:
+                timeouts += 1
+                if timeouts >= AWAY_RESENDS:
+                    self._silent.add(to)
+                if timeouts >= AWAY_RESENDS and self.index > head.index:
+                    return  # it is away, or begins anew anyway: the newest it is then, and the old file's space is free
                 sent, window = acked, INSTALL_BYTES_MAX
                 if acked == reader.size:
                     sent = max(0, reader.size - INSTALL_BYTES_MAX)  # asks: is it still at it?
                 continue
-            answer = self._answers[to]
+            answer, timeouts = self._answers[to], 0
             if answer.index == head.index and not answer.done:
                 if answer.offset < acked:
                     sent = answer.offset

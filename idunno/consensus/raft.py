@@ -25,6 +25,7 @@ from idunno.consensus.events import (
     Input,
     InstallAnswered,
     Installed,
+    LogLost,
     Output,
     PeerLost,
     Persist,
@@ -93,6 +94,10 @@ class Raft:
         self.peers: dict[NodeId, Progress] = {}  # of a leader: every other voter and learner
         self.synced = terms.last  # how far this node's own log is durable
         self.halted = False
+        self.lost = False  # what it acknowledged is not in its log: for good
+        # A start may be one with an older disk: until a leader has vouched for this log, or nobody has objected for as long as
+        # an election takes at least, it gives no vote (see _appended). Nobody could object to a voter that is alone.
+        self._votes_from_ms = now_ms if self.voters == {me} else now_ms + config.election_timeout_ms
         self._rng, self._now, self._out = rng, now_ms, list[Output]()
         self._heard_ms = now_ms  # when the leader was last heard
         self._votes: set[NodeId] = set()
@@ -274,7 +279,10 @@ class Raft:
         """4.2.2: also a voter whose removal is not known committed: perhaps no other has that entry, and waits for it. It
         does not count its own vote then."""
         leaving = self.named.index > self.commit and self.me in self.named.before
-        return (self.me in self.voters or leaving) and not self.halted
+        return (self.me in self.voters or leaving) and self._may_vote()
+
+    def _may_vote(self) -> bool:
+        return not self.halted and not self.lost and self._now >= self._votes_from_ms
 
     def _hears_leader(self) -> bool:
         if self.is_leader:
@@ -290,6 +298,8 @@ class Raft:
         self._restart_election_timer()
         self.leader = None
         if not self._may_stand():
+            if self._now < self._votes_from_ms:
+                self._election_ms = self._votes_from_ms + self._rng.randrange(self.config.lost_leader_spread_ms)
             return
         # Asked again soon: it changes nothing at others, and they may just be connecting, or about to miss the leader too.
         self._election_ms = self._now + self.config.heartbeat_ms + self._rng.randrange(self.config.heartbeat_ms)
@@ -326,7 +336,7 @@ class Raft:
     def _asked_for_vote(self, sender: NodeId, request: VoteRequest) -> None:
         # 4.2.2: also of and by nodes that are no voters here: the asker's log may be ahead with a change of voters, and it
         # counts the votes. That it is not behind is what is checked.
-        if self.halted:
+        if not self._may_vote():
             return
         if self._hears_leader() and not request.transfer:
             return  # 4.2.3: a node that hears a leader takes no part in another's election, nor its term
@@ -370,9 +380,12 @@ class Raft:
         targets = [node for node in self.peers if node in self.voters]
         if not self.is_leader or not targets:
             return
-        target = max(targets, key=lambda node: self.peers[node].match)
-        self._transfer = (target, self._now + self.config.election_timeout_ms)
+        self._transfer = (self._successor(targets), self._now + self.config.election_timeout_ms)
         self._hand_over()
+
+    def _successor(self, nodes: Iterable[NodeId]) -> NodeId:
+        """Who should lead next: of those that answer, the one furthest along. In a quiet cluster a dead one is as far as any."""
+        return max(sorted(nodes), key=lambda node: (self.peers[node].unanswered <= 1, self.peers[node].match))
 
     def _hand_over(self) -> None:
         if self._transfer is not None and self.peers[self._transfer[0]].match == self.terms.last:
@@ -410,7 +423,8 @@ class Raft:
         prev_term = self.terms.term(prev)
         assert prev_term is not None
         p.commit_sent = max(p.commit_sent, min(self.commit, p.next - 1))
-        append = Append(self.term, Index(prev), prev_term, self.commit, self._round)
+        floor = Index(min(p.match, self.commit))
+        append = Append(self.term, Index(prev), prev_term, self.commit, self._round, floor=floor)
         self._out.append(Send(node, append))
 
     def _heartbeat_all(self) -> None:
@@ -455,8 +469,7 @@ class Raft:
 
     def _resign(self) -> None:
         """4.2.2: a leader that is no voter any more leads until that is committed; then the one furthest along takes over."""
-        best = max(sorted(self.voters), key=lambda node: self.peers[node].match)
-        self._out.append(Send(best, TimeoutNow(self.term)))
+        self._out.append(Send(self._successor(self.voters), TimeoutNow(self.term)))
         self._follow(self.term, None)
 
     def _commit_to(self, index: int) -> None:
@@ -481,9 +494,12 @@ class Raft:
             self._follow(self.term, sender)
         self.leader, self._heard_ms = sender, self._now
         self._restart_election_timer()
+        if append.floor > self.terms.last and not self.lost:  # committed entries are never cut from a log
+            self.lost = True
+            self._out.append(LogLost(append.floor))
         append = self._behind_base(append)
         agrees = self.terms.term(append.prev_index) == append.prev_term
-        if self.halted:  # goes on learning and applying what it has, and acknowledges nothing
+        if self.halted or self.lost:  # goes on learning and applying what it has, and acknowledges nothing
             if agrees:
                 self._commit_to(min(append.commit, append.prev_index))
             return
@@ -502,6 +518,9 @@ class Raft:
         else:
             self._answer(sender, AppendAnswer(self.term, True, Index(min(last, self.synced)), append.round))
         self._commit_to(min(append.commit, last))
+        if self.synced >= self.commit and self.terms.term(self.commit) == self.term:
+            # An entry of this leader's own is committed and here: with it all that was ever committed before (3.6.3).
+            self._votes_from_ms = self._now
 
     def _behind_base(self, append: Append) -> Append:
         """An append that came late, without what a snapshot covers: that is committed, so every leader's log agrees there."""
@@ -544,7 +563,7 @@ class Raft:
             self._follow(self.term, sender)
         self.leader, self._heard_ms = sender, self._now
         self._restart_election_timer()
-        if self.halted:
+        if self.halted or self.lost:
             return
         if offer.index <= self.commit:
             self._answer(sender, InstallAnswer(self.term, Index(min(offer.index, self.synced)), offer.size, True))

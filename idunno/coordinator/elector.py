@@ -90,9 +90,11 @@ class Elector:
         refused: dict[NodeId, float] = {}
         while self._leads(term):
             try:
-                change = self._next(mark, refused) if mark else None
-                mark = self._driver.last_index
-                if change is not None and await self._prepare(change, keyed, refused):
+                before, mark = mark, self._driver.last_index
+                change = self._next(before, refused) if before else None
+                # Preparing takes a call: whoever was to vote, or to outvote, may be silent by now.
+                prepared = change is not None and await self._prepare(change, keyed, refused)
+                if change is not None and prepared and self._next(before, refused) == change:
                     await self._take(change)
                 if self._machine.roster.key_is_stale:
                     await self._renew_key()

@@ -242,7 +242,14 @@ class Machine:
         before = self.namespace.deleted_by(command.name, asked.request)
         if before is not None:
             return before
+        kind = type(command).__name__
+        if self._recent.answered(kind, command.name, "", asked.request):
+            return FileGone(
+                command.name, 0
+            )  # the file was put and deleted again since: how many there were is not known
+        earlier = self.namespace.last_deletion(command.name)
         done, versions, gone = self.namespace.delete(command.name, asked.request, asked.actor.name, self.now_ms)
+        self._recent.keep(kind, command.name, "", earlier)
         self._tell(e.FileDeleted(command.name, versions))
         self._unrefer(gone)
         return done

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Final
 
 import msgspec
@@ -86,7 +86,9 @@ class Namespace:
         self._puts: dict[str, OpenPut] = {put.put: put for put in state.puts}
         self.trash = Trash(state.trash, state.trash_last)
         self.retention = Retention(state.retention)
-        self._made: dict[str, tuple[str, int]] = {}  # put -> name, version; for files and tombstones
+        self._made: dict[
+            str, tuple[str, int]
+        ] = {}  # put -> name, version; of files, tombstones, expired versions in the trash
         for kept, into in ((state.files, self._files), (state.tombstones, self._tombstones)):
             for file in kept:
                 into[file.name] = _File(file.last, list(file.versions), file.deletion)
@@ -94,6 +96,9 @@ class Namespace:
                     self._made[record.request] = (file.name, record.version)
                 for before in file.deletion.puts if file.deletion is not None else ():
                     self._made[before.put] = (file.name, before.version)
+        for entry in state.trash:
+            for record in entry.versions if entry.expired else ():
+                self._made[record.request] = (entry.name, record.version)
         self._made.pop("", None)
         # Files outside .idunno/
         self.files = sum(not name.startswith(SYSTEM) for name in self._names)
@@ -297,13 +302,18 @@ class Namespace:
             return None
         if made[0] != name:
             raise Conflict(f"put {put} made version {made[1]} of {made[0]}; a put of {name[:200]} needs a new id")
-        file = self._files.get(name) or self._tombstones[name]
-        at = bisect_left(file.versions, made[1], key=lambda record: record.version)
-        if at < len(file.versions) and file.versions[at].version == made[1]:
-            return file.versions[at]
-        assert file.deletion is not None, f"put {put} points to version {made[1]} of {name}, which is nowhere"
-        before = next(before for before in file.deletion.puts if before.put == put)
-        return VersionRecord(before.version, before.size, (), before.created_ms, owner, put)
+        file = self._files.get(name) or self._tombstones.get(name)
+        if file is not None:
+            at = bisect_left(file.versions, made[1], key=lambda record: record.version)
+            if at < len(file.versions) and file.versions[at].request == put:
+                return file.versions[at]
+        expired = (r for entry in self.trash.of(name) if entry.expired for r in entry.versions)
+        deleted = file.deletion.puts if file is not None and file.deletion is not None else ()
+        gone: VersionRecord | MadeBefore
+        for gone in chain[VersionRecord | MadeBefore](expired, deleted):
+            if gone.version == made[1]:
+                return VersionRecord(gone.version, gone.size, (), gone.created_ms, owner, put)
+        raise AssertionError(f"put {put} points to version {made[1]} of {name}, which is nowhere")
 
     def _check_expected(self, name: str, if_version: int | None) -> None:
         if if_version is None:
@@ -323,6 +333,11 @@ class Namespace:
         if request == "" or file is None or file.deletion is None or file.deletion.request != request:
             return None
         return FileGone(name, file.deletion.versions)
+
+    def last_deletion(self, name: str) -> str:
+        """The request of the last delete of `name`, "" if there was none."""
+        file = self._files.get(name) or self._tombstones.get(name)
+        return file.deletion.request if file is not None and file.deletion is not None else ""
 
     def delete(
         self, name: str, request: str, by: str, now_ms: int
@@ -345,7 +360,7 @@ class Namespace:
         if name.startswith(SYSTEM):
             return FileGone(name, len(versions)), versions, list(versions)
         self.trash.put(name, versions, now_ms, by, expired=False)
-        return FileGone(name, len(versions)), versions, _versions(self.trash.overflow())
+        return FileGone(name, len(versions)), versions, self._gone(self.trash.overflow())
 
     def expire(self, name: str, numbers: tuple[int, ...], by: str, now_ms: int) -> tuple[Done, list[VersionRecord]]:
         """Move these versions into the trash, those that are there and not the current one; and what is gone for good."""
@@ -358,10 +373,8 @@ class Namespace:
             return Done(changed=False), []
         file = self._own(self._files, name)
         file.versions = [*(r for r in file.versions[:-1] if r.version not in wanted), file.versions[-1]]
-        for record in gone:
-            self._made.pop(record.request, None)
         self.trash.put(name, gone, now_ms, by, expired=True)
-        return Done(), _versions(self.trash.overflow())
+        return Done(), self._gone(self.trash.overflow())
 
     def restore(self, name: str) -> int:
         """Bring back what the trash holds of that name; how many versions. Raises NotFound, Conflict."""
@@ -399,7 +412,14 @@ class Namespace:
     def purge(self, numbers: tuple[int, ...]) -> list[VersionRecord]:
         """Take these entries out of the trash for good, those that are there; their versions."""
         taken = [self.trash.take(number) for number in numbers]
-        return _versions([entry for entry in taken if entry is not None])
+        return self._gone([entry for entry in taken if entry is not None])
+
+    def _gone(self, entries: list[TrashEntry]) -> list[VersionRecord]:
+        """These entries have left the trash for good; their versions."""
+        for entry in entries:
+            for record in entry.versions if entry.expired else ():
+                self._made.pop(record.request, None)
+        return _versions(entries)
 
     def below(self, prefix: str) -> list[str]:
         """The names of all files below `prefix` (which ends in '/'), sorted."""

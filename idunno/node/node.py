@@ -218,6 +218,7 @@ class Node:
         applier.subscribe(self.scheduler.follow)
         self.driver.on_role.append(self._role_changed)
         self.driver.on_leader.append(self._leader_changed)
+        self.driver.on_log_lost.append(self.fail)
         self.peers.lost(self._peer_lost)
         self.membership.subscribe(self._member_changed)
 

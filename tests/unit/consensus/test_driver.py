@@ -93,7 +93,7 @@ class Cluster:
         """As kill -9: nothing more is written, and the others see the connection close."""
         driver = self.drivers.pop(name)
         self.disks[name].crash(random.Random(1))
-        self.disks[name].faults["replace"] = "dead"
+        self.disks[name].faults.update(dict.fromkeys(("open", "replace", "rename", "remove", "sync_directory"), "dead"))
         for other in self.drivers.values():
             other.peer_lost(name)
         await driver.stop(transfer=False)

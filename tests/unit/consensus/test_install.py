@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -91,8 +92,8 @@ class Restoring:
 
 
 class Snapshotting(Cluster):
-    def __init__(self, voters: int, **options: Any) -> None:
-        super().__init__(voters, config=CONFIG, **options)
+    def __init__(self, voters: int, *, config: RaftConfig = CONFIG, **options: Any) -> None:
+        super().__init__(voters, config=config, **options)
         self.holders: dict[NodeId, Machine] = {}
         self.swallows: Callable[[NodeId, RaftMessage], bool] = lambda to, message: False
 
@@ -303,6 +304,62 @@ def test_a_full_disk_takes_no_snapshot_and_tries_again(monkeypatch: pytest.Monke
                 await cluster.fill(1)
 
     story(work, voters=1)
+
+
+def test_the_log_does_not_grow_from_snapshot_to_snapshot_when_bytes_make_them_due() -> None:
+    config = replace(CONFIG, snapshot_entries=1_000_000, snapshot_bytes=400_000)
+
+    async def work(cluster: Snapshotting) -> None:
+        await cluster.fill(1)
+        driver, sizes = cluster.drivers[NodeId("n1")], []
+        for _ in range(12):
+            await cluster.fill(8, BIG)
+            sizes.append(driver._log.size_bytes)
+        assert (
+            cluster.holders[NodeId("n1")].captured >= 8
+        )  # one each 400 kB of 5.8 MB, but for those that came too late
+        assert max(sizes) < 1_300_000, sizes  # one that is due, one that is being taken, the tail
+
+    story(work, voters=1, config=config)
+
+
+def test_a_disk_too_full_for_a_new_segment_is_no_reason_to_keep_the_old_ones() -> None:
+    async def work(cluster: Snapshotting) -> None:
+        name = NodeId("n1")
+        await cluster.fill(10, BIG)  # a segment each
+        cluster.disks[name].faults["allocate"] = "No space left on device"
+        await cluster.fill(15)
+        driver = cluster.drivers[name]
+        await until(lambda: driver._core.terms.base > 5)
+
+    story(work, voters=1)
+
+
+def test_who_was_away_for_long_is_sent_the_newest_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not keep the leader from taking them, nor an old file's space from being freed."""
+    monkeypatch.setattr("idunno.consensus.install.RESEND_S", 0.02)
+
+    async def work(cluster: Snapshotting) -> None:
+        late = await cluster.left_behind()
+        offered: list[int] = []
+
+        def lost(to: NodeId, message: RaftMessage) -> bool:
+            if isinstance(message, Install):
+                offered.append(message.index)
+            return isinstance(message, Install)
+
+        cluster.swallows = lost
+        await cluster.start(late)
+        await until(lambda: offered)
+        for _ in range(3):
+            begun = (await cluster.elected()).snapshot_index
+            async with asyncio.timeout(WAIT_S):
+                while (await cluster.elected()).snapshot_index <= begun or offered[-1] <= begun:
+                    await cluster.fill(5)
+        cluster.swallows = lambda to, message: False
+        await cluster.same(late)
+
+    story(work)
 
 
 # -- voters ------------------------------------------------------------------------------------------------------------

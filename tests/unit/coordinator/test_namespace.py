@@ -75,6 +75,34 @@ def test_versions_go_on_after_a_delete() -> None:
         world.machine.namespace.version("a", 2)
 
 
+def test_a_retried_put_whose_version_has_expired_is_not_done_again() -> None:
+    world = World()
+    first = world.do(small("p1", "a"))
+    world.put("a")
+    world.do(c.Expire("a", (1,)), SYSTEM)
+    for machine in (world.machine, Machine.restore(world.machine.snapshot())):
+        world.machine = machine
+        assert world.do(small("p1", "a")) == first
+        assert world.do(c.BeginPut("p1", "a")).committed.blocks == ()
+        assert world.machine.namespace.latest("a").version == 2
+    world.do(c.DeleteFile("a"), request="r1")
+    assert world.do(small("p1", "a")) == first
+    entries = tuple(world.machine.namespace.trash.entries)
+    world.do(c.Purge(entries), SYSTEM)
+    assert world.machine.namespace.made("p1") is None  # gone for good a day later, and nobody retries any more
+
+
+def test_a_delete_that_is_retried_after_a_later_delete_spares_what_came_after_both() -> None:
+    world = World()
+    for request in ("r1", "r2"):
+        world.put("a")
+        world.do(c.DeleteFile("a"), request=request)
+    assert world.put("a") == 3
+    again = world.apply(c.DeleteFile("a"), request="r1")
+    assert (again.error, again.effects) == (None, ())
+    assert world.machine.namespace.latest("a").version == 3
+
+
 def test_a_retried_delete_spares_what_came_after_it() -> None:
     world = World()
     world.put("a")
