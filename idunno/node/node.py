@@ -206,6 +206,7 @@ class Node:
             may_write=self.files.may_write,
             locate=self.files.locate,
             report=self.files.report,
+            heard=self.files.witness.heard,
         )
         self.files.register(self.server)
         self.datanode.register(self.server)

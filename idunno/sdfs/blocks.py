@@ -88,6 +88,10 @@ class BlockStore:
         """What others may count on: a block that could not be read lately is kept, and tried, but not counted."""
         return [block for block in self._held if block not in self._doubtful]
 
+    def was_written_here(self, block: BlockId) -> bool:
+        """Whether this process itself wrote, verified and synced the copy that is held, and could read it since."""
+        return self._held.get(block, (0, 0))[1] > 0 and block not in self._doubtful
+
     def size(self, block: BlockId) -> int:
         """In bytes. Raises NotFound."""
         try:

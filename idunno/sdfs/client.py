@@ -338,7 +338,8 @@ class FileClient:
     async def _commit(self, asker: Asker, upload: Upload, begin: Begin, write_quorum: int | None) -> PutAnswer:
         for attempt in range(REPAIRS_MAX):
             for block in upload.short():
-                # More nodes are present than when it was sent, so more copies are asked for: the content is fetched again.
+                # More nodes are present than when it was sent, so more copies are asked for, or one who had it is gone: the
+                # content is fetched again.
                 holders = next(copies for copies in upload.copies() if copies.block == block.block)
                 await upload.store(block.block, await fetch(asker, holders, self._offload))
             request = Commit(
@@ -349,7 +350,7 @@ class FileClient:
             except NotReady:
                 asker.left_s("more copies of its blocks are needed")
                 await asker.pause(attempt)
-                await upload.begin()
+                await upload.begin(proven=True)
         raise NotReady(f"put of {begin.name}: nodes came and went {REPAIRS_MAX} times during the commit; try again")
 
     async def _abort(self, put: str, reason: str) -> None:

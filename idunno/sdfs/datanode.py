@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, TypeVar
 
@@ -60,7 +60,8 @@ class DataNode:
     """This node's part in moving blocks for clients: `block.write`, `block.read`; and its reports to the leader.
 
     `may_write(put, actor)` raises PermissionDenied or Conflict when a client may not write for that put; `locate(block)`
-    names nodes that hold a block, or may, best first; `report` sends an inventory page to the leader.
+    names nodes that hold a block, or may, best first; `report` sends an inventory page to the leader; `heard(put, block, size,
+    nodes)` is told who said to have stored a client's block.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class DataNode:
         may_write: Callable[[str, Actor], Awaitable[None]],
         locate: Callable[[BlockId], Awaitable[list[NodeId]]],
         report: Report,
+        heard: Callable[[str, BlockId, int, Sequence[NodeId]], None] = lambda put, block, size, stored: None,
     ) -> None:
         self._me, self._blocks, self._small, self._peers, self._config = me, blocks, small, peers, config
-        self._may_write, self._locate = may_write, locate
+        self._may_write, self._locate, self._heard = may_write, locate, heard
         self._reporter = Reporter(me, blocks, report, config)
         self._term = Term(0)
         self._writes = asyncio.Semaphore(config.writes_max)
@@ -176,6 +178,8 @@ class DataNode:
                 await copy.close()
         stored: list[NodeId] = [node for answer in answers for node in answer.stored]
         failed: list[CopyFailure] = [failure for answer in answers for failure in answer.failed]
+        if request.put and (call.peer.node is None or call.peer.node == self._me):
+            self._heard(request.put, request.block, request.size, stored)
         return WriteBlockAnswer(stored, failed)
 
     async def _receive(self, call: Call[WriteBlock], copies: list[Copy]) -> None:

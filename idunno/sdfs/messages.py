@@ -32,6 +32,7 @@ class Begin(msgspec.Struct, frozen=True):
     if_version: int | None = None
     size: int | None = None  # a hint for placement, None when unknown
     system: bool = False  # a task's output, a job's input: below .idunno/
+    claimed: list[BlockCopies] = []  # blocks of this put whose commit was refused: who of these holders has them?
 
 
 class BeginAnswer(msgspec.Struct, frozen=True):
@@ -43,6 +44,7 @@ class BeginAnswer(msgspec.Struct, frozen=True):
     term: int
     committed: FileInfo | None = None  # set when this put was committed already
     left_out: list[str] = []  # nodes that cannot take blocks, each with the reason
+    proven: list[BlockCopies] = []  # of those claimed, as the nodes say themselves
 
 
 class WriteBlock(msgspec.Struct, frozen=True):
@@ -78,6 +80,18 @@ class HaveBlock(msgspec.Struct, frozen=True):
 
 class HaveBlockAnswer(msgspec.Struct, frozen=True):
     have: bool
+
+
+class Attest(msgspec.Struct, frozen=True):
+    """Which of these blocks the node has stored for that put."""
+
+    put: str
+    blocks: list[BlockId]
+
+
+class AttestAnswer(msgspec.Struct, frozen=True):
+    sizes: list[int]
+    """Of the first of them, in order: as many as were looked at. 0: the node does not have it."""
 
 
 class BlockCopies(msgspec.Struct, frozen=True):
@@ -433,6 +447,7 @@ class EmptyTrashAnswer(msgspec.Struct, frozen=True):
 BEGIN: Final = Method("file.begin", Begin, BeginAnswer, Role.USER)
 WRITE_BLOCK: Final = Method("block.write", WriteBlock, WriteBlockAnswer, Role.USER)
 HAVE_BLOCK: Final = Method("block.have", HaveBlock, HaveBlockAnswer, Role.NODE)
+ATTEST: Final = Method("block.attest", Attest, AttestAnswer, Role.NODE)
 COMMIT: Final = Method("file.commit", Commit, PutAnswer, Role.USER)
 PUT_SMALL: Final = Method("file.put-small", PutSmallFile, PutAnswer, Role.USER)
 ABORT: Final = Method("file.abort", Abort, Empty, Role.USER)

@@ -1,7 +1,8 @@
 # idunno/sdfs/service.py: what clients ask any node for: begin, commit, put-small, abort, delete. (Looking is in views.py.)
 #
 # Rule 1: any node serves any client: it proposes through the coordinator, and asks the leader for what only that one knows.
-# Rule 2: a version is committed only when each of its blocks has a quorum of synced copies on nodes of the roster.
+# Rule 2: a version is committed only when each of its blocks has a quorum of synced copies on nodes of the roster, as these say
+#         themselves (witness.py); a client's word counts for nothing.
 # Rule 3: everything carries the put's or request's id: asked again, here or at another node, it gives the same answer.
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ from typing import Final
 
 from idunno.base.errors import Conflict, IdunnoError, InvalidArgument, NotReady, PermissionDenied
 from idunno.base.ids import BlockId, Index, NodeId, Term, check_file_name
+from idunno.coordinator import permissions
 from idunno.coordinator.commands import AbortPut, BeginPut, CommitPut, DeleteFile, PutSmall
 from idunno.coordinator.effects import BlocksFreed, Effect
 from idunno.coordinator.records import SMALL_BYTES_MAX, Block, VersionRecord
 from idunno.coordinator.results import FileGone, PutDone, PutOpen
+from idunno.coordinator.roster import Roster
 from idunno.sdfs.blocks import BlockStore
 from idunno.sdfs.config import FILE_BLOCKS_MAX, SdfsConfig
 from idunno.sdfs.hashing import block_id, check_block_id
@@ -46,6 +49,7 @@ from idunno.sdfs.small import SmallStore
 from idunno.sdfs.sweep import Sweeper
 from idunno.sdfs.views import Views
 from idunno.sdfs.where import Where
+from idunno.sdfs.witness import Witness
 from idunno.wire.calls import Actor, Call, Empty, Peers, Registrar, Role
 
 log = logging.getLogger("idunno.sdfs")
@@ -71,6 +75,7 @@ class FileService:
         self._me, self._coordinator, self._small = me, coordinator, small
         self._where = Where(me, coordinator, peers)
         self._views = Views(me, coordinator, blocks, small, peers, self._where)
+        self.witness = Witness(me, blocks, peers)
         self.leading = Leading(me, coordinator, peers, config=config)
         self.orders = Orders(me, coordinator, blocks, peers, config=config)
         self.sweeper = Sweeper(coordinator, blocks, config=config)
@@ -86,6 +91,7 @@ class FileService:
         self._views.register(registrar)
         self.leading.register(registrar)
         self.orders.register(registrar)
+        self.witness.register(registrar)
         self._keeping.register(registrar)
 
     def start(self) -> None:
@@ -132,6 +138,7 @@ class FileService:
     async def begin(self, call: Call[Begin]) -> BeginAnswer:
         request = call.request
         check_file_name(request.name, system=request.system)
+        check_count(request.claimed)
         node = self._me if call.actor.role is Role.NODE else None
         command = BeginPut(request.put, request.name, request.if_version, node)
         opened, _ = await self._coordinator.propose(
@@ -144,37 +151,44 @@ class FileService:
             )
             return BeginAnswer(0, [], [], self._coordinator.driver.term, committed)
         placed = await self._where.place(request.put, request.size, _left_s(call))
-        return BeginAnswer(placed.quorum, placed.replicas, placed.spares, placed.term, left_out=placed.left_out)
+        proven: list[BlockCopies] = []
+        if request.claimed:
+            roster = self._coordinator.machine.roster
+            found = await self.witness.proven(request.put, request.claimed, roster, len(roster.nodes()), _left_s(call))
+            proven = [BlockCopies(b.block, b.size, found[b.block]) for b in request.claimed]
+        return BeginAnswer(
+            placed.quorum, placed.replicas, placed.spares, placed.term, left_out=placed.left_out, proven=proven
+        )
 
     async def commit(self, call: Call[Commit]) -> PutAnswer:
         request = call.request
-        if len(request.blocks) > FILE_BLOCKS_MAX:
-            raise InvalidArgument(f"{len(request.blocks)} blocks, at most {FILE_BLOCKS_MAX} in a file; put it in parts")
+        check_count(request.blocks)
         machine = await self._coordinator.read(_left_s(call))
         made_before = machine.namespace.made(request.put) is not None
         needed = quorum(machine.roster, request.write_quorum)
-        copies = {
-            check_block_id(block.block): [
-                node for node in dict.fromkeys(block.nodes) if machine.roster.find(node) is not None
-            ]
-            for block in request.blocks
-        }
-        fewest = min((len(nodes) for nodes in copies.values()), default=0)
-        if fewest < needed and not made_before:
-            raise NotReady(f"{request.name}: a block has {fewest} copies, {needed} are needed: begin the put again")
         blocks = tuple(Block(block.block, block.size) for block in request.blocks)
         command = CommitPut(request.put, request.name, request.size, blocks)
+        permissions.check(command, call.actor, machine)  # before anybody is asked anything
+        if machine.namespace.open_put(request.put) is None and not made_before:
+            raise Conflict(f"put {request.put[:80]} is not open: it was aborted, or never begun")
+        if not made_before:
+            copies = await self.witness.proven(request.put, request.blocks, machine.roster, needed, _left_s(call))
+            fewest = _fewest(copies)
+            if fewest < needed:
+                raise NotReady(f"{request.name}: a block has {fewest} copies, {needed} are needed: begin the put again")
         done, _ = await self._coordinator.propose(
             command, actor=call.actor, request=request.put, timeout_s=_left_s(call)
         )
         assert isinstance(done, PutDone)
-        if made_before and fewest == 0:  # who asks knows no holders: he asks for a put that an earlier process made
-            copies, _ = await self._where.known(list(copies), _left_s(call))
-            fewest = min((len(nodes) for nodes in copies.values()), default=0)
+        if made_before:  # proven then; what is told of copies now changes nothing
+            copies = _claimed(request.blocks, machine.roster)
+            if _fewest(copies) == 0:  # who asks knows no holders: he asks for a put that an earlier process made
+                copies, _ = await self._where.known(list(copies), _left_s(call))
         else:
-            await self._tell_leader(request.blocks, call)
+            self.witness.forget(request.put)
+            await self._tell_leader([BlockCopies(b.block, b.size, copies[b.block]) for b in request.blocks], call)
         holders = _by_share(copies)
-        return put_answer(machine.roster, done.name, done.version, done.size, len(blocks), holders, fewest)
+        return put_answer(machine.roster, done.name, done.version, done.size, len(blocks), holders, _fewest(copies))
 
     async def _tell_leader(self, blocks: list[BlockCopies], call: Call[Commit]) -> None:
         try:
@@ -224,6 +238,23 @@ class FileService:
 
 def _left_s(call: Call[Abort] | Call[Begin] | Call[Commit] | Call[Delete] | Call[PutSmallFile]) -> float:
     return max(0.05, call.remaining_s() - MARGIN_S)
+
+
+def check_count(blocks: list[BlockCopies]) -> None:
+    """Raises InvalidArgument."""
+    if len(blocks) > FILE_BLOCKS_MAX:
+        raise InvalidArgument(f"{len(blocks)} blocks, at most {FILE_BLOCKS_MAX} in a file; put it in parts")
+
+
+def _claimed(blocks: list[BlockCopies], roster: Roster) -> dict[BlockId, list[NodeId]]:
+    return {
+        check_block_id(block.block): [node for node in dict.fromkeys(block.nodes) if roster.find(node) is not None]
+        for block in blocks
+    }
+
+
+def _fewest(copies: dict[BlockId, list[NodeId]]) -> int:
+    return min((len(nodes) for nodes in copies.values()), default=0)
 
 
 def _uncounted(record: VersionRecord) -> list[BlockCopies]:

@@ -11,6 +11,8 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+import msgspec
+
 from idunno.base.disk import Buffer
 from idunno.base.errors import DeadlineExceeded, Exhausted, IdunnoError, InvalidArgument, StaleTerm
 from idunno.base.ids import BlockId, NodeId
@@ -48,10 +50,12 @@ class Upload:
         self._failed: dict[NodeId, str] = {}  # under this placement; a new one gives them another chance
         self._renewing = asyncio.Lock()
 
-    async def begin(self) -> BeginAnswer:
-        """Open the put, or ask again where its blocks should go."""
+    async def begin(self, *, proven: bool = False) -> BeginAnswer:
+        """Open the put, or ask again where its blocks should go; with `proven` also which of their copies count."""
         patience_s = PATIENCE_S if self._placement is None else math.inf
-        self._placement = await self._asker.ask(BEGIN, self._request, patience_s=patience_s)
+        request = msgspec.structs.replace(self._request, claimed=self.copies()) if proven else self._request
+        self._placement = await self._asker.ask(BEGIN, request, patience_s=patience_s)
+        self._stored.update((copies.block, dict.fromkeys(copies.nodes)) for copies in self._placement.proven)
         self._generation += 1
         self._failed.clear()
         return self._placement

@@ -39,6 +39,8 @@ FLIPS: Final = 4
 """Bits that flip on a disk that rots."""
 REPAIR_S: Final = 240.0
 """Within this all copies are there again: the last of them were ordered when a target that had failed was asked again."""
+WHOLE_S: Final = 20.0
+"""What was put last, on as few nodes as there were, has all its copies within this."""
 SWEPT_S: Final = 150.0
 HOURS_MS: Final = 7 * 3_600_000
 
@@ -191,21 +193,38 @@ class _Story:
         """On the disks themselves."""
         leader = await self.world.has_leader()
         await self.world.until(lambda: self.swept(leader.node), "nothing is left over", SWEPT_S)
+        missing: list[str] = []
+
+        def whole() -> bool:
+            nonlocal missing
+            missing = self.not_whole(leader)
+            return not missing
+
+        try:
+            await self.world.until(whole, "whole copies of everything", WHOLE_S)
+        except AssertionError:
+            for what in missing:
+                self.world.found(what)
+            self.world.check()
+        assert leader.node is not None
+        self.told.dose["blocks checked"] += len(leader.node.machine.references)
+
+    def not_whole(self, leader: Machine) -> list[str]:
         assert leader.node is not None
         machine, wanted = leader.node.machine, min(4, len(self.world.machines))
         whole: Counter[str] = Counter()
+        found: list[str] = []
         for one in self.world.machines:
             for path in one.disk.paths("blocks/"):
                 name = path.rpartition("/")[2]
                 if blake3(one.disk.content(path)).hexdigest() == name:
                     whole[name] += 1
                 else:
-                    self.world.found(f"{one.name}: {path} is not what its name says, after a scrub")
+                    found.append(f"{one.name}: {path} is not what its name says, after a scrub")
         for block in machine.references:
             if whole[block] < wanted:
-                self.world.found(f"block {block[:16]} is whole on {whole[block]} disks, {wanted} are wanted")
-        self.told.dose["blocks checked"] += len(machine.references)
-        self.world.check()
+                found.append(f"block {block[:16]} is whole on {whole[block]} disks, {wanted} are wanted")
+        return found
 
     def swept(self, node: Node | None) -> bool:
         """No file of a block that nothing refers to, but for what puts that are still open may commit."""

@@ -329,7 +329,9 @@ def test_a_commit_counts_only_different_nodes_of_the_roster() -> None:
     async def story() -> None:
         async with World(4) as world:
             put, [copies] = await uploaded(world, SMALL)
-            caller = world.caller(world.node(1).id, Peer(USER))
+            caller = world.caller(
+                world.node(2).id, Peer(USER)
+            )  # which did not hear who stored it, and asks those named
             for nodes in (copies.nodes[:3], copies.nodes[:3] * 2, [*copies.nodes[:3], NodeId("f" * 16)]):
                 lacking = [BlockCopies(copies.block, copies.size, nodes)]
                 with pytest.raises(IdunnoError, match="3 copies, 4 are needed"):

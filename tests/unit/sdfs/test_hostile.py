@@ -17,6 +17,8 @@ from idunno.base.errors import (
     DeadlineExceeded,
     Exhausted,
     IdunnoError,
+    InvalidArgument,
+    NotReady,
     Unauthenticated,
     Unavailable,
 )
@@ -26,7 +28,7 @@ from idunno.sdfs.blocks import PIECES_MAX, BlockStore
 from idunno.sdfs.client import FileClient
 from idunno.sdfs.download import fetch
 from idunno.sdfs.hashing import block_id
-from idunno.sdfs.messages import BEGIN, DELETE, WRITE_BLOCK, Begin, BlockCopies, Delete, WriteBlock
+from idunno.sdfs.messages import BEGIN, COMMIT, DELETE, WRITE_BLOCK, Begin, BlockCopies, Commit, Delete, WriteBlock
 from idunno.wire.calls import Caller, Peer
 from tests.unit.sdfs.world import CONFIG, MB, USER, ToldDisk, World, content_of, inline, run
 
@@ -160,5 +162,90 @@ def test_no_memory_is_taken_for_a_block_of_impossible_size() -> None:
         asker = Asker(nobody, "get of f", 5.0, random.Random(1))
         with pytest.raises(Corrupt, match="1099511627776 bytes"):
             await fetch(asker, BlockCopies(block_id(b""), 1 << 40, [NodeId("a" * 16)]), inline)
+
+    run(story)
+
+
+# -- commits that lie --------------------------------------------------------------------------------------------------
+
+
+async def _begun(world: World, content: bytes, *, holders: int, entry: int = 1) -> tuple[Caller, BlockCopies]:
+    """A put of one block that so many nodes have stored, and what an honest commit would say of it."""
+    caller = world.caller(world.node(entry).id, Peer(USER))
+    await caller.call(BEGIN, Begin("p1", "f"), timeout_s=5)
+    chain = [world.node(number).id for number in range(1, holders + 1)]
+    request = WriteBlock("p1", block_id(content), len(content), chain, world.term)
+    if holders:
+        async with caller.open(WRITE_BLOCK, request, timeout_s=10) as stream:
+            await stream.send(content)
+            await stream.end()
+            assert (await stream.answer()).stored == chain
+    return caller, BlockCopies(block_id(content), len(content), chain)
+
+
+@pytest.mark.parametrize("holders", [0, 3])
+def test_a_commit_is_refused_whose_holders_have_nothing(holders: int) -> None:
+    async def story() -> None:
+        async with World(5) as world:
+            content = content_of(50_000)
+            caller, copies = await _begun(world, content, holders=holders)
+            everybody = BlockCopies(copies.block, copies.size, [node.id for node in world.living])
+            with pytest.raises(NotReady, match=f"a block has {holders} copies, 4 are needed"):
+                await caller.call(COMMIT, Commit("p1", "f", len(content), [everybody]), timeout_s=5)
+            assert world.machine.namespace.find("f") is None
+
+    run(story)
+
+
+@pytest.mark.parametrize("entry", [1, 5])
+def test_a_commit_is_refused_that_says_another_size(entry: int) -> None:
+    async def story() -> None:
+        async with World(5) as world:
+            content = content_of(50_000)
+            _, copies = await _begun(world, content, holders=4)
+            caller = world.caller(world.node(entry).id, Peer(USER))
+            lie = BlockCopies(copies.block, 8 * MB, copies.nodes)
+            with pytest.raises(InvalidArgument, match="has 50,000 bytes, not 8,388,608"):
+                await caller.call(COMMIT, Commit("p1", "f", 8 * MB, [lie]), timeout_s=5)
+            honest = Commit("p1", "f", len(content), [copies])
+            assert (await caller.call(COMMIT, honest, timeout_s=5)).copies == 4
+
+    run(story)
+
+
+def test_a_commit_through_another_node_asks_the_holders_and_a_rotten_copy_does_not_count() -> None:
+    async def story() -> None:
+        async with World(5) as world:
+            content = content_of(50_000)
+            _, copies = await _begun(world, content, holders=4)
+            await world.put(b"let its log have something", "g")
+            holder = world.node(2)
+            world.kill(holder)
+            holder.disk.flip(f"blocks/{copies.block[:2]}/{copies.block}", 40_000)
+            await world.restart(holder)
+            caller = world.caller(world.node(5).id, Peer(USER))
+            commit = Commit("p1", "f", len(content), [copies])
+            with pytest.raises(NotReady, match="a block has 3 copies, 4 are needed"):
+                await caller.call(COMMIT, commit, timeout_s=5)
+            weaker = Commit("p1", "f", len(content), [copies], write_quorum=3)
+            assert (await caller.call(COMMIT, weaker, timeout_s=5)).copies == 3
+            assert (await caller.call(COMMIT, weaker, timeout_s=5)).version == 1  # its answer was lost
+
+    run(story)
+
+
+def test_what_is_remembered_of_puts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idunno.sdfs.witness.REMEMBERED_MAX", 10)
+
+    async def story() -> None:
+        async with World(1) as world:
+            witness = world.node(1).files.witness
+            for number in range(100):
+                for at in range(4):
+                    witness.heard(f"p{number}", block_id(b"%d" % at), 1, [world.node(1).id])
+            assert witness._count == sum(map(len, witness._puts.values())) <= 10
+            assert "p99" in witness._puts
+            witness.forget("p99")
+            assert "p99" not in witness._puts
 
     run(story)

@@ -252,6 +252,7 @@ class Node:
             may_write=self.files.may_write,
             locate=self.files.locate,
             report=self.files.report,
+            heard=self.files.witness.heard,
         )
         self.files.register(_Registrar(self))
         self.data.register(_Registrar(self))
