@@ -6,7 +6,7 @@
 # Rule 3: a bug is an AssertionError. It is logged with its story, never turned into one of these on purpose.
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class IdunnoError(Exception):
@@ -76,6 +76,10 @@ class NoQuorum(IdunnoError):
     """No leader can be elected or no majority answers: too many nodes are away."""
 
     code, http_status, may_have_happened, retryable = "no-quorum", 503, False, True
+
+
+WHEN_LOST: Final = "if too many voters are lost for good, see `idunno recover`"
+"""The last step of every NoQuorum."""
 
 
 class Unavailable(IdunnoError):

@@ -7,7 +7,7 @@ from typing import NoReturn
 import click
 
 from idunno import __version__
-from idunno.cli import files, logs, models, nodes
+from idunno.cli import files, logs, models, nodes, recovery
 from idunno.cli.options import Group, command, group
 from idunno.cli.running import USAGE, run
 
@@ -36,7 +36,7 @@ def shell(ctx: click.Context, keep_going: bool) -> None:
 
 
 def _fill(root: Group) -> None:
-    for found in (*nodes.COMMANDS, *files.COMMANDS, *models.COMMANDS, logs.grep, shell):
+    for found in (*nodes.COMMANDS, *files.COMMANDS, *models.COMMANDS, *recovery.COMMANDS, logs.grep, shell):
         root.add_command(found)
 
 

@@ -98,18 +98,45 @@ def init(directory: str, listen: str, name: str | None, advertise: str) -> None:
 @click.argument("address")
 @click.option("--token", required=True, metavar="TOKEN", help="From `idunno init` or `idunno token new --role node`.")
 @click.option("--dir", "directory", type=LOCAL, required=True, metavar="DIR", help="The node's directory, made here.")
-@click.option("--listen", required=True, metavar="HOST:PORT", help="Where the node listens, TCP and UDP.")
+@click.option("--listen", metavar="HOST:PORT", help="Where the node listens, TCP and UDP.")
 @click.option("--name", metavar="NAME", help="The node's name. [default: host name and port]")
-@click.option("--advertise", default="", metavar="HOST:PORT", help="How others reach it, where that differs.")
-def join(address: str, token: str, directory: str, listen: str, name: str | None, advertise: str) -> None:
+@click.option("--advertise", metavar="HOST:PORT", help="How others reach it, where that differs.")
+@click.option("--adopt", is_flag=True, help="DIR is of another cluster's stopped node: keep its blocks and settings.")
+def join(
+    address: str, token: str, directory: str, listen: str | None, name: str | None, advertise: str | None, adopt: bool
+) -> None:
     """Make this machine a member of the cluster behind ADDRESS (any of its nodes)."""
     from idunno.node import lifecycle
 
-    answer = lifecycle.join(address, token, Path(directory).absolute(), listen, name, advertise)
+    path = Path(directory).absolute()
+    if adopt:
+        _adopt(address, token, path, listen, name, advertise)
+        return
+    if listen is None:
+        raise usage("--listen HOST:PORT is missing")
+    answer = lifecycle.join(address, token, path, listen, name, advertise or "")
     result(
         answer,
         lambda: click.echo(f"{answer['name']} has joined; start it with `idunno node run --dir {directory}`"),
     )
+
+
+def _adopt(
+    address: str, token: str, directory: Path, listen: str | None, name: str | None, advertise: str | None
+) -> None:
+    from idunno.node.adopt import adopt
+
+    answer = adopt(address, token, directory, listen=listen, name=name, advertise=advertise)
+
+    def show() -> None:
+        click.echo(
+            f"{answer['name']} has joined with {answer['blocks']} blocks; start it: `idunno node run --dir {directory}`"
+        )
+        if answer["quarantined"]:
+            note(f"{answer['quarantined']} blocks were not what their names say; they are in {directory}/quarantine")
+        note(f"what was there is in {answer['aside']}, for you to delete")
+
+    result(answer, show)
 
 
 @group("node", example="idunno node run --dir /var/lib/idunno")

@@ -15,6 +15,7 @@ import msgspec
 
 from idunno.base.disk import Buffer
 from idunno.base.errors import (
+    WHEN_LOST,
     Conflict,
     ConnectionLost,
     DeadlineExceeded,
@@ -196,7 +197,7 @@ class Coordinator:
                 pause_s = min(2 * pause_s, PAUSE_MAX_S)
         why = str(last) if last is not None else "no leader is known: too few voters are up, or one is being elected"
         text = f"{method.name} not done within {timeout_s:g} s: {why}; see `idunno status`"
-        raise DeadlineExceeded(text) if unsure else NoQuorum(text)
+        raise DeadlineExceeded(text) if unsure else NoQuorum(f"{text}; {WHEN_LOST}")
 
     async def _while_led_by(self, leader: NodeId, call: Awaitable[A]) -> A:
         """The call's answer; raises ConnectionLost as soon as another node is known to lead: a frozen leader never answers."""

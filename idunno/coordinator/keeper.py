@@ -85,12 +85,12 @@ def holders(machine: Machine) -> list[NodeId]:
 
 
 def note_lacking(kind: str, record: Any, smalls: Smalls, lacking: dict[BlockId, None]) -> None:
-    for block in _small_blocks(kind, record):
+    for block in small_blocks(kind, record):
         if block.block not in smalls:
             lacking[block.block] = None
 
 
-def _small_blocks(kind: str, record: Any) -> Iterator[Block]:
+def small_blocks(kind: str, record: Any) -> Iterator[Block]:
     """The small contents that a row of a snapshot refers to."""
     if kind in ("file", "trash"):
         yield from chain.from_iterable(version.blocks for version in record.versions if version.small)

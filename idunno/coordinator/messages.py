@@ -49,6 +49,19 @@ class HelloAnswer(msgspec.Struct, frozen=True):
     cluster: str
     ca_pem: bytes
     version: str
+    succeeds: tuple[Succession, ...] = ()  # the clusters that this one was recovered from
+
+
+class Succession(msgspec.Struct, frozen=True):
+    """That a cluster was recovered as another one; signed with the old one's CA key, so that its nodes can believe it."""
+
+    cluster: str
+    successor: str
+    ca_fingerprint: bytes  # of the successor's CA
+    index: int  # the last entry that was found
+    term: int
+    at_ms: int
+    signature: bytes = b""  # "": no survivor held the key
 
 
 class Enroll(msgspec.Struct, frozen=True):

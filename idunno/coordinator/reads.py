@@ -10,7 +10,16 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from idunno.base.errors import Exhausted, IdunnoError, InternalError, NoQuorum, NotLeader, Unavailable, Unconfirmed
+from idunno.base.errors import (
+    WHEN_LOST,
+    Exhausted,
+    IdunnoError,
+    InternalError,
+    NoQuorum,
+    NotLeader,
+    Unavailable,
+    Unconfirmed,
+)
 from idunno.base.ids import Index
 
 log = logging.getLogger("idunno.coordinator")
@@ -43,7 +52,9 @@ class ReadRounds:
                 return await answer
         except TimeoutError:
             why = str(self._last) if self._last is not None else "the leader has not answered yet"
-            raise NoQuorum(f"no consistent read within {timeout_s:g} s: {why}; see `idunno status`") from None
+            raise NoQuorum(
+                f"no consistent read within {timeout_s:g} s: {why}; see `idunno status`; {WHEN_LOST}"
+            ) from None
 
     async def close(self) -> None:
         if self._round is not None:

@@ -36,9 +36,11 @@ class CoordinatorService:
         ca_pem: bytes,
         ca_key_pem: Callable[[], bytes | None],
         version: str = VERSION,
+        succeeds: tuple[m.Succession, ...] = (),
     ) -> None:
         """Registers its handlers. `ca_key_pem`: None on a node that does not hold the CA's key."""
         self._coordinator, self._ca_pem, self._version = coordinator, ca_pem, version
+        self._succeeds = succeeds
         self._enrolment = Enrolment(coordinator, ca_pem=ca_pem, ca_key_pem=ca_key_pem)
         registrar.register(m.PROPOSE, self._propose)
         registrar.register(m.READ_INDEX, self._read_index)
@@ -83,7 +85,8 @@ class CoordinatorService:
     # -- joining ------------------------------------------------------------------------------------------------------
 
     async def _hello(self, call: Call[m.Hello]) -> m.HelloAnswer:
-        return m.HelloAnswer(self._coordinator.machine.roster.cluster, self._ca_pem, self._version)
+        roster = self._coordinator.machine.roster
+        return m.HelloAnswer(roster.cluster, self._ca_pem, self._version, self._succeeds)
 
     async def _enroll(self, call: Call[m.Enroll]) -> m.EnrollAnswer:
         request = call.request

@@ -24,6 +24,8 @@ FORMAT: Final = 1
 IDENTITY_FILE: Final = "identity.json"
 PEERS_FILE: Final = "peers.json"
 BOOT_FILE: Final = "boot"
+DECIDED: Final = "recovering"
+"""There while a directory becomes another node's (switch.py)."""
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -54,11 +56,21 @@ def new_node_id() -> NodeId:
 
 def check_empty(directory: Path) -> None:
     """Raises Conflict when the directory belongs to a node already."""
+    check_settled(directory)
     if (directory / IDENTITY_FILE).exists():
         found = load_identity(directory)
         raise Conflict(
             f"{directory} belongs to node {found.node} of cluster {found.cluster[:8]} already; "
             "start it with `idunno node run`, or choose another directory"
+        )
+
+
+def check_settled(directory: Path) -> None:
+    """Raises Conflict while the directory is half one node's and half another's."""
+    if (directory / DECIDED).exists():
+        raise Conflict(
+            f"{directory} was being given another identity when that was interrupted; `idunno recover --dir {directory}` "
+            "finishes it"
         )
 
 

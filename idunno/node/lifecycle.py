@@ -30,6 +30,7 @@ from idunno.node.identity import (
     KnownPeers,
     Secrets,
     check_empty,
+    check_settled,
     load_identity,
     make_directory,
     new_node_id,
@@ -143,7 +144,7 @@ def join(
     return run_async(_join(address, token, directory, config))
 
 
-class _Newcomer(msgspec.Struct, frozen=True):
+class Newcomer(msgspec.Struct, frozen=True):
     """`joining.json`: who a join that is under way will be."""
 
     ca_fingerprint: bytes
@@ -152,31 +153,25 @@ class _Newcomer(msgspec.Struct, frozen=True):
     csr_pem: bytes
 
 
-def _newcomer(directory: Path, ca_fingerprint: bytes) -> _Newcomer:
+def _newcomer(directory: Path, ca_fingerprint: bytes) -> Newcomer:
     """Who this directory began to be when it was last to join that cluster, else somebody new; on disk before it is told."""
     path = directory / JOINING_FILE
     try:
-        before = msgspec.json.decode(path.read_bytes(), type=_Newcomer)
+        before = msgspec.json.decode(path.read_bytes(), type=Newcomer)
         if before.ca_fingerprint == ca_fingerprint:
             return before
     except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
         pass  # nothing that anybody could know of
     node = new_node_id()
     key_pem, csr_pem = make_key_and_csr(node)
-    made = _Newcomer(ca_fingerprint, node, key_pem, csr_pem)
+    made = Newcomer(ca_fingerprint, node, key_pem, csr_pem)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     replace_file(str(path), msgspec.json.encode(made))
     return made
 
 
 async def _join(address: str, token: str, directory: Path, config: NodeConfig) -> dict[str, str]:
-    try:
-        async with asyncio.timeout(JOIN_TIMEOUT_S):
-            newcomer, ca_pem, answer = await _enroll(address, token, directory, config)
-    except TimeoutError:
-        raise DeadlineExceeded(
-            f"{address} did not let this node in within {JOIN_TIMEOUT_S:g} s; join again with the same --dir"
-        ) from None
+    newcomer, ca_pem, answer = await enroll(address, token, directory, config)
     config = replace(config, name=answer.name)  # what it was called when it joined for the first time
     held = Secrets(ca_pem, answer.certificate_pem, newcomer.key_pem, answer.cluster_key)
     make_directory(directory, config, held, KnownPeers(answer.members))
@@ -186,10 +181,20 @@ async def _join(address: str, token: str, directory: Path, config: NodeConfig) -
     return {"cluster": answer.cluster, "node": newcomer.node, "name": config.name, "directory": str(directory)}
 
 
+async def enroll(address: str, token: str, directory: Path, config: NodeConfig) -> tuple[Newcomer, bytes, EnrollAnswer]:
+    """Who was let in, the cluster's CA, and what it answered. Raises DeadlineExceeded: join again with the same directory."""
+    try:
+        async with asyncio.timeout(JOIN_TIMEOUT_S):
+            return await _enroll(address, token, directory, config)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"{address} did not let this node in within {JOIN_TIMEOUT_S:g} s; join again with the same --dir"
+        ) from None
+
+
 async def _enroll(
     address: str, token: str, directory: Path, config: NodeConfig
-) -> tuple[_Newcomer, bytes, EnrollAnswer]:
-    """Who was let in, the cluster's CA, and what it answered."""
+) -> tuple[Newcomer, bytes, EnrollAnswer]:
     parsed = parse_token(token)
     host, port = parse_address(address)
     # The first word is not trusted: it only brings the CA, which must be the one whose fingerprint the token carries.
@@ -234,6 +239,7 @@ def run(directory: Path, seed: str | None = None, *, verbose: bool = False) -> N
 
     if seed is not None:
         parse_address(seed)
+    check_settled(directory)
     config = load_config(directory)
     identity = load_identity(directory)
     run_async(run_node(directory, config, identity, seed, verbose=verbose))

@@ -47,6 +47,7 @@ from idunno.node.config import NodeConfig, parse_address
 from idunno.node.identity import DirectoryLock, Identity
 from idunno.node.keys import Keys
 from idunno.node.known import Known
+from idunno.node.lineage import Lineage
 from idunno.node.logs import start_logging
 from idunno.node.platform import Platform, real_platform
 from idunno.node.reach import Reach
@@ -144,7 +145,11 @@ class Node:
         membership_service.register(self.server, self.membership)
         self.coordinator = Coordinator(self.driver, self.machine, self.peers, me, platform.now_ms)
         coordination = CoordinatorService(
-            self.coordinator, self.server, ca_pem=held.ca_pem, ca_key_pem=lambda: self.keys.ca_key_pem
+            self.coordinator,
+            self.server,
+            ca_pem=held.ca_pem,
+            ca_key_pem=lambda: self.keys.ca_key_pem,
+            succeeds=platform.succeeds,
         )
         self.elector = Elector(
             self.coordinator,
@@ -182,6 +187,7 @@ class Node:
         )
         GrepService(self.server, self.peers, self.membership.view, me, self.disk, spawn=platform.spawn_search)
         self.seat = Seat(self)
+        self.lineage = Lineage(self)
         self.server.register(RAFT, self._receive_raft)
         self.server.register(LEFT, self._told_of_leaving)
         self._connect(applier)
@@ -221,6 +227,7 @@ class Node:
         self.driver.on_leader.append(self._leader_changed)
         self.driver.on_log_lost.append(self.fail)
         self.peers.lost(self._peer_lost)
+        self.peers.refused.append(self.lineage.refused)
         self.membership.subscribe(self._member_changed)
 
     # -- starting and stopping ------------------------------------------------------------------------------------
@@ -261,7 +268,7 @@ class Node:
         self.files.start()
         self._on_stop("files", self.files.stop)
         await self.agent.start()
-        self._spawn(self._introduce(), "introduce")
+        self.spawn(self._introduce(), "introduce")
         self._on_stop("tasks", self._cancel_tasks)
         # The socket comes last: who can connect to it finds a node that works.
         if self.platform.socket_path is not None:
@@ -312,7 +319,7 @@ class Node:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _spawn(self, work: Any, name: str) -> None:
+    def spawn(self, work: Any, name: str) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)

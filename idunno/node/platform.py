@@ -15,10 +15,12 @@ from secrets import token_bytes
 from ssl import SSLContext
 
 from idunno.base.disk import Disk
+from idunno.coordinator.messages import Succession
 from idunno.grep.process import Spawn, spawn_child
 from idunno.node.config import NodeConfig
 from idunno.node.disk import RealDisk, ThreadOffload
 from idunno.node.identity import Identity, KnownPeers, Secrets, load_peers, load_secrets, next_boot
+from idunno.node.lineage import load_succession
 from idunno.sdfs.hashing import Offload
 from idunno.wire.security import client_context, server_context
 from idunno.worker.runner import ChildFactory, RunnerFactory
@@ -51,6 +53,10 @@ class Platform:
     server_tls: SSLContext | None
     """None in a simulated world only: there, and only there, connections are plain (rpc.Server refuses it elsewhere)."""
     client_tls: SSLContext | None
+    anonymous_tls: SSLContext | None = None
+    """For asking who somebody is that shows no certificate of ours; what he answers must prove itself. None: nobody is asked."""
+    succeeds: tuple[Succession, ...] = ()
+    """The clusters that this one was recovered from."""
     socket_path: str | None
     """Where the local Unix socket goes; None: there is none."""
     cores: int
@@ -90,6 +96,8 @@ def real_platform(directory: Path, config: NodeConfig, identity: Identity) -> Pl
         spawn_search=spawn_child,
         server_tls=server_context(certificate, key, held.ca_pem),
         client_tls=client_context(certificate, key, held.ca_pem),
+        anonymous_tls=client_context(None, None, None),
+        succeeds=load_succession(directory),
         socket_path=str(directory / "node.sock"),
         cores=os.cpu_count() or 1,
         close=close,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from idunno.base.errors import WHEN_LOST
 from idunno.base.ids import NodeId
 from idunno.base.version import VERSION
 from idunno.coordinator.messages import Member, StatusAnswer
@@ -135,7 +136,10 @@ def _why(seen: Seen, rows: Sequence[Member]) -> list[str]:
         states = {row.id: row.state for row in rows}
         active = sum(states[record.node] == "active" for record in voters)
         if active <= len(voters) // 2:
-            why.append(f"no quorum: {active} of {len(voters)} voters are active, {len(voters) // 2 + 1} are needed")
+            why.append(
+                f"no quorum: {active} of {len(voters)} voters are active, {len(voters) // 2 + 1} are needed; "
+                f"start the others; {WHEN_LOST}"
+            )
         else:
             why.append("no scheduler is elected yet")
     if len(voters) == 1:

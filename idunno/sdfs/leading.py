@@ -9,7 +9,7 @@ import asyncio
 import logging
 from typing import Final
 
-from idunno.base.errors import IdunnoError, InvalidArgument, NoQuorum, NotLeader, PermissionDenied
+from idunno.base.errors import WHEN_LOST, IdunnoError, InvalidArgument, NoQuorum, NotLeader, PermissionDenied
 from idunno.base.ids import BlockId, NodeId, Term
 from idunno.coordinator.commands import AbortPut
 from idunno.coordinator.effects import BlocksFreed, Effect, RetentionChanged, RosterChanged, VersionMade
@@ -209,7 +209,7 @@ class Leading:
         if self._repairing is None:
             leader = self._coordinator.driver.leader
             if leader is None or leader == self._me:
-                raise NoQuorum("no leader is known: an election is under way, or too many nodes are away")
+                raise NoQuorum(f"no leader is known: an election is under way, or too many nodes are away; {WHEN_LOST}")
             return await self._peers.to(leader).call(
                 REPAIR, call.request, timeout_s=max(0.05, call.remaining_s() - 0.2)
             )

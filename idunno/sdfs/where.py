@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from idunno.base.errors import IdunnoError, NoQuorum
+from idunno.base.errors import WHEN_LOST, IdunnoError, NoQuorum
 from idunno.base.ids import BlockId, NodeId
 from idunno.sdfs.asking import may_repeat
 from idunno.sdfs.locator import LOCATE_BLOCKS_MAX
@@ -53,7 +53,9 @@ class Where:
             try:
                 leader = self._coordinator.driver.leader
                 if leader is None:
-                    raise NoQuorum("no leader is known: an election is under way, or too many nodes are away")
+                    raise NoQuorum(
+                        f"no leader is known: an election is under way, or too many nodes are away; {WHEN_LOST}"
+                    )
                 left_s = max(0.05, end_s - loop.time())
                 return await self._peers.to(leader).call(method, request, timeout_s=min(ASK_S, left_s))
             except IdunnoError as error:

@@ -54,6 +54,8 @@ class PeerPool:
         self._me, self._local = me, local
         self._lines: dict[tuple[NodeId, Lane], _Line] = {}
         self._lost: list[Callable[[NodeId, Lane], None]] = []
+        self.refused: list[Callable[[NodeId], None]] = []
+        """Told of a node that shows no certificate of ours, or does not know ours."""
         self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -128,6 +130,11 @@ class PeerPool:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("connecting failed", exc_info=error)
 
+    def tell_refused(self, node: NodeId) -> None:
+        if not self._closed:
+            for callback in self.refused:
+                callback(node)
+
     def tell_lost(self, node: NodeId, lane: Lane) -> None:
         if not self._closed:
             for callback in self._lost:
@@ -180,6 +187,8 @@ class _Line:
             self._error = error
             self._not_before = asyncio.get_running_loop().time() + self._backoff_s
             self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
+            if isinstance(error, Unauthenticated):
+                self._pool.tell_refused(self._node)
             log.info("no connection", extra={"node": self._node, "lane": self._lane.value, "error": str(error)})
         else:
             if connection.closed:

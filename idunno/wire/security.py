@@ -12,7 +12,7 @@ import ssl
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -104,6 +104,25 @@ def is_key_of(cert_pem: bytes, key_pem: bytes) -> bool:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         return False
     return key.public_key() == x509.load_pem_x509_certificate(cert_pem).public_key()
+
+
+def sign_statement(key_pem: bytes, statement: bytes) -> bytes:
+    """A signature (ECDSA, SHA-256) by a CA's private key."""
+    key = serialization.load_pem_private_key(key_pem, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey), "the CA's key is made by make_ca"
+    return key.sign(statement, ec.ECDSA(hashes.SHA256()))
+
+
+def is_signed_by(cert_pem: bytes, statement: bytes, signature: bytes) -> bool:
+    """Whether the holder of this certificate's key signed the statement."""
+    key = x509.load_pem_x509_certificate(cert_pem).public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        return False
+    try:
+        key.verify(signature, statement, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        return False
+    return True
 
 
 def fingerprint(cert_pem_or_der: bytes) -> bytes:
