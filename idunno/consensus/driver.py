@@ -80,6 +80,7 @@ class RaftDriver:
     `names_voters` says who votes from then on.
 
     `voters`: those of a log in which no entry names any yet. `machine`: without one no snapshots are taken, sent or taken in.
+    Not `proved`: it follows and promises nothing until `prove`, because its log may be an old one (standing.py).
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class RaftDriver:
         members: Iterable[NodeId] = (),
         copies_needed: int = 1,
         machine: StateMachine | None = None,
+        proved: bool = True,
     ) -> None:
-        self.me, self.config = me, config
+        self.me, self.config, self._proved = me, config, proved
         self.on_role: list[Callable[[bool, Term], None]] = []
         """Told (True, term) when this node leads and has applied the no-op of its term, (False, term) when it leads no more."""
         self.on_leader: list[Callable[[NodeId | None, Term], None]] = []
@@ -155,6 +157,8 @@ class RaftDriver:
             await self._log.keep_reserve()
         self._feeder = Feeder(self._core, self._log, self._send, self._spawn)
         self._running = True
+        if not self._proved:
+            self._health.unproved("it has just started, and no other node has confirmed its log yet")
         self._persister = self._spawn(self._durability.run(), "raft persist")
         self._spawn(self._applying.run(), "raft apply")
         self._arm()
@@ -265,7 +269,31 @@ class RaftDriver:
             for node, p in self._core.peers.items()
         }
 
+    @property
+    def voters_index(self) -> Index:
+        """Of the entry that named them."""
+        return self._core.named.index
+
+    @property
+    def durable(self) -> tuple[Term, Index]:
+        """The term of the hard state on disk, and up to which entry the log is synced."""
+        return self._log.hard.term, self._core.synced
+
     # -- what the node tells it -------------------------------------------------------------------------------------
+
+    def unproved(self, why: str) -> None:
+        """It still waits for `prove`, for this reason."""
+        if not self._proved:
+            self._health.unproved(why)
+
+    def prove(self) -> None:
+        """Its log is what it acknowledged: take part."""
+        self._proved = True
+        self._health.proved()
+
+    def refuse(self, why: str) -> None:
+        """Take no part any more, for good."""
+        self._health.broken(why, None)
 
     def receive(self, sender: NodeId, message: RaftMessage) -> None:
         if self._running:

@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from idunno.base.ids import Index, Term
+from idunno.base.ids import Index, NodeId, Term
 from idunno.wire.calls import HEADER_BYTES_MAX, Empty, Method, Role
 
 PAYLOAD_BYTES_MAX: Final = 512 * 1024
@@ -114,10 +114,37 @@ class InstallAnswer(msgspec.Struct, frozen=True, tag="installed"):
 RaftMessage: TypeAlias = VoteRequest | VoteAnswer | Append | AppendAnswer | TimeoutNow | Install | InstallAnswer
 
 
-class RaftEnvelope(msgspec.Struct, frozen=True):
+class RaftEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     """One message between two nodes of the coordinator, sent with Caller.notify on Lane.CONSENSUS."""
 
     message: RaftMessage
+    run: int = 0  # of the sender's process (standing.py); 0 from a release that has none
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """A process asks to be heard: its run, and what its disk holds."""
+
+    run: int
+    term: Term
+    index: Index
+
+
+class HelloAnswer(msgspec.Struct, frozen=True):
+    why: str  # in one line, why it is not heard; "" if it is
+    voters: list[NodeId] = []  # as the log of who answers names them, in entry `voters_index`
+    voters_index: Index = Index(0)
+
+
+class Marks(msgspec.Struct, frozen=True):
+    """From a leader of `term`: how far each voter, itself included, has acknowledged its log."""
+
+    run: int
+    term: Term
+    marks: dict[NodeId, Index]
 
 
 RAFT: Final = Method("raft", RaftEnvelope, Empty, Role.NODE)
+HELLO: Final = Method("raft.hello", Hello, HelloAnswer, Role.NODE)
+WHO: Final = Method("raft.who", Empty, Empty, Role.NODE)
+"""To a process that is not heard, because it has not said hello here."""
+MARKS: Final = Method("raft.marks", Marks, Empty, Role.NODE)

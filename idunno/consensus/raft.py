@@ -210,6 +210,8 @@ class Raft:
                 self.halted = on
                 if on and self.role is not RaftRole.FOLLOWER:
                     self._follow(self.term, None)
+                elif not on and self.voters == {self.me}:
+                    self._election_ms = now_ms  # nobody to wait for
         if self._hard_dirty:
             self._persist()
         if before != (self.role, self.term, self.leader):

@@ -27,7 +27,8 @@ from idunno.base.ids import Index, NodeId, Term
 from idunno.base.version import VERSION
 from idunno.consensus.config import RaftConfig
 from idunno.consensus.driver import RaftDriver
-from idunno.consensus.messages import RAFT, RaftEnvelope, RaftMessage
+from idunno.consensus.standing import Run
+from idunno.consensus.vouching import Vouching
 from idunno.coordinator.applier import Applier
 from idunno.coordinator.client import Coordinator
 from idunno.coordinator.commands import UpdateNode
@@ -36,7 +37,7 @@ from idunno.coordinator.effects import Effect, KeepSmall, RosterChanged
 from idunno.coordinator.elector import Elector
 from idunno.coordinator.keeper import Keeper
 from idunno.coordinator.machine import Machine
-from idunno.coordinator.messages import LEFT, MEMBERS, MemberAddress, Members
+from idunno.coordinator.messages import LEFT
 from idunno.coordinator.service import CoordinatorService
 from idunno.grep.service import GrepService
 from idunno.membership import service as membership_service
@@ -52,6 +53,7 @@ from idunno.node.logs import start_logging
 from idunno.node.platform import Platform, real_platform
 from idunno.node.reach import Reach
 from idunno.node.seat import Seat
+from idunno.node.seed import ask_seed
 from idunno.scheduler.config import SchedulerConfig
 from idunno.scheduler.service import SchedulerService
 from idunno.sdfs.blocks import BlockStore
@@ -64,7 +66,6 @@ from idunno.sdfs.small_copies import SmallCopies
 from idunno.wire.calls import A, Actor, Call, Caller, Empty, Lane, Method, Peer, Q, Role
 from idunno.wire.local import LocalCaller
 from idunno.wire.peers import PeerPool
-from idunno.wire.rpc import connect_tcp
 from idunno.wire.sealed import Opener, Sealer
 from idunno.wire.server import Server
 from idunno.worker.agent import Agent, WorkerConfig
@@ -82,7 +83,6 @@ LAST_WORD_S: Final = 3.0
 """Connections to a node that left are cut after this: it is told that it is out."""
 REFUSALS: Final = (Conflict, Incompatible, InvalidArgument, NotFound, PermissionDenied)
 """What the roster may answer to a node that it will never take as it is; anything else passes."""
-SEED_S: Final = 5.0
 
 
 class Node:
@@ -118,7 +118,7 @@ class Node:
         self.driver = RaftDriver(
             me,
             platform.log_disk,
-            send=self._send_raft,
+            send=lambda to, message: self.vouching.send(to, message),
             apply=applier,
             config=RaftConfig(snapshot_entries=config.snapshot_entries, keep_entries=config.snapshot_entries // 5),
             rng=rng,
@@ -126,6 +126,20 @@ class Node:
             members=[member.node for member in remembered.members],
             copies_needed=min(4, max(1, len(remembered.members))),
             machine=Keeper(applier, self.small, self.small_copies.fetch, platform.offload),
+            proved=False,
+        )
+        self.vouching = Vouching(
+            me,
+            self.driver,
+            self.peers,
+            self.server,
+            self.disk,
+            run=Run(self.boot, int.from_bytes(platform.boot_salt[:4], "big")),
+            cluster=platform.identity.cluster,
+            members=lambda: [member.node for member in self.known.members()],
+            boot_seen=self._boot_seen,
+            name=self.known.name,
+            refused=self._not_heard,
         )
         over_tcp = membership_service.OverTcp(self.peers)
         sealer = Sealer([held.cluster_key], me, self.boot, platform.boot_salt)
@@ -188,7 +202,6 @@ class Node:
         GrepService(self.server, self.peers, self.membership.view, me, self.disk, spawn=platform.spawn_search)
         self.seat = Seat(self)
         self.lineage = Lineage(self)
-        self.server.register(RAFT, self._receive_raft)
         self.server.register(LEFT, self._told_of_leaving)
         self._connect(applier)
 
@@ -248,7 +261,7 @@ class Node:
         self._on_stop("small blocks", self.small.close)
         await self.blocks.open()
         if self._seed is not None:
-            await self._ask_seed(self._seed)
+            await ask_seed(self._seed, self.platform.client_tls, self.known)
         await self.server.listen_tcp(host, port, self.platform.server_tls)
         self._on_stop("server", lambda: self.server.close(grace_s=0.5))
         self._on_stop("peers", self.peers.close)
@@ -259,6 +272,8 @@ class Node:
         self._on_stop("scheduler", self.scheduler.stop)
         await self.driver.start()
         self._on_stop("log", lambda: self.driver.stop(transfer=False))
+        await self.vouching.start()
+        self._on_stop("vouching", self.vouching.stop)
         self._on_stop("coordinator", self.coordinator.close)
         self._on_stop("keys", self.keys.close)
         self._on_stop("elector", self.elector.stop)
@@ -376,6 +391,19 @@ class Node:
     def _member_changed(self, changed: Changed) -> None:
         self.scheduler.member_changed(changed)
 
+    def _boot_seen(self, node: NodeId) -> int:
+        record = self.machine.roster.find(node)
+        return record.boot if record is not None else 0
+
+    def _not_heard(self, why: str) -> None:
+        name = self.config.name
+        self.fail(
+            Conflict(
+                f"the others do not hear node {name} ({self.me}) any more: {why}; run `idunno remove {name}` on another node, "
+                f"then join again with an empty directory"
+            )
+        )
+
     def fail(self, error: IdunnoError) -> None:
         """This node cannot go on: said in the log and at the end of the process."""
         log.error("node cannot go on", extra={"error": str(error)})
@@ -383,15 +411,6 @@ class Node:
         self.failed.set()
 
     # -- between nodes --------------------------------------------------------------------------------------------
-
-    def _send_raft(self, node: NodeId, message: RaftMessage) -> None:
-        self.peers.to(node, Lane.CONSENSUS).notify(RAFT, RaftEnvelope(message))
-
-    async def _receive_raft(self, call: Call[RaftEnvelope]) -> Empty:
-        if call.peer.node is None:
-            raise Conflict("raft messages come from nodes only")
-        self.driver.receive(call.peer.node, call.request.message)
-        return Empty()
 
     async def _told_of_leaving(self, call: Call[Empty]) -> Empty:
         """The leader's last word to a node that has left: its connections are about to be cut."""
@@ -430,29 +449,6 @@ class Node:
                 await asyncio.sleep(0.5)  # errors may come at once; elections take a second
         self.known.caught_up()
         self.known.remember()
-
-    async def _ask_seed(self, seed: str) -> None:
-        """Learn the members' present addresses from one that is where `seed` says."""
-        host, port = parse_address(seed)
-        try:
-            connection = await connect_tcp(host, port, self.platform.client_tls, expect=None, timeout_s=SEED_S)
-        except IdunnoError as error:
-            log.warning("seed did not answer", extra={"seed": seed, "error": str(error)})
-            return
-        try:
-            answer = await connection.call(MEMBERS, Members(), timeout_s=SEED_S)
-            old = {member.node: member for member in self.known.members()}
-            self.known.meet(
-                [
-                    MemberAddress(row.id, row.name, row.address, old[row.id].fingerprint, old[row.id].voter)
-                    for row in answer.members
-                    if row.id in old
-                ]
-            )
-        except IdunnoError as error:
-            log.warning("seed did not answer", extra={"seed": seed, "error": str(error)})
-        finally:
-            await connection.close()
 
 
 async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed: str | None, *, verbose: bool) -> None:

@@ -130,7 +130,7 @@ def status(seen: Seen) -> StatusAnswer:
 def _why(seen: Seen, rows: Sequence[Member]) -> list[str]:
     why = []
     if seen.stopped_applying:
-        why.append(f"this node stopped applying the log: {seen.stopped_applying}")
+        why.append(f"this node takes no part in the consensus: {seen.stopped_applying}")
     voters = [record for record in seen.roster if record.voter]
     if seen.leader is None:
         states = {row.id: row.state for row in rows}

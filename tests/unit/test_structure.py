@@ -43,6 +43,7 @@ CORES = [
     "membership/ring.py",
     "consensus/raft.py",
     "consensus/quorum.py",
+    "consensus/standing.py",
     "coordinator/machine.py",
     "coordinator/roster.py",
     "coordinator/namespace.py",
