@@ -361,13 +361,22 @@ class Node:
             return
         members = {record.node for record in roster.nodes()}
         self.driver.set_members(members, roster.acknowledge_copies())
-        for gone in self._members - members:
-            self.membership.forget(gone)
-            asyncio.get_running_loop().call_later(LAST_WORD_S, self.peers.drop, gone)
+        self._forget(self._members - members)
         self._members = members
         self.keys.follow(roster)
         self.membership.seeds(self.known.members())
         self.server.recheck()
+        self.known.remember()
+
+    def _forget(self, gone: set[NodeId]) -> None:
+        for node in gone:
+            self.membership.forget(node)
+            asyncio.get_running_loop().call_later(LAST_WORD_S, self.peers.drop, node)
+
+    def _caught_up(self) -> None:
+        """The roster alone counts from now on: who was removed while this node was away was never in a roster of its own."""
+        self.known.caught_up()
+        self._forget({view.node for view in self.membership.view() if not self.known.is_member(view.node)} - {self.me})
         self.known.remember()
 
     def _role_changed(self, is_leader: bool, term: Term) -> None:
@@ -447,8 +456,7 @@ class Node:
                     return
                 log.warning("not yet introduced", extra={"error": str(error)})
                 await asyncio.sleep(0.5)  # errors may come at once; elections take a second
-        self.known.caught_up()
-        self.known.remember()
+        self._caught_up()
 
 
 async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed: str | None, *, verbose: bool) -> None:

@@ -142,12 +142,12 @@ class Checkers:
         died = self.world.scheduler.now
         self.disturb(died, died + DISTURBED_S, frozenset({machine.name}))
         if how in ("killed", "lost power"):
-            boot = machine.boot
-            self.world.loop.call_later(NOTICED_S, self._was_noticed, machine, died, boot)
+            starts = machine.starts
+            self.world.loop.call_later(NOTICED_S, self._was_noticed, machine, died, starts)
 
-    def _was_noticed(self, machine: Machine, died: float, boot: int) -> None:
+    def _was_noticed(self, machine: Machine, died: float, starts: int) -> None:
         now = self.world.scheduler.now
-        if machine.boot != boot:
+        if machine.starts != starts:
             return  # it came back meanwhile
         self.deaths += 1
         for other in self.world.machines:

@@ -3,33 +3,48 @@
 # Rule 1: a fault begins, lasts, and ends by itself; `end_all` ends what is left. It never goes further than its own kind:
 #         what follows from it is the cluster's doing.
 # Rule 2: each fault says whom it disturbs, so that the checkers know what they may not hold against the detector.
-# Rule 3: every kind can strike at every stage; when it does, the dose is counted.
+# Rule 3: what destroys something that was written and synced strikes one machine of a world, always the same, so that the copies
+#         that the product makes are enough; and again only when that machine's place was filled.
+# Rule 4: every kind can strike at every stage; when it does, the dose is counted.
 from __future__ import annotations
 
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from tests.simulation.admin import Admin
 from tests.simulation.checkers import Checkers
 from tests.simulation.clients import Promises
+from tests.simulation.disk import Inode
 from tests.simulation.dose import Dose, stages_now
+from tests.simulation.joining import grow
 from tests.simulation.loop import State
 from tests.simulation.machine import Machine
-from tests.simulation.network import Quality
+from tests.simulation.network import SPREADS, Quality
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
 GIB: Final = 1024**3
+JOINS_MAX: Final = 2
+"""New machines in one world, so that it stays small."""
+JOINED_S: Final = 90.0
+"""So long a join may take, while other things go wrong."""
 
 
 class Faults:
-    def __init__(self, world: World, checkers: Checkers, promises: Promises, dose: Dose) -> None:
+    def __init__(self, world: World, checkers: Checkers, promises: Promises, dose: Dose, admin: Admin) -> None:
         self.world, self.checkers, self.promises, self.dose = world, checkers, promises, dose
         self.rng = random.Random(f"{world.seed} faults")
         self._ends: dict[int, tuple[asyncio.Task[None], Callable[[], None]]] = {}
         self._number = 0
+        self.admin = admin
+        self._worn_address = world.machines[0].address
+        self._image: tuple[Machine, dict[str, Inode]] | None = None
+        """Of the worn machine's disk, some time ago."""
+        self._joins = 0
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -37,6 +52,7 @@ class Faults:
         """Faults of these kinds, one after another and over each other, for so long."""
         end = self.world.scheduler.now + seconds
         bag: list[str] = []
+        self._take_image()
         while self.world.scheduler.now < end:
             await asyncio.sleep(self.rng.expovariate(1.0 / every_s))
             if not bag:  # each kind once before any comes again, so that few worlds miss one
@@ -73,7 +89,8 @@ class Faults:
             task.cancel()
             end()
         for machine in self.world.machines:
-            machine.skew_ms = machine.skew_ms  # clocks stay wrong: nothing in the cluster may depend on them
+            if machine.rate != 1.0:
+                machine.drift(1.0)  # what clocks show stays wrong: nothing in the cluster may depend on it
             if not machine.running:
                 self.world.start(machine.name)
 
@@ -95,7 +112,7 @@ class Faults:
 
     def _back_after(self, machine: Machine, seconds: float) -> None:
         def start() -> None:
-            if not machine.running:
+            if not machine.running and not machine.given_up:
                 self.world.start(machine.name)
 
         self.lasts(seconds, start, [machine])
@@ -154,6 +171,24 @@ class Faults:
         self.world.trace.tell("clock steps", machine=machine.name, skew_ms=machine.skew_ms)
         return True
 
+    def drift(self, chosen: list[Machine]) -> bool:
+        """A machine's clocks go too fast or too slowly, its timers included, until everything is mended."""
+        machine = self.some(chosen, running=False)[0]
+        machine.drift(self.rng.choice([0.9, 0.99, 1.01, 1.1]))
+        self.world.trace.tell("clocks drift", machine=machine.name, rate=machine.rate)
+        return True
+
+    def join(self, chosen: list[Machine]) -> bool:
+        """A machine that was in no cluster joins this one."""
+        if self._joins == JOINS_MAX:
+            return False
+        self._joins += 1
+        self.admin.begin(self._join())
+        return True
+
+    async def _join(self) -> None:
+        await grow(self.world, within_s=JOINED_S)
+
     # -- the network ----------------------------------------------------------------------------------------------
 
     def partition(self, chosen: list[Machine]) -> bool:
@@ -202,6 +237,7 @@ class Faults:
     def delay(self, chosen: list[Machine]) -> bool:
         def worse(quality: Quality) -> None:
             quality.delay_s, quality.jitter_s = self.rng.choice([(0.02, 0.02), (0.1, 0.05), (0.0, 0.1)])
+            quality.spread = self.rng.choice(list(SPREADS))
 
         return self._worse("delay", worse)
 
@@ -212,15 +248,7 @@ class Faults:
         """All wires are worse for a while."""
         network = self.world.network
         before = network.quality
-        network.quality = Quality(
-            before.delay_s,
-            before.jitter_s,
-            before.loss,
-            before.duplicate,
-            before.reorder,
-            before.reorder_s,
-            before.bytes_per_s,
-        )
+        network.quality = replace(before)
         worse(network.quality)
         self.world.trace.tell("wires get worse", how=what, quality=network.quality)
 
@@ -299,8 +327,10 @@ class Faults:
         return True
 
     def rot(self, chosen: list[Machine]) -> bool:
-        """A bit of a block flips on one disk at most: three good copies are left."""
-        machine = self.world.machines[0]
+        """A bit of a block flips on the worn machine: three good copies are left."""
+        machine = self._worn()
+        if machine is None:
+            return False
         paths = [
             p
             for p in machine.disk.paths("blocks/") + machine.disk.paths("small/")
@@ -313,6 +343,51 @@ class Faults:
         self.world.trace.tell("a bit flips", machine=machine.name, path=path)
         return True
 
+    # -- what was written is lost: rule 3 ---------------------------------------------------------------------------
+
+    def _worn(self) -> Machine | None:
+        """The machine whose disk may lose what was synced; None while another is to take its place."""
+        return next((m for m in self.world.machines if m.address == self._worn_address), None)
+
+    def _take_image(self) -> None:
+        machine = self._worn()
+        if machine is not None:
+            self._image = machine, machine.disk.image()
+
+    def log_rot(self, chosen: list[Machine]) -> bool:
+        """A bit of the worn machine's log, snapshot or state flips; sooner or later it starts and reads that."""
+        machine = self._worn()
+        if machine is None:
+            return False
+        paths = [path for path in machine.disk.paths("log/") if machine.disk.written_bytes(path) > 0]
+        if not paths:
+            return False
+        path = self.rng.choice(paths)
+        machine.disk.rot(path, self.rng.randrange(machine.disk.written_bytes(path)))
+        self.checkers.forget_terms(machine)  # what its log promised may be gone
+        self.world.trace.tell("a bit flips", machine=machine.name, path=path)
+        if machine.running and self.rng.random() < 0.7:
+            self.world.kill(machine.name)
+            self._back_after(machine, self.length_s(0.5, 4.0))
+        return True
+
+    def old_image(self, chosen: list[Machine]) -> bool:
+        """The worn machine's disk is replaced by what it held some time ago: a backup, or a virtual machine set back."""
+        machine = self._worn()
+        if machine is None:
+            return False
+        if self._image is None or self._image[0] is not machine:
+            self._take_image()
+            return False
+        if machine.running:
+            self.world.kill(machine.name)
+        machine.disk.restore(self._image[1])
+        self._image = None  # the next one is of what follows
+        self.checkers.forget_terms(machine)
+        self.world.trace.tell("disk replaced by an older image", machine=machine.name)
+        self._back_after(machine, self.length_s(0.5, 4.0))
+        return True
+
 
 KINDS: Final[dict[str, Callable[[Faults, list[Machine]], bool]]] = {
     "kill": Faults.kill,
@@ -321,6 +396,8 @@ KINDS: Final[dict[str, Callable[[Faults, list[Machine]], bool]]] = {
     "stop": Faults.stop,
     "freeze": Faults.freeze,
     "clock": Faults.clock,
+    "drift": Faults.drift,
+    "join": Faults.join,
     "partition": Faults.partition,
     "one_way": Faults.one_way,
     "protocol": Faults.protocol,
@@ -334,6 +411,10 @@ KINDS: Final[dict[str, Callable[[Faults, list[Machine]], bool]]] = {
     "disk_full": Faults.disk_full,
     "disk_slow": Faults.disk_slow,
     "rot": Faults.rot,
+    "log_rot": Faults.log_rot,
+    "old_image": Faults.old_image,
 }
-NODES_LEAST: Final = {"partition": 2, "one_way": 2, "protocol": 2, "rot": 2}
-"""What needs others: to be cut off from, or to hold the other copies of what rots."""
+DRAWN: Final = tuple(kind for kind in KINDS if kind != "old_image")
+"""What a world has by default. `old_image` is for the asking until every such node is told so."""
+NODES_LEAST: Final = {"partition": 2, "one_way": 2, "protocol": 2, "rot": 2, "log_rot": 4, "old_image": 4}
+"""What needs others: to be cut off from, or to hold the other copies of what is lost, and to go on without the machine."""

@@ -108,6 +108,17 @@ class Scheduler:
         heapq.heappush(self._timers, (handle.time, self._serial, handle))
         return handle
 
+    def stretch(self, loop: SimLoop, factor: float) -> None:
+        """What is left of the time of all timers of `loop` takes so much longer."""
+        now = self.now
+        timers = []
+        for time, serial, handle in self._timers:
+            if handle.loop is loop and not handle.network and time > now:
+                handle.time = time = now + (time - now) * factor
+            timers.append((time, serial, handle))
+        heapq.heapify(timers)
+        self._timers[:] = timers
+
     def stop(self) -> None:
         self._stopping = True
 
@@ -165,6 +176,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.state = State.RUNNING
         self.tasks: dict[SimTask, None] = {}
         """Under way, in the order in which they began."""
+        self._rate = 1.0
+        self._since = self._local = 0.0  # when the rate was last set, by the world's clock and by this machine's
         self._held: list[Handle] = []
 
     # -- what the world does to it --------------------------------------------------------------------------------
@@ -210,7 +223,15 @@ class SimLoop(asyncio.AbstractEventLoop):
     # -- time and callbacks ---------------------------------------------------------------------------------------
 
     def time(self) -> float:
-        return self.scheduler.now
+        if self._rate == 1.0 and self._since == self._local:
+            return self.scheduler.now
+        return self._local + (self.scheduler.now - self._since) * self._rate
+
+    def drift(self, rate: float) -> None:
+        """From now on this machine's clock makes `rate` seconds of one: its timers come sooner or later."""
+        now, before = self.scheduler.now, self._rate
+        self._local, self._since, self._rate = self.time(), now, rate
+        self.scheduler.stretch(self, before / rate)
 
     # Contexts are not entered: nothing in this project uses context variables, and each entry costs as much as the callback.
     def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
@@ -221,9 +242,11 @@ class SimLoop(asyncio.AbstractEventLoop):
     call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
     def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
-        return self.call_at(self.scheduler.now + delay, callback, *args)
+        return self.call_at(self.time() + delay, callback, *args)
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
+        if self._rate != 1.0 or self._since != self._local:
+            when = self._since + (when - self._local) / self._rate
         return self.scheduler.at(Handle(self, when + LATE_S, callback, args))
 
     def deliver_at(self, when: float, callback: Callable[..., Any], *args: Any) -> None:
@@ -265,7 +288,7 @@ class SimLoop(asyncio.AbstractEventLoop):
     async def create_datagram_endpoint(  # type: ignore[override]
         self, protocol_factory: Any, local_addr: Any = None, **kw: Any
     ) -> Any:
-        return self._network().bind(self, protocol_factory, local_addr)
+        return self._network().bind(self, protocol_factory, local_addr, kw.get("remote_addr"))
 
     async def getaddrinfo(self, host: Any, port: Any, **kw: Any) -> Any:
         return self._network().look_up(host, port)

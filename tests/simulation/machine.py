@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -17,9 +17,11 @@ import msgspec
 
 from idunno.base.errors import Corrupt, IdunnoError
 from idunno.base.ids import Index, NodeId
-from idunno.grep.messages import NodeResult
+from idunno.grep.child import Order
+from idunno.grep.engine import Search
+from idunno.grep.messages import LineBatch, NodeResult
 from idunno.node.config import NodeConfig
-from idunno.node.identity import PEERS_FILE, Identity, KnownPeers, Secrets
+from idunno.node.identity import PEERS_FILE, Identity, KnownPeers, Secrets, encode_peers
 from idunno.node.node import Node
 from idunno.node.platform import Platform
 from idunno.worker.runner import Runner
@@ -27,6 +29,7 @@ from tests.simulation.disk import DiskView, SimDisk
 from tests.simulation.loop import SimLoop, State, new_loop
 from tests.simulation.models import Cost, SimRunner
 from tests.simulation.network import Host, Network
+from tests.simulation.signatures import CA
 
 if TYPE_CHECKING:
     from tests.simulation.trace import Trace
@@ -43,6 +46,8 @@ CLUSTER: Final = "5".ljust(32, "0")
 CLUSTER_KEY: Final = bytes(range(32))
 BOOT_FILE: Final = "boot"
 SEGMENT_BYTES: Final = 64 * 1024
+SEARCH_S: Final = 0.05
+"""How long a child process needs to start and to read a small log."""
 SNAPSHOT_ENTRIES: Final = 25
 """So few that every world takes snapshots, and who was away for a second needs one."""
 
@@ -69,23 +74,29 @@ class WatchedNode(Node):
 
 
 class Machine:
-    def __init__(self, number: int, network: Network, seed: str, trace: Trace, voter: bool) -> None:
+    def __init__(self, number: int, network: Network, seed: str, trace: Trace, voter: bool, address: str = "") -> None:
         self.number, self.name, self.id, self.voter = number, f"n{number}", node_id(number), voter
-        self.address = f"10.0.0.{number}"
+        self.address = address or f"10.0.0.{number}"
         self.certificate = certificate_of(self.name)
         self.host = Host(network, self.address, self.certificate)
         self.disk = SimDisk(random.Random(f"{seed} disk {number}"), trace, self.name)
         self.disk.capacity_bytes = DISK_BYTES
         self.config = NodeConfig(name=self.name, listen=f"{self.address}:{PORT}", snapshot_entries=SNAPSHOT_ENTRIES)
         self.cost, self.counts = Cost(), Counter[str]()
-        self.skew_ms = 0
-        self.boot = 0
+        self.skew_ms, self.rate = 0, 1.0
+        self.given_up = ""
+        """Why this machine will not run again: what its user was told. Another takes its place (admin.py)."""
+        self.log = bytearray()
+        """What its node logged, newest at the end, as in logs/node.jsonl."""
+        self.boot = self.starts = 0
+        """Its boot number, as its disk has it; how often it was really started."""
         self.up_since = 0.0
         self.node: Node | None = None
         self.loop: SimLoop | None = None
         self.ended: asyncio.Future[None] | None = None
         """Of the world's loop: set when the process is gone."""
         self._seed, self._trace = seed, trace
+        self._wall_since = 0.0
 
     @property
     def running(self) -> bool:
@@ -96,14 +107,48 @@ class Machine:
     def serving(self) -> bool:
         return self.loop is not None and self.loop.state is State.RUNNING and self.node is not None
 
+    def moves(self, address: str) -> None:
+        """Its next start is at another address."""
+        assert self.loop is None, f"{self.name} runs"
+        self.address = address
+        self.host = Host(self.host.network, address, self.certificate)
+        self.config = replace(self.config, listen=f"{address}:{PORT}")
+
+    def drift(self, rate: float) -> None:
+        """Its clocks, the wall clock and the one of timers, make `rate` seconds of one from now on."""
+        self.skew_ms, self._wall_since = self._wall_ms() - self._true_ms(), self.host.network.scheduler.now
+        self.rate = rate
+        if self.loop is not None:
+            self.loop.drift(rate)
+
+    def _true_ms(self) -> int:
+        return EPOCH_MS + int(self.host.network.scheduler.now * 1000)
+
+    def _wall_ms(self) -> int:
+        gained_s = (self.host.network.scheduler.now - self._wall_since) * (self.rate - 1.0)
+        return self._true_ms() + int(gained_s * 1000) + self.skew_ms
+
+    def prepare(self, peers: KnownPeers, cluster_key: bytes, ca_key: bytes | None) -> None:
+        """As make_directory does."""
+        for name in ("logs", "log", "blocks", "small", "cache", "models", "tmp"):
+            self.disk.directories[name] = None
+        self.disk.put(PEERS_FILE, encode_peers(peers))
+        self.disk.put(BOOT_FILE, b"0")
+        self.disk.put("cluster.key", cluster_key.hex().encode())
+        if ca_key is not None:
+            self.disk.put("ca.key", ca_key)
+
     # -- the world as the node has it -----------------------------------------------------------------------------
 
     def begin(self) -> SimLoop:
         """A process starts: its loop, and the node in it, not yet started."""
         assert self.loop is None, f"{self.name} runs already"
+        self.starts += 1
         self.boot = int(self.disk.content(BOOT_FILE) or b"0") + 1
         self.disk.put(BOOT_FILE, b"%d" % self.boot)
         self.loop = new_loop(self.host.network.scheduler, f"{self.name}.{self.boot}", self.host)
+        if self.rate != 1.0:
+            self.loop.drift(self.rate)
         self.host.loop, self.host.up = self.loop, True
         self.up_since = self.host.network.scheduler.now
         return self.loop
@@ -131,7 +176,9 @@ class Machine:
         assert loop is not None
         rng = random.Random(f"{self._seed} node {self.number} boot {self.boot}")
         disk = DiskView(self.disk, serial=False)
-        secrets = Secrets(b"certificate of the CA", self.certificate, b"", CLUSTER_KEY, None)
+        cluster_key = bytes.fromhex(self.disk.content("cluster.key").decode())
+        ca_key = self.disk.content("ca.key") if "ca.key" in self.disk.names else None
+        secrets = Secrets(CA, self.certificate, b"", cluster_key, ca_key)
         try:
             peers = msgspec.json.decode(self.disk.content(PEERS_FILE), type=KnownPeers)
         except msgspec.MsgspecError as error:
@@ -145,16 +192,20 @@ class Machine:
             log_disk=DiskView(self.disk, serial=True),
             disk=disk,
             offload=_offload,
-            now_ms=lambda: EPOCH_MS + int(loop.scheduler.now * 1000) + self.skew_ms,
+            now_ms=self._wall_ms,
             rng=rng,
+            random_bytes=rng.randbytes,
             spawn_runner=self._spawn_runner,
-            spawn_search=_spawn_search,
+            spawn_search=self._spawn_search,
             server_tls=TLS,
             client_tls=TLS,
             socket_path=None,
             cores=2,
             close=lambda: None,
         )
+
+    async def _spawn_search(self) -> _Search:
+        return _Search(self.log)
 
     async def _spawn_runner(self) -> Runner:
         await asyncio.sleep(self.cost.start_s)
@@ -168,27 +219,29 @@ async def _offload(work: Callable[[], T], /) -> T:
 
 
 class _Search:
-    """grep.process.Child: a machine's logs hold nothing, for nobody writes them here."""
+    """grep.process.Child: the shipped engine, over what the machine's node logged, in the time that a child would need."""
 
-    def __init__(self) -> None:
-        self._said = False
+    def __init__(self, log: bytearray) -> None:
+        self._log, self._answers = log, deque[bytes]()
 
     async def give(self, order: bytes) -> None:
-        return
+        encode, asked = msgspec.msgpack.encode, msgspec.msgpack.decode(order, type=Order)
+        search = Search(asked.query, asked.node)
+        try:
+            for batch in search.file("node.jsonl", [bytes(self._log)]):
+                self._answers.append(encode(("lines", encode(LineBatch(batch)))))
+        except IdunnoError as error:
+            self._answers.append(encode(("error", error.code, str(error))))
+            return
+        found = search.found
+        self._answers.append(encode(("done", NodeResult(found.count, SEARCH_S, found.truncated, found.lines_skipped))))
 
     async def read(self) -> bytes:
-        if self._said:
-            return b""
-        self._said = True
-        await asyncio.sleep(0.05)
-        return msgspec.msgpack.encode(["done", NodeResult(count=0, seconds=0.05, truncated=False)])
+        await asyncio.sleep(SEARCH_S)
+        return self._answers.popleft() if self._answers else b""
 
     async def end(self) -> int:
         return 0
-
-
-async def _spawn_search() -> _Search:
-    return _Search()
 
 
 class Watch:

@@ -31,6 +31,29 @@ SYN_RETRY_S: Final = (1.0, 2.0, 4.0, 8.0, 16.0)
 Address = tuple[str, int]
 
 
+def _lognormal(rng: random.Random) -> float:
+    return rng.lognormvariate(-0.72, 1.2)  # a mean of 1: a hundredth takes eight times as long
+
+
+def _pareto(rng: random.Random) -> float:
+    return min(20.0, (rng.paretovariate(1.5) - 1.0) / 2.0)  # a mean of about 1, and a heavy tail
+
+
+def _two_ways(rng: random.Random) -> float:
+    return 9.0 if rng.random() < 0.1 else 0.11  # most take the short way
+
+
+SPREADS: Final[dict[str, Callable[[random.Random], float]]] = {
+    "constant": lambda rng: 1.0,
+    "uniform": lambda rng: 2.0 * rng.random(),
+    "exponential": lambda rng: rng.expovariate(1.0),
+    "lognormal": _lognormal,
+    "pareto": _pareto,
+    "two ways": _two_ways,
+}
+"""How delays are distributed; each has a mean of about 1."""
+
+
 @dataclass(slots=True)
 class Quality:
     """How good the wires are now."""
@@ -38,7 +61,9 @@ class Quality:
     delay_s: float = 0.000_2
     """The shortest time between two machines of one room."""
     jitter_s: float = 0.000_3
-    """The mean of what is added by chance (exponential)."""
+    """The mean of what is added by chance, as `spread` says."""
+    spread: str = "exponential"
+    """A name of SPREADS."""
     loss: float = 0.0
     """Of each datagram and of each TCP segment."""
     duplicate: float = 0.0
@@ -71,7 +96,9 @@ class Network:
                 del self.blocked[source, target, kind]
 
     def delay_s(self, quality: Quality, size: int) -> float:
-        return quality.delay_s + self.rng.expovariate(1.0) * quality.jitter_s + size / quality.bytes_per_s
+        exponential = quality.spread == "exponential"  # nearly always
+        by_chance = self.rng.expovariate(1.0) if exponential else SPREADS[quality.spread](self.rng)
+        return quality.delay_s + by_chance * quality.jitter_s + size / quality.bytes_per_s
 
     def wire(self, source: str, target: str) -> Quality:
         return self.slow.get((source, target), self.quality) if self.slow else self.quality
@@ -127,12 +154,14 @@ class Host:
         self._listening[port] = listener = Listener(self, loop, factory, port, tls)  # type: ignore[abstract]
         return listener
 
-    def bind(self, loop: SimLoop, factory: Callable[[], Any], local_addr: Address) -> tuple[Datagrams, Any]:
-        port = local_addr[1] or self._port()
+    def bind(
+        self, loop: SimLoop, factory: Callable[[], Any], local_addr: Address | None, remote_addr: Address | None = None
+    ) -> tuple[Datagrams, Any]:
+        port = (local_addr[1] if local_addr is not None else 0) or self._port()
         if port in self._sockets:
             raise OSError(errno.EADDRINUSE, "address already in use")
         protocol = factory()
-        self._sockets[port] = transport = Datagrams(self, loop, protocol, port)
+        self._sockets[port] = transport = Datagrams(self, loop, protocol, port, remote_addr)
         loop.call_soon(protocol.connection_made, transport)
         return transport, protocol
 
@@ -162,17 +191,22 @@ class Host:
         back_s = network.delay_s(network.wire(address, self.address), 60) * (3 if tls else 1)
         assert target is not None
         listener = target._listening.get(port)
-        loop.deliver_at(loop.time() + there_s + back_s, _wake, done)
+        loop.deliver_at(loop.scheduler.now + there_s + back_s, _wake, done)
         await done
         if listener is None or listener.closed or target._listening.get(port) is not listener:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "connection refused")
-        here = Stream(self, loop, (address, port), self._port(), target.certificate if tls and listener.tls else None)
+        shown = tls and listener.tls
+        here = Stream(self, loop, (address, port), self._port(), _Certificate(target.certificate) if shown else None)
         there_end = Stream(
-            target, listener.loop, (self.address, here.port), port, self.certificate if tls and listener.tls else None
+            target,
+            listener.loop,
+            (self.address, here.port),
+            port,
+            _Certificate(self.certificate) if shown else None,
         )
         here.peer, there_end.peer = there_end, here
         protocol = factory()
-        listener.loop.deliver_at(loop.time(), listener.accept, there_end)
+        listener.loop.deliver_at(loop.scheduler.now, listener.accept, there_end)
         here.attach(protocol)
         protocol.connection_made(here)
         return here, protocol
@@ -257,8 +291,9 @@ class Listener(asyncio.AbstractServer):
 
 
 class Datagrams(asyncio.DatagramTransport):
-    def __init__(self, host: Host, loop: SimLoop, protocol: Any, port: int) -> None:
+    def __init__(self, host: Host, loop: SimLoop, protocol: Any, port: int, remote: Address | None) -> None:
         self.host, self.loop, self.protocol, self.port, self._closing = host, loop, protocol, port, False
+        self._remote = remote
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "sockname":
@@ -266,6 +301,7 @@ class Datagrams(asyncio.DatagramTransport):
         return _Family if name == "socket" else default
 
     def sendto(self, data: Any, addr: Any = None) -> None:
+        addr = addr or self._remote
         if not self._closing and addr is not None and self.loop.state is State.RUNNING:
             self.host.network.datagram((self.host.address, self.port), addr, bytes(data))
 
@@ -286,7 +322,7 @@ class _Family:
 
 
 class _Certificate:
-    """What TLS would tell of the other side."""
+    """What TLS would tell of the other side; a newcomer shows no certificate."""
 
     def __init__(self, certificate: bytes | None) -> None:
         self._certificate = certificate
@@ -298,11 +334,11 @@ class _Certificate:
 class Stream(asyncio.Transport):
     """One end of a TCP connection."""
 
-    def __init__(self, host: Host, loop: SimLoop, remote: Address, port: int, certificate: bytes | None) -> None:
+    def __init__(self, host: Host, loop: SimLoop, remote: Address, port: int, tls: _Certificate | None) -> None:
         self.host, self.loop, self.remote, self.port = host, loop, remote, port
         self.peer: Stream
         self._serial = loop.scheduler.next_serial()
-        self._tls = _Certificate(certificate) if certificate is not None else None
+        self._tls = tls
         self._protocol: Any = None
         # Sending.
         self._out: deque[bytes] = deque()
@@ -473,6 +509,9 @@ class Stream(asyncio.Transport):
             self._taken(len(data))
             view = memoryview(data)
             protocol = self._protocol
+            if not hasattr(protocol, "get_buffer"):
+                protocol.data_received(data)
+                continue
             while view and not self._lost:
                 room = protocol.get_buffer(-1)
                 count = min(len(room), len(view))

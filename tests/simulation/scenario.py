@@ -5,10 +5,11 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Final, TextIO
 
+from tests.simulation.admin import Admin
 from tests.simulation.checkers import Checkers
 from tests.simulation.clients import Client, Promises
 from tests.simulation.dose import Dose
-from tests.simulation.faults import KINDS, Faults
+from tests.simulation.faults import DRAWN, Faults
 from tests.simulation.machine import Machine
 from tests.simulation.world import World
 
@@ -39,6 +40,7 @@ class Cluster:
     clients: list[Client]
     dose: Dose
     faults: Faults
+    admin: Admin
     not_one: str = ""
     """Why the cluster is not one, when it was last looked at."""
 
@@ -60,6 +62,7 @@ class Cluster:
         self.faults.end_all()
         now = world.scheduler.now
         self.checkers.disturb(now, now + 10.0)
+        await self.admin.finish()
         for client in self.clients:
             await client.finish()
         try:
@@ -69,6 +72,7 @@ class Cluster:
             world.check()
         self.checkers.machines_equal()
         world.trace.tell("one cluster again", leader=getattr(world.leader(), "name", None))
+        await self.admin.finish()
         await self.clients[0].inside(self.clients[0].verify)
         self._count()
 
@@ -76,7 +80,7 @@ class Cluster:
         """Everybody serves, follows one leader, has applied the same, and takes everybody for alive."""
         world = self.world
         for machine in world.machines:
-            if not machine.running:
+            if not machine.running and not machine.given_up:
                 world.start(machine.name)  # it ended by itself while things were broken, and somebody starts it again
         nodes = {
             machine.name: machine.node for machine in world.machines if machine.serving and machine.node is not None
@@ -106,6 +110,7 @@ class Cluster:
             happened.update(machine.disk.counts)
             happened.update(machine.counts)
         happened.update(self.checkers.counts)
+        happened["replaced"] += self.admin.replaced
         happened["leaders"] += self.checkers.elections
         happened["boots"] += sum(machine.boot for machine in self.world.machines)
 
@@ -114,7 +119,9 @@ def make(seed: int | str, nodes: int = 5, *, watch: bool = False, clients: int =
     world = World(seed, nodes, watch=watch)
     checkers, promises, dose = Checkers(world), Promises(), Dose()
     people = [Client(world, number, promises) for number in range(1, clients + 1)]
-    return Cluster(world, checkers, promises, people, dose, Faults(world, checkers, promises, dose))
+    admin = Admin(world, people[0] if people else Client(world, 99, promises))
+    faults = Faults(world, checkers, promises, dose, admin)
+    return Cluster(world, checkers, promises, people, dose, faults, admin)
 
 
 def mixed(
@@ -130,7 +137,7 @@ def mixed(
     """One world with faults of these kinds (all by default). Raises AssertionError with the end of its story."""
     cluster = make(seed, nodes, watch=watch)
     cluster.world.trace.file = trace
-    chosen = list(KINDS) if kinds is None else kinds
+    chosen = list(DRAWN) if kinds is None else kinds
 
     async def story(world: World) -> None:
         await cluster.begin()

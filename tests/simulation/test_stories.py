@@ -3,12 +3,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
-from idunno.base.errors import Corrupt, IdunnoError, NoQuorum, Unconfirmed
+from idunno.base.errors import Conflict, Corrupt, IdunnoError, NoQuorum, Unavailable, Unconfirmed
+from idunno.grep.messages import QUERY, Line, LineBatch, Query, QueryAnswer
 from idunno.sdfs.client import source_of
+from tests.simulation.joining import grow, join
 from tests.simulation.machine import Machine
 from tests.simulation.scenario import Cluster, make
 from tests.simulation.world import World, is_leader
@@ -276,4 +280,86 @@ def test_who_asks_too_few_is_told_so() -> None:
         assert "voters" in str(caught.value), caught.value
 
     cluster = make("too few", clients=1)
+    cluster.world.run(story)
+
+
+def test_who_was_removed_while_a_node_was_away_is_not_shown_by_it_for_ever() -> None:
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        await asyncio.sleep(2)
+        leader = await world.has_leader()
+        away, gone = (world.machine(name) for name in others(cluster, leader)[:2])
+        world.kill(away.name)
+        world.kill(gone.name)
+        await cluster.admin.remove(gone)
+        world.machines.remove(gone)
+        await asyncio.sleep(2)
+        world.start(away.name)
+        await world.until(cluster.one, "one cluster, without the one that was removed", 20)
+        assert away.node is not None
+        assert gone.id not in {view.node for view in away.node.membership.view()}
+
+    cluster = make("removed meanwhile", clients=1)
+    cluster.world.run(story)
+
+
+def test_a_cluster_grows_by_machines_that_were_in_no_cluster_before() -> None:
+    """HELLO, the call back to the newcomer, ENROLL and everything after it are the shipped code."""
+
+    async def story(cluster: Cluster) -> None:
+        world = cluster.world
+        assert await put(cluster, "before", 50_000) == 1
+        grown = [await grow(world) for _ in range(2)]
+        await world.until(cluster.one, "one cluster of five", 20)
+        nodes = [machine.node for machine in world.machines if machine.node is not None]
+        assert [len(node.machine.roster.nodes()) for node in nodes] == [5] * 5
+        await world.until(lambda: all(m.id in nodes[0].driver.voters for m in grown), "the newcomers vote", 30)
+        assert await put(cluster, "after", 50_000) == 1
+
+    tell("growth", story, nodes=3, jobs=True)
+
+
+def test_a_name_used_twice_is_refused_with_both_addresses_and_so_is_a_deaf_newcomer() -> None:
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        first = world.machines[0]
+        twin = world.new_machine()
+        twin.config = replace(twin.config, name=first.name)
+        with pytest.raises(Conflict) as caught:
+            await join(world, twin, first)
+        assert first.address in str(caught.value), caught.value
+        assert twin.address in str(caught.value), caught.value
+        deaf = world.new_machine()
+        world.network.block(first.address, deaf.address, "udp")
+        with pytest.raises(Unavailable, match=r"over TCP, but not over UDP"):
+            await join(world, deaf, first)
+
+    cluster = make("twins", nodes=2, clients=0)
+    cluster.world.run(story)
+
+
+def test_a_search_finds_the_same_lines_that_the_nodes_wrote_and_names_who_is_dead() -> None:
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        world.kill("n4")
+        await asyncio.sleep(5)
+        found: list[Line] = []
+
+        def take(note: bytes) -> None:
+            found.extend(msgspec.msgpack.decode(note, type=LineBatch).lines)
+
+        client = cluster.clients[0]
+
+        async def ask() -> QueryAnswer:
+            async with client.session.open(QUERY, Query('member changed.*"n4".*failed'), timeout_s=10.0) as stream:
+                while (item := await stream.receive()) is not None:
+                    take(bytes(item.note))
+                return await stream.answer()
+
+        answer = await client.inside(ask)
+        assert list(answer.unreachable) == ["n4"]
+        assert {line.node for line in found} == {"n1", "n2", "n3", "n5"}
+        assert answer.counts["n1"] == sum(line.node == "n1" for line in found)
+
+    cluster = make("search", clients=1)
     cluster.world.run(story)

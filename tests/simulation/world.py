@@ -22,25 +22,27 @@ from idunno.coordinator.commands import FORMAT, AddUser, Entry, Genesis, encode_
 from idunno.coordinator.electorate import voters_of
 from idunno.coordinator.messages import MemberAddress
 from idunno.coordinator.records import NodeRecord, TokenRecord, UserRecord
-from idunno.node.identity import PEERS_FILE, KnownPeers, encode_peers
+from idunno.node.identity import KnownPeers
 from idunno.node.node import Node
 from idunno.wire.calls import Actor, Role
 from idunno.wire.security import fingerprint
+from idunno.wire.tokens import make_token
 from tests.simulation.disk import DiskView
 from tests.simulation.logs import LogWatch
 from tests.simulation.loop import Scheduler, SimLoop, State, new_loop
 from tests.simulation.machine import (
-    BOOT_FILE,
     CLUSTER,
     CLUSTER_KEY,
     EPOCH_MS,
     PORT,
     SEGMENT_BYTES,
+    TLS,
     Machine,
     certificate_of,
     refusal,
 )
 from tests.simulation.network import Host, Network
+from tests.simulation.signatures import CA, CA_KEY, Signatures
 from tests.simulation.trace import Trace
 
 T = TypeVar("T")
@@ -49,6 +51,13 @@ ADMIN: Final = "alice"
 _TOKEN: Final = "token-of-the-world"
 STORY_LINES: Final = 40
 """Of the story, told with a failure."""
+
+
+class _Secret:
+    """The secret of the token that lets nodes into every world."""
+
+    def token_bytes(self, nbytes: int, /) -> bytes:
+        return bytes(range(nbytes))
 
 
 class ProcessDied(Exception):
@@ -71,6 +80,8 @@ class World:
         self.by_id = {machine.id: machine for machine in self.machines}
         self.clients: list[Host] = []
         self.findings: list[str] = []
+        self.node_token = ""
+        """Lets a newcomer in."""
         self.on_made: list[Callable[[Machine, Node], None]] = []
         self.on_applied: list[Callable[[Machine, Node, Index, bytes], None]] = []
         self.on_died: list[Callable[[Machine, str], None]] = []
@@ -84,7 +95,7 @@ class World:
         """The whole life of this world: `story`, then the end. Raises what the story raises, and AssertionError."""
         logs = LogWatch(self)
         try:
-            with logs:
+            with logs, Signatures(self, TLS):
                 result: T = self.loop.run_alone(self._live(story), limit_s)
         except (AssertionError, IdunnoError, TimeoutError, ProcessDied) as error:
             found = self.findings + self.scheduler.escaped
@@ -131,6 +142,7 @@ class World:
 
     async def _make_cluster(self) -> None:
         """As idunno/node/lifecycle.py's make_cluster does, with disks and certificates of this world."""
+        self.node_token, token_id, secret_hash = make_token(fingerprint(CA), _Secret())
         records = tuple(
             NodeRecord(
                 node=machine.id,
@@ -144,17 +156,23 @@ class World:
             )
             for machine in self.machines
         )
-        token = TokenRecord(_TOKEN, "admin", bytes(32), EPOCH_MS * 2, "init")
-        genesis = Genesis(cluster=CLUSTER, nodes=records, cluster_key=CLUSTER_KEY, tokens=(token,))
+        admins = TokenRecord(_TOKEN, "admin", bytes(32), EPOCH_MS * 2, "init")
+        nodes = TokenRecord(token_id, "node", secret_hash, EPOCH_MS * 2, "init")
+        genesis = Genesis(cluster=CLUSTER, nodes=records, cluster_key=CLUSTER_KEY, tokens=(admins, nodes))
         payload = encode_entry(Entry(FORMAT, EPOCH_MS, "init", "node", "", genesis))
         peers = KnownPeers([MemberAddress(r.node, r.name, r.address, r.fingerprint, r.voter) for r in records])
         for machine in self.machines:
+            machine.prepare(peers, CLUSTER_KEY, CA_KEY if machine.voter else None)
             disk = DiskView(machine.disk, serial=False)
-            for name in ("logs", "log", "blocks", "small", "cache", "models", "tmp"):
-                await disk.make_directory(name)
-            machine.disk.put(PEERS_FILE, encode_peers(peers))
-            machine.disk.put(BOOT_FILE, b"0")
             await Log.create(disk, payload if machine.voter else None, segment_bytes=SEGMENT_BYTES)
+
+    def new_machine(self, address: str = "") -> Machine:
+        """A machine that is no member yet; at `address`, or at one of its own."""
+        number = max(machine.number for machine in self.by_id.values()) + 1
+        machine = Machine(number, self.network, self.seed, self.trace, voter=False, address=address)
+        self.by_id[machine.id] = machine
+        self._waiting[machine] = {}
+        return machine
 
     def machine(self, name: str) -> Machine:
         return next(machine for machine in self.machines if machine.name == name)
