@@ -414,7 +414,5 @@ KINDS: Final[dict[str, Callable[[Faults, list[Machine]], bool]]] = {
     "log_rot": Faults.log_rot,
     "old_image": Faults.old_image,
 }
-DRAWN: Final = tuple(kind for kind in KINDS if kind != "old_image")
-"""What a world has by default. `old_image` is for the asking until every such node is told so."""
 NODES_LEAST: Final = {"partition": 2, "one_way": 2, "protocol": 2, "rot": 2, "log_rot": 4, "old_image": 4}
 """What needs others: to be cut off from, or to hold the other copies of what is lost, and to go on without the machine."""

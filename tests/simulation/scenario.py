@@ -9,7 +9,7 @@ from tests.simulation.admin import Admin
 from tests.simulation.checkers import Checkers
 from tests.simulation.clients import Client, Promises
 from tests.simulation.dose import Dose
-from tests.simulation.faults import DRAWN, Faults
+from tests.simulation.faults import KINDS, Faults
 from tests.simulation.machine import Machine
 from tests.simulation.world import World
 
@@ -137,7 +137,7 @@ def mixed(
     """One world with faults of these kinds (all by default). Raises AssertionError with the end of its story."""
     cluster = make(seed, nodes, watch=watch)
     cluster.world.trace.file = trace
-    chosen = list(DRAWN) if kinds is None else kinds
+    chosen = list(KINDS) if kinds is None else kinds
 
     async def story(world: World) -> None:
         await cluster.begin()

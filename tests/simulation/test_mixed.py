@@ -9,7 +9,7 @@ import pytest
 from tests.simulation.checkers import COUNTED
 from tests.simulation.command import SECONDS, one
 from tests.simulation.dose import Dose
-from tests.simulation.faults import DRAWN
+from tests.simulation.faults import KINDS
 
 FIXED = range(1, 101)
 FRESH = 20
@@ -35,7 +35,7 @@ def test_every_kind_of_fault_struck_at_every_stage() -> None:
     print("\n".join(_dose.table()))  # noqa: T201
     assert _dose.below(5) == []
     assert all(_dose.happened[what] >= 5 for what in COUNTED), _dose.happened
-    assert {kind for kind, _ in _dose.struck} == set(DRAWN)
+    assert {kind for kind, _ in _dose.struck} == set(KINDS)
 
 
 @pytest.mark.parametrize("number", range(FRESH))
