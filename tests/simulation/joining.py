@@ -1,6 +1,6 @@
 # tests/simulation/joining.py: a machine that was in no world before becomes a member: `idunno join`, then its first start.
 #
-# Rule 1: a process of its own on the new machine runs the shipped lifecycle's `_enroll`, over the simulated network, with no
+# Rule 1: a process of its own on the new machine runs the shipped lifecycle's `enroll`, over the simulated network, with no
 #         certificate; what it is given is written to the machine's disk as make_directory does to a real one.
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from idunno.base.errors import IdunnoError
 from idunno.consensus.log import Log
 from idunno.coordinator.messages import EnrollAnswer
 from idunno.node.identity import KnownPeers
-from idunno.node.lifecycle import _enroll
+from idunno.node.lifecycle import enroll
 from tests.simulation.disk import DiskView
 from tests.simulation.loop import new_loop
 from tests.simulation.machine import PORT, SEGMENT_BYTES, Machine
@@ -32,7 +32,7 @@ async def join(world: World, machine: Machine, through: Machine) -> None:
 
     async def process() -> None:
         try:
-            _, _, got = await _enroll(
+            _, _, got = await enroll(
                 f"{through.address}:{PORT}", world.node_token, Path(f"/{machine.name}"), machine.config
             )
             await _write(machine, got)

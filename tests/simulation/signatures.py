@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from idunno.coordinator import enroll
 from idunno.node import keys, lifecycle
-from idunno.node.lifecycle import _Newcomer
+from idunno.node.lifecycle import Newcomer
 from idunno.wire import security
 from idunno.wire.calls import Role
 
@@ -50,10 +50,10 @@ class Signatures:
         self._world = world
         self._before: list[Any] = []
 
-    def _newcomer(self, directory: Path, ca_fingerprint: bytes) -> _Newcomer:
+    def _newcomer(self, directory: Path, ca_fingerprint: bytes) -> Newcomer:
         """As if `joining.json` in this machine's directory said so."""
         machine = next(m for m in self._world.by_id.values() if m.name == directory.name)
-        return _Newcomer(
+        return Newcomer(
             ca_fingerprint, machine.id, b"key of " + machine.name.encode(), b"request of " + machine.name.encode()
         )
 
