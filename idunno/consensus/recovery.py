@@ -3,6 +3,8 @@
 # Rule 1: every segment but the last was synced whole before the next was begun: any fault in it is damage.
 # Rule 2: in the last one, the first place without a valid record is the end if nothing behind it proves that the place was
 #         once synced (records.py, Rule 3). Left-overs of a torn write are wiped before the log is used.
+# Rule 3: what is found is synced before it counts: a process that was killed may have written it and not lived to sync it, and
+#         the next loss of power would take what this one promises.
 from __future__ import annotations
 
 from array import array
@@ -58,7 +60,9 @@ async def recover(disk: Disk, directory: str, names: list[str]) -> Recovered:
             _read_segment(data, path, number, found)
             unused = len(data) - found.tail
             if last and data[found.tail :] != bytes(unused):
-                await file.write(found.tail, [bytes(unused)], sync=True)
+                await file.write(found.tail, [bytes(unused)])
+            if last:
+                await file.sync()
         finally:
             await file.close()
     if not names:

@@ -128,6 +128,25 @@ def test_what_was_flushed_survives_a_crash_across_segments_and_what_was_not_is_g
     run(story())
 
 
+def test_what_a_killed_process_wrote_and_did_not_sync_is_synced_before_it_counts() -> None:
+    """The next process reads it from the kernel's memory, acknowledges it, and loses it with the power."""
+
+    async def story() -> None:
+        disk = await made()
+        log = await opened(disk)
+        await add(log, 2, (1, b"written"), flush=False)
+        disk.faults["sync"] = "killed"
+        with pytest.raises(DiskFailed):
+            await log.flush()
+        disk.faults.clear()
+        found = await content(await opened(disk))
+        assert found == [(1, b"first"), (1, b"written")]
+        disk.crash()
+        assert await content(await opened(disk)) == found
+
+    run(story())
+
+
 def test_one_flush_is_one_write_and_one_sync_for_all_that_waits() -> None:
     async def story() -> None:
         disk = await made()

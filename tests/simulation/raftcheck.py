@@ -1,0 +1,150 @@
+# tests/simulation/raftcheck.py: the properties of Raft (Ongaro's thesis, figure 3.2), watched inside the nodes of a world.
+#
+# Rule 1: log matching: an entry is known by index and term, for ever: what it holds, and which term the entry before it has.
+# Rule 2: leader completeness: what is committed in a term is in the log of every leader of a later one.
+# Rule 3: an answer goes out only when its entry is synced on as many nodes as it says, and on as many as the roster asks for.
+#         What is synced is taken from the flushes that ended, not from what anybody says of it.
+# Rule 4: election safety and state machine safety are in checkers.py.
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from idunno.base.ids import Index
+from idunno.consensus.driver import RaftDriver
+from idunno.consensus.events import Input, Output, Persist, Persisted, RaftRole, RoleChanged
+from idunno.node.node import Node
+from tests.simulation.machine import Machine
+from tests.simulation.world import World
+
+
+@dataclass(slots=True)
+class Synced:
+    """One machine's log as it certainly is on its disk: behind `base` (a snapshot covers it) the terms of its entries."""
+
+    base: int = 0
+    terms: list[int] = field(default_factory=lambda: [1])  # a voter's genesis; of no account on a learner
+    waiting: list[Persist] = field(default_factory=list)
+
+    def done(self, seq: int) -> None:
+        while self.waiting and self.waiting[0].seq <= seq:
+            order = self.waiting.pop(0)
+            if order.anew is not None:
+                self.base, self.terms = int(order.anew), []
+            if order.entries:
+                del self.terms[max(0, order.first - 1 - self.base) :]
+                self.terms += [entry.term for entry in order.entries]
+
+    def holds(self, index: int, term: int) -> bool:
+        at = index - 1 - self.base
+        return at < 0 or (at < len(self.terms) and self.terms[at] == term)
+
+
+@dataclass(slots=True)
+class Leader:
+    """A leader's log when it was elected."""
+
+    term: int
+    name: str
+    base: int
+    terms: list[int]
+
+
+class RaftChecks:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.counts: Counter[str] = Counter()
+        self._entries: dict[tuple[int, int], tuple[bytes, int]] = {}  # (index, term) -> content, term before
+        self._committed: dict[int, int] = {}  # index -> term
+        self._leaders: list[Leader] = []
+        self._synced: dict[str, Synced] = {}
+        world.on_made.append(self._made)
+        world.on_applied.append(self._applied)
+
+    def _made(self, machine: Machine, node: Node) -> None:
+        """Around three of the driver's methods: what the core says, what it hears, what callers are answered."""
+        driver = node.driver
+        carry_out, step, propose = driver._carry_out, driver._step, driver.propose
+        synced = self._synced.setdefault(machine.name, Synced())
+        synced.waiting.clear()
+
+        def carried_out(output: Output) -> None:
+            if isinstance(output, Persist):
+                synced.waiting.append(output)
+                self._staged(machine, driver, output)
+            elif isinstance(output, RoleChanged) and output.role is RaftRole.LEADER:
+                self._elected(machine, driver, output)
+            carry_out(output)
+
+        def stepped(event: Input) -> None:
+            if isinstance(event, Persisted):
+                synced.done(event.seq)
+            step(event)
+
+        async def proposed(payload: bytes, timeout_s: float) -> tuple[Index, int, Any]:
+            index, copies, value = await propose(payload, timeout_s)
+            self._answered(machine, driver, index, copies)
+            return index, copies, value
+
+        vars(driver).update(_carry_out=carried_out, _step=stepped, propose=proposed)
+
+    # -- logs -----------------------------------------------------------------------------------------------------
+
+    def _staged(self, machine: Machine, driver: RaftDriver, order: Persist) -> None:
+        before = driver._core.terms.term(order.first - 1) if order.entries else None
+        for index, entry in enumerate(order.entries, order.first):
+            content = hashlib.blake2b(entry.payload, digest_size=8).digest()
+            known = self._entries.setdefault((index, entry.term), (content, int(before or 0)))
+            if known != (content, int(before or 0)):
+                self.world.found(f"logs do not match: {machine.name} has another entry {index} of term {entry.term}")
+            before = entry.term
+            self.counts["entries"] += 1
+
+    def _elected(self, machine: Machine, driver: RaftDriver, change: RoleChanged) -> None:
+        terms = driver._core.terms
+        held = [int(terms.term(index) or 0) for index in range(terms.base + 1, terms.last + 1)]
+        leader = Leader(change.term, machine.name, terms.base, held)
+        self._leaders.append(leader)
+        self.counts["elections"] += 1
+        for index, term in self._committed.items():
+            self._complete(leader, index, term)
+
+    def _applied(self, machine: Machine, node: Node, index: Index, payload: bytes) -> None:
+        term = node.driver._core.terms.term(index)
+        if term is None or index in self._committed:
+            return
+        self._committed[index] = term
+        for leader in self._leaders:
+            if leader.term > term:
+                self._complete(leader, index, term)
+
+    def _complete(self, leader: Leader, index: int, term: int) -> None:
+        at = index - 1 - leader.base
+        if leader.term > term and at >= 0 and (at >= len(leader.terms) or leader.terms[at] != term):
+            self.world.found(
+                f"{leader.name} led term {leader.term} without entry {index} of term {term}, which is committed"
+            )
+
+    # -- answers --------------------------------------------------------------------------------------------------
+
+    def _answered(self, machine: Machine, driver: RaftDriver, index: Index, copies: int) -> None:
+        term = driver._core.terms.term(index)
+        self.counts["answers"] += 1
+        if term is None:
+            return  # a snapshot has taken its place by now
+        really = sum(synced.holds(index, term) for synced in self._synced.values())
+        if really < copies or copies < min(driver.copies_needed, len(self.world.machines)):
+            self.world.found(
+                f"{machine.name} answered for entry {index} with {copies} copies of {driver.copies_needed}, "
+                f"and it is synced on {really}"
+            )
+
+
+def made_once(node: Node) -> list[str]:
+    """Exactly once: what each put made, deleted or not. At the end of a world, on any node's machine."""
+    names = node.machine.namespace
+    made = Counter(record.request for _, record in names.each() if record.request)
+    made.update(r.request for entry in names.trash.entries.values() for r in entry.versions if r.request)
+    return [f"put {put} made {count} versions" for put, count in made.items() if count > 1]
