@@ -119,7 +119,9 @@ class Log:
         """
         state = await _state(disk)
         if state is not None:
-            await disk.sync_directory(DIRECTORY)  # the names found, too, may be the last act of a process that was killed
+            await disk.sync_directory(
+                DIRECTORY
+            )  # the names found, too, may be the last act of a process that was killed
         segments = sorted(e.name for e in await disk.list(DIRECTORY) if e.name.endswith(".seg"))
         if state is None:
             if len(segments) > 1:

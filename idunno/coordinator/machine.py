@@ -257,7 +257,13 @@ class Machine:
     def _set_retention(self, command: c.SetRetention, asked: _Asked) -> Done:
         owner = "" if asked.actor.may(Role.ADMIN) else asked.actor.name
         rule = RetentionRule(command.prefix, owner, command.versions, command.age_ms)
-        return self._told(self.namespace.retention.set(rule), e.RetentionChanged())
+        # Set a second time by a retry, it would undo what somebody else set in between.
+        return self._once(
+            command,
+            command.prefix,
+            asked,
+            lambda: self._told(self.namespace.retention.set(rule), e.RetentionChanged()),
+        )
 
     def _expire(self, command: c.Expire, asked: _Asked) -> Done:
         done, gone = self.namespace.expire(command.name, command.versions, asked.actor.name, self.now_ms)
@@ -333,8 +339,12 @@ class Machine:
         return self._told(done, e.ModelChanged(command.model))
 
     def _set_batch_size(self, command: c.SetBatchSize, asked: _Asked) -> Done:
-        return self._told(
-            self.registry.set_batch_size(command.model, command.batch_size), e.ModelChanged(command.model)
+        model = command.model
+        return self._once(
+            command,
+            model,
+            asked,
+            lambda: self._told(self.registry.set_batch_size(model, command.batch_size), e.ModelChanged(model)),
         )
 
     # -- ledger -------------------------------------------------------------------------------------------------------
@@ -416,12 +426,12 @@ class Machine:
             self._tell(effect)
         return done
 
-    def _once(self, command: c.Command, what: str, asked: _Asked, remove: Callable[[], Done]) -> Done:
-        """`remove()`, or, when this very request did it before, the same answer."""
+    def _once(self, command: c.Command, what: str, asked: _Asked, do: Callable[[], Done]) -> Done:
+        """`do()`, or, when this very request did it before, the same answer."""
         kind = type(command).__name__
         if self._recent.answered(kind, what, asked.actor.name, asked.request):
             return Done(changed=False)
-        done = remove()
+        done = do()
         self._recent.keep(kind, what, asked.actor.name, asked.request)
         return done
 

@@ -1,7 +1,7 @@
-# idunno/coordinator/recent.py: the answers of requests that removed something.
+# idunno/coordinator/recent.py: the answers of requests that removed or set something.
 #
-# Rule 1: what a request made stores the request's id with the thing made. What a request removed leaves no such place: its
-#         answer is kept here, so that a retry gets it again instead of "not found".
+# Rule 1: what a request made stores the request's id with the thing made. What a request removed or set leaves no such place: it
+#         is kept here, so that a retry gets its answer again instead of "not found", and undoes nothing that came since.
 # Rule 2: bounded; the oldest goes first. A retry comes within its caller's deadline, not ten thousand removals later.
 from __future__ import annotations
 

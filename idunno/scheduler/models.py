@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from idunno.base.errors import InvalidArgument, NotFound, NotLeader
+from idunno.base.errors import IdunnoError, InvalidArgument, NotFound, NotLeader, Unconfirmed
 from idunno.base.ids import NodeId, check_label
 from idunno.coordinator.commands import Deploy, SetBatchSize, Undeploy
 from idunno.coordinator.machine import Machine
@@ -117,7 +117,10 @@ class ModelCalls:
         request = call.request
         command = SetBatchSize(request.model, check_batch_size(request.batch_size))
         await self._cluster.propose(command, actor=call.actor, request=request.request, timeout_s=left_s(call))
-        machine = await self._cluster.read(left_s(call))
+        try:
+            machine = await self._cluster.read(left_s(call))
+        except IdunnoError as error:
+            raise Unconfirmed(f"the batch size is set; {request.model} cannot be read: {error}") from None
         return model_info(machine, machine.registry.get(request.model))
 
 

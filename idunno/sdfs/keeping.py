@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
-from idunno.base.errors import IdunnoError
+from idunno.base.errors import IdunnoError, Unconfirmed
 from idunno.base.ids import NodeId
 from idunno.coordinator.commands import Purge, RestoreTrash, SetRetention
 from idunno.coordinator.machine import Machine
@@ -65,7 +65,14 @@ class Keeping:
         if not request.show:
             command = SetRetention(request.prefix, request.versions, request.age_ms)
             await self._coordinator.propose(command, actor=call.actor, request=request.request, timeout_s=_left_s(call))
-        machine = await self._coordinator.read(_left_s(call))
+        try:
+            machine = await self._coordinator.read(_left_s(call))
+        except IdunnoError as error:
+            if request.show:
+                raise
+            raise Unconfirmed(
+                f"the rule for {request.prefix} is set; what holds there cannot be read: {error}"
+            ) from None
         rules = [
             RetainRow(rule.prefix, rule.owner, rule.versions, rule.age_ms)
             for rule in machine.namespace.retention.rules()

@@ -103,6 +103,22 @@ def test_a_delete_that_is_retried_after_a_later_delete_spares_what_came_after_bo
     assert world.machine.namespace.latest("a").version == 3
 
 
+def test_a_retried_setting_does_not_undo_what_another_set_in_between() -> None:
+    world = World()
+    world.do(c.SetRetention("a", 5), request="r1")
+    world.do(c.SetRetention("a", 6), BOB, request="r2")
+    world.do(c.SetRetention("a", 5), request="r1")
+    rules = {rule.owner: rule.versions for rule in world.machine.namespace.retention.rules()}
+    assert rules == {"alice": 5, "bob": 6}
+    world.do(c.SetRetention("a", 7), request="r3")
+    world.do(c.SetRetention("a", 5), request="r1")
+    assert world.machine.namespace.retention.rule_for("a", "alice").versions == 7  # type: ignore[union-attr]
+    world.deployed()
+    for request, size in (("b1", 8), ("b2", 16), ("b1", 8)):
+        world.do(c.SetBatchSize("digits", size), request=request)
+    assert world.machine.registry.get("digits").batch_size == 16
+
+
 def test_a_retried_delete_spares_what_came_after_it() -> None:
     world = World()
     world.put("a")
