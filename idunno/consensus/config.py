@@ -23,6 +23,11 @@ class RaftConfig:
     """Appended but not acknowledged, a follower: 8 ms of a gigabit link, above its round trip with a disk sync."""
     inflight_messages_max: int = 64
     """Likewise in messages: bounds what a lost connection makes us send again."""
+    inflight_small_max: int = 2
+    """With so many appends under way to a follower a further one waits until it has gathered `gather_bytes`, or one of them is
+    acknowledged: many small messages cost a busy leader more than the entries in them. Two: one is synced while one travels."""
+    gather_bytes: int = 64 * 1024
+    """See inflight_small_max. A message of this size costs more for its bytes than for being one."""
     proposals_max: int = 10_000
     """Proposals and reads that wait at the leader, each. Ten times what a busy cluster has in flight."""
     persists_max: int = 1_024

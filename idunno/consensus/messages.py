@@ -57,7 +57,9 @@ class VoteAnswer(msgspec.Struct, frozen=True, tag="voted"):
 
 class Append(msgspec.Struct, frozen=True, tag="append"):
     """AppendEntries (3.5); without entries a heartbeat. `round` counts the leader's rounds for ReadIndex (6.4). `floor`: what
-    the receiver acknowledged in this term and what is committed, so what its log can only lack if its disk lost it."""
+    the receiver acknowledged in this term and what is committed, so what its log can only lack if its disk lost it.
+    `notice`: it only says what is committed; who has nothing to object need not answer.
+    """
 
     term: Term
     prev_index: Index
@@ -66,6 +68,7 @@ class Append(msgspec.Struct, frozen=True, tag="append"):
     round: int
     entries: tuple[Entry, ...] = ()
     floor: Index = Index(0)
+    notice: bool = False
 
 
 class AppendAnswer(msgspec.Struct, frozen=True, tag="appended"):

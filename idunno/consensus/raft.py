@@ -261,7 +261,7 @@ class Raft:
             self._notice_ms = None
             for node, p in self.peers.items():
                 if min(self.commit, p.match) > p.commit_sent:
-                    self._heartbeat(node, p)
+                    self._heartbeat(node, p, notice=True)
         if self._now >= self._heartbeat_ms:
             self._heartbeat_ms = self._now + self.config.heartbeat_ms
             if self.answering(self.config.silent_heartbeats_max) < majority(len(self.voters)):
@@ -415,18 +415,20 @@ class Raft:
             assert prev_term is not None
             first = Index(p.next)
             last, size = self.terms.batch_end(first, APPEND_BYTES_MAX, APPEND_ENTRIES_MAX)
+            if len(p.inflight) >= self.config.inflight_small_max and size < self.config.gather_bytes:
+                break  # goes with what comes until one of those under way is acknowledged
             p.sent(last, size)
             p.commit_sent = max(p.commit_sent, min(self.commit, last))
             self._out.append(SendEntries(node, self.term, prev_term, first, last, self.commit, self._round))
 
-    def _heartbeat(self, node: NodeId, p: Progress) -> None:
+    def _heartbeat(self, node: NodeId, p: Progress, *, notice: bool = False) -> None:
         """An Append without entries just before `next`: where the follower lacks something, its answer says so."""
         prev = max(p.next - 1, self.terms.base)
         prev_term = self.terms.term(prev)
         assert prev_term is not None
         p.commit_sent = max(p.commit_sent, min(self.commit, p.next - 1))
         floor = Index(min(p.match, self.commit))
-        append = Append(self.term, Index(prev), prev_term, self.commit, self._round, floor=floor)
+        append = Append(self.term, Index(prev), prev_term, self.commit, self._round, floor=floor, notice=notice)
         self._out.append(Send(node, append))
 
     def _heartbeat_all(self) -> None:
@@ -517,7 +519,7 @@ class Raft:
             first = Index(last - len(new) + 1)
             answer = AppendAnswer(self.term, True, Index(last), append.round)
             self._persist(Send(sender, answer), first=first, entries=new)
-        else:
+        elif not append.notice:
             self._answer(sender, AppendAnswer(self.term, True, Index(min(last, self.synced)), append.round))
         self._commit_to(min(append.commit, last))
         if self.synced >= self.commit and self.terms.term(self.commit) == self.term:

@@ -85,8 +85,11 @@ class Terms:
 
     def batch_end(self, first: int, bytes_max: int, entries_max: int) -> tuple[Index, int]:
         """The last entry, and the payload bytes, of a batch from `first` within the bounds; one entry at least."""
-        last, size = first, self.size(first)
         end = min(self.last, first + entries_max - 1)
+        whole = sum(self._sizes[first - self.base - 1 : end - self.base])
+        if whole <= bytes_max:  # nearly always
+            return Index(end), whole
+        last, size = first, self.size(first)
         while last < end and size + self.size(last + 1) <= bytes_max:
             last += 1
             size += self.size(last)

@@ -31,7 +31,7 @@ from idunno.consensus.messages import (
 )
 from idunno.consensus.quorum import majority
 from idunno.consensus.standing import Claim, Run, Witness, sealed, unsealed
-from idunno.wire.calls import Call, Empty, Lane, Peers, Registrar
+from idunno.wire.calls import Call, Empty, Lane, Peer, Peers, Switchboard
 
 log = logging.getLogger("idunno.consensus")
 
@@ -58,7 +58,7 @@ class Vouching:
         me: NodeId,
         driver: RaftDriver,
         peers: Peers,
-        server: Registrar,
+        server: Switchboard,
         disk: Disk,
         *,
         run: Run,
@@ -84,7 +84,7 @@ class Vouching:
         self._asked_who: dict[NodeId, float] = {}
         self._told: tuple[Term, dict[NodeId, Index]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        server.register(RAFT, self._receive)
+        server.listen(RAFT, self._receive)
         server.register(HELLO, self._hello)
         server.register(WHO, self._who)
         server.register(MARKS, self._marks)
@@ -233,8 +233,8 @@ class Vouching:
 
     # -- the others -------------------------------------------------------------------------------------------------
 
-    async def _receive(self, call: Call[RaftEnvelope]) -> Empty:
-        sender, envelope = call.peer.node, call.request
+    def _receive(self, peer: Peer, envelope: RaftEnvelope) -> None:
+        sender = peer.node
         if sender is None:
             raise Conflict("raft messages come from nodes only")
         if self._claim is not None and sender not in self._met:
@@ -242,7 +242,6 @@ class Vouching:
         if self._hears(sender, envelope.run):
             self.witness.heard(sender, envelope.message)
             self._driver.receive(sender, envelope.message)
-        return Empty()
 
     def _hears(self, sender: NodeId, run: int) -> bool:
         if not self._started:

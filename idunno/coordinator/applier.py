@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 from idunno.base.ids import Index
 from idunno.coordinator.effects import Effect, JobChanged, ModelChanged, RosterChanged
@@ -23,11 +23,13 @@ class Applier:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self._followers: list[Follower] = []
+        self._followers: dict[type[Effect], list[Follower]] = {kind: [] for kind in get_args(Effect)}
 
-    def subscribe(self, follower: Follower) -> None:
-        """Tell `follower(index, effect)` every effect from now on. It must not block; what takes time it queues, bounded."""
-        self._followers.append(follower)
+    def subscribe(self, follower: Follower, *kinds: type[Effect]) -> None:
+        """Tell `follower(index, effect)` every effect of these kinds (none given: of all) from now on. It must not block; what
+        takes time it queues, bounded."""
+        for kind in kinds or self._followers:
+            self._followers[kind].append(follower)
 
     def __call__(self, index: Index, payload: bytes) -> Applied:
         """Raises DecodeError or Incompatible for an entry this version does not know: then nothing more may be applied."""
@@ -47,7 +49,7 @@ class Applier:
 
     def _tell(self, index: Index, effects: Iterable[Effect]) -> None:
         for effect in effects:
-            for follower in self._followers:
+            for follower in self._followers[type(effect)]:
                 try:
                     follower(index, effect)
                 except Exception:

@@ -6,35 +6,36 @@
 # Rule 3: a restart replays the log, so an effect may be seen again: followers must take it twice without harm.
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from idunno.base.ids import BlockId
 from idunno.coordinator.records import Block, VersionRecord
 
 
-@dataclass(frozen=True, slots=True)
-class RosterChanged:
+class _Effect(msgspec.Struct, frozen=True, gc=False):
+    """Made for every entry: a Struct costs a quarter of a frozen dataclass."""
+
+
+class RosterChanged(_Effect, frozen=True):
     """A node, its presence or address, a user or the cluster's key changed: identities, peers and reply rule follow."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeepSmall:
+class KeepSmall(_Effect, frozen=True):
     """Keep this content in the node's small-block store: the machine holds only its name."""
 
     block: BlockId
     content: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class VersionMade:
+class VersionMade(_Effect, frozen=True):
     name: str
     version: int
     blocks: tuple[Block, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class FileDeleted:
+class FileDeleted(_Effect, frozen=True):
     """A file is gone with all of its versions: into the trash, or, below .idunno/, for good. What becomes of their blocks is
     told by BlocksFreed."""
 
@@ -42,34 +43,29 @@ class FileDeleted:
     versions: tuple[VersionRecord, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksFreed:
+class BlocksFreed(_Effect, frozen=True):
     """Nothing refers to these blocks any more. They may still be pinned by open puts."""
 
     blocks: tuple[BlockId, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RetentionChanged:
+class RetentionChanged(_Effect, frozen=True):
     """A retention rule was set or removed."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelChanged:
+class ModelChanged(_Effect, frozen=True):
     """A model's record changed, or the model was undeployed and is gone."""
 
     model: str
 
 
-@dataclass(frozen=True, slots=True)
-class JobChanged:
+class JobChanged(_Effect, frozen=True):
     """A job's state, counts or tasks changed, or it was forgotten and is gone."""
 
     job: str
 
 
-@dataclass(frozen=True, slots=True)
-class TaskCompleted:
+class TaskCompleted(_Effect, frozen=True):
     """For rates: so many queries of a model were answered at this machine time."""
 
     job: str

@@ -9,9 +9,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import msgspec
 from blake3 import blake3
@@ -37,8 +37,7 @@ from idunno.coordinator.trash import RetentionRule
 from idunno.wire.calls import Actor, Role
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
+class Applied(msgspec.Struct, frozen=True):
     """What an entry did: its command's result, or the error that its caller sees, and the effects to follow."""
 
     result: msgspec.Struct | None = None
@@ -46,12 +45,17 @@ class Applied:
     effects: tuple[e.Effect, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(NamedTuple):
     """Who asked, under which request id."""
 
     actor: Actor
     request: str
+
+
+@lru_cache(maxsize=1_024)
+def _actor(name: str, role: str) -> Actor:
+    """Raises ValueError for a role that this version lacks."""
+    return Actor(name, Role(role))
 
 
 class _Answer(Protocol):
@@ -89,7 +93,7 @@ class Machine:
             return Applied(done, None, (e.RosterChanged(),))
         entry = c.decode_entry(payload)
         try:
-            asked = _Asked(Actor(entry.actor, Role(entry.role)), entry.request)
+            asked = _Asked(_actor(entry.actor, entry.role), entry.request)
         except ValueError:
             raise DecodeError(
                 f"log entry {index} was asked for by role {entry.role[:40]!r}, which this version lacks"
@@ -233,7 +237,7 @@ class Machine:
         retry = self.namespace.made(command.put) is not None
         done = self.namespace.put_small(command, asked.actor.name, self.now_ms)
         if not retry:
-            block = small_block(command.content)
+            block = Block(command.block, len(command.content))  # which `put_small` has checked
             self._tell(e.KeepSmall(block.block, command.content))
             self._tell(e.VersionMade(command.name, done.version, (block,)))
         return done

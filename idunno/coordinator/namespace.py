@@ -262,7 +262,8 @@ class Namespace:
         if made is not None:
             return PutDone(command.name, made.version, made.size, made.created_ms)
         check_request("put", command.put)
-        check_file_name(command.name, system=True)
+        if command.name not in self._files:  # else it was checked when its first version was made
+            check_file_name(command.name, system=True)
         block = small_block(command.content)
         if block.block != command.block:
             raise InvalidArgument(

@@ -37,6 +37,8 @@ class References:
 
     def freed(self) -> tuple[BlockId, ...]:
         """The blocks that nothing refers to any more since the last call, in the order in which it happened."""
+        if not self._freed:
+            return ()
         gone = tuple(block for block in self._freed if block not in self._held)
         self._freed.clear()
         return gone

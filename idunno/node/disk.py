@@ -15,6 +15,7 @@ from typing import Final, ParamSpec, TypeVar
 
 from idunno.base.disk import Buffer, Entry, File, Space
 from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
+from idunno.node.prompt import BYTES_MAX, Promptness
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,8 +52,10 @@ def _translate(error: OSError, what: str, path: str) -> IdunnoError:
 class RealFile:
     """A file descriptor, its calls carried out in the disk's pool."""
 
-    def __init__(self, offload: ThreadOffload, descriptor: int, path: str) -> None:
-        self._offload, self._descriptor, self._path = offload, descriptor, path
+    def __init__(
+        self, offload: ThreadOffload, descriptor: int, path: str, promptness: Promptness | None = None
+    ) -> None:
+        self._offload, self._descriptor, self._path, self._promptness = offload, descriptor, path, promptness
         # Who was cancelled while it awaited a call may close the file while a thread still carries that call out: the
         # number of the descriptor must not go to another file under its hands.
         self._in_use = threading.Lock()
@@ -65,6 +68,20 @@ class RealFile:
         except OSError as error:
             raise _translate(error, what, self._path) from error
 
+    async def _do_here(self, what: str, function: Callable[[], None]) -> None:
+        """On the loop, unless a thread still uses the file."""
+        if not self._in_use.acquire(blocking=False):
+            await self._do(what, function)
+            return
+        try:
+            if self._descriptor < 0:
+                raise AssertionError(f"{self._path} is closed")
+            function()
+        except OSError as error:
+            raise _translate(error, what, self._path) from error
+        finally:
+            self._in_use.release()
+
     def _use(self, function: Callable[[], T]) -> T:
         with self._in_use:
             return function()
@@ -73,12 +90,21 @@ class RealFile:
         return await self._do("read", lambda: _read(self._descriptor, offset, length))
 
     async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False) -> None:
+        promptness = self._promptness if sync else None
+
         def write() -> None:
+            begun = promptness.clock_s() if promptness is not None else 0.0
             _write(self._descriptor, offset, data)
             if sync:
                 os.fdatasync(self._descriptor)
+            if promptness is not None:
+                promptness.took(promptness.clock_s() - begun)
 
-        await self._do("write", write)
+        if promptness is not None and promptness.is_prompt() and sum(map(len, data)) <= BYTES_MAX:
+            await asyncio.sleep(0)  # what was sent in this turn leaves before the loop stands still
+            await self._do_here("write", write)
+        else:
+            await self._do("write", write)
 
     async def sync(self) -> None:
         await self._do("sync", lambda: os.fsync(self._descriptor))
@@ -141,10 +167,13 @@ def _allocate(descriptor: int, length: int) -> None:
 
 
 class RealDisk:
-    """The Disk (base/disk.py) of the directory `root`."""
+    """The Disk (base/disk.py) of the directory `root`.
 
-    def __init__(self, root: str, offload: ThreadOffload) -> None:
-        self._root, self._offload = os.path.abspath(root), offload
+    With `promptness` a small write with a sync is carried out on the loop itself while the disk is prompt: for the log.
+    """
+
+    def __init__(self, root: str, offload: ThreadOffload, promptness: Promptness | None = None) -> None:
+        self._root, self._offload, self._promptness = os.path.abspath(root), offload, promptness
 
     def local_path(self, path: str) -> str:
         if path.startswith("/") or any(part in ("", "..") for part in path.split("/")):
@@ -166,7 +195,7 @@ class RealDisk:
         except asyncio.CancelledError:
             opening.add_done_callback(_close_unwanted)  # its thread goes on and opens the file
             raise
-        return RealFile(self._offload, descriptor, path)
+        return RealFile(self._offload, descriptor, path, self._promptness)
 
     async def read_all(self, path: str, *, bytes_max: int) -> bytes:
         full = self.local_path(path)

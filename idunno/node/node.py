@@ -33,7 +33,17 @@ from idunno.coordinator.applier import Applier
 from idunno.coordinator.client import Coordinator
 from idunno.coordinator.commands import UpdateNode
 from idunno.coordinator.departure import Departures
-from idunno.coordinator.effects import Effect, KeepSmall, RosterChanged
+from idunno.coordinator.effects import (
+    BlocksFreed,
+    Effect,
+    JobChanged,
+    KeepSmall,
+    ModelChanged,
+    RetentionChanged,
+    RosterChanged,
+    TaskCompleted,
+    VersionMade,
+)
 from idunno.coordinator.elector import Elector
 from idunno.coordinator.keeper import Keeper
 from idunno.coordinator.machine import Machine
@@ -233,9 +243,9 @@ class Node:
     def _connect(self, applier: Applier) -> None:
         """Who hears what of whom."""
         self.departures.drained = self.files.leading.drain
-        applier.subscribe(self._applied)
-        applier.subscribe(self.files.follow)
-        applier.subscribe(self.scheduler.follow)
+        applier.subscribe(self._applied, KeepSmall, RosterChanged)
+        applier.subscribe(self.files.follow, VersionMade, BlocksFreed, RosterChanged, RetentionChanged)
+        applier.subscribe(self.scheduler.follow, TaskCompleted, JobChanged, ModelChanged, RosterChanged)
         self.driver.on_role.append(self._role_changed)
         self.driver.on_leader.append(self._leader_changed)
         self.driver.on_log_lost.append(self.fail)

@@ -21,6 +21,7 @@ from idunno.node.config import NodeConfig
 from idunno.node.disk import RealDisk, ThreadOffload
 from idunno.node.identity import Identity, KnownPeers, Secrets, load_peers, load_secrets, next_boot
 from idunno.node.lineage import load_succession
+from idunno.node.prompt import Promptness
 from idunno.sdfs.hashing import Offload
 from idunno.wire.security import client_context, server_context
 from idunno.worker.runner import ChildFactory, RunnerFactory
@@ -87,7 +88,7 @@ def real_platform(directory: Path, config: NodeConfig, identity: Identity) -> Pl
         boot_salt=secrets.token_bytes(16),
         secrets=held,
         remembered=load_peers(directory),
-        log_disk=RealDisk(str(directory), log_offload),
+        log_disk=RealDisk(str(directory), log_offload, Promptness(time.monotonic)),
         disk=RealDisk(str(directory), offload),
         offload=offload,
         now_ms=now_ms,

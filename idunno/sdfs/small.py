@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import struct
 import zlib
@@ -33,6 +34,9 @@ SEGMENT_BYTES_MAX: Final = 64 * 1024 * 1024
 QUEUE_BYTES_MAX: Final = 16 * 1024 * 1024
 """4,096 of the largest small files; writing behind is faster than the log's syncs, so it fills up only when the disk fails."""
 BATCH_BYTES: Final = 1024 * 1024
+GATHER_S: Final = 0.05
+"""How long what is queued may wait for more: nothing depends on it being on the disk (rule 1), and a write costs two hand-overs
+to a thread, however little it holds."""
 RETRY_S: Final = 1.0
 EMPTY: Final = block_id(b"")
 """An empty file's content takes no record."""
@@ -52,6 +56,7 @@ class SmallStore:
         self._file: File | None = None  # of that segment
         self._writing = asyncio.Lock()  # `flush` and the task write alike
         self._wake = asyncio.Event()
+        self._full = asyncio.Event()  # enough is queued for a batch, or this is closing
         self._closing = False
         self._task: asyncio.Task[None] | None = None
         self.dropped = 0
@@ -82,6 +87,8 @@ class SmallStore:
         self._queue[block] = content
         self._queue_bytes += len(content)
         self._wake.set()
+        if self._queue_bytes >= BATCH_BYTES:
+            self._full.set()
 
     def check_room(self) -> None:
         """Raises Exhausted when the disk is so far behind that no new small file should be begun here."""
@@ -130,6 +137,7 @@ class SmallStore:
         """Write what is queued, sync, let go. Raises DiskFailed."""
         self._closing = True
         self._wake.set()
+        self._full.set()
         if self._task is not None:
             await self._task  # it ends by itself: a batch under way is never torn
             self._task = None
@@ -149,10 +157,19 @@ class SmallStore:
             self._wake.clear()
             try:
                 while self._queue and not self._closing:
+                    await self._gather()
                     await self._write_batch()
             except DiskFailed as error:
                 log.error("small contents not written", extra={"waiting": len(self._queue), "error": str(error)})
                 loop.call_later(RETRY_S, self._wake.set)
+
+    async def _gather(self) -> None:
+        """Until there is a batch, or the oldest of what is queued has waited GATHER_S."""
+        if self._queue_bytes < BATCH_BYTES and not self._closing:
+            self._full.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GATHER_S):
+                    await self._full.wait()
 
     async def _write_batch(self) -> None:
         async with self._writing:

@@ -27,10 +27,14 @@ STREAM_CREDIT_BYTES: Final = 2 * 1024 * 1024
 class Role(enum.Enum):
     """What a certificate was issued for."""
 
+    rank: int
+    """reader < user < admin < node"""
+
     NODE, ADMIN, USER, READER, ANYONE = "node", "admin", "user", "reader", "anyone"
 
 
-_RANK: Final = {Role.ANYONE: 0, Role.READER: 1, Role.USER: 2, Role.ADMIN: 3, Role.NODE: 4}
+for _rank, _role in enumerate((Role.ANYONE, Role.READER, Role.USER, Role.ADMIN, Role.NODE)):
+    _role.rank = _rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Actor:
 
     def may(self, access: Role) -> bool:
         """Whether this actor may call a method of that `access`: reader < user < admin < node."""
-        return _RANK[self.role] >= _RANK[access]
+        return self.role.rank >= access.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,8 @@ class Call(Protocol[Q_co]):
 
 
 Handler = Callable[[Call[Q]], Awaitable["A | Reply[A]"]]
+Listener = Callable[[Peer, Q], None]
+"""Hears a notification in the very turn of the loop in which it arrived: it must not block."""
 
 
 class Stream(Protocol[A_co]):
@@ -180,6 +186,14 @@ class Registrar(Protocol):
     """Where a part registers its handlers (the node's RPC server)."""
 
     def register(self, method: Method[Q, A], handler: Handler[Q, A]) -> None: ...
+
+
+class Switchboard(Registrar, Protocol):
+    """A registrar that also takes listeners."""
+
+    def listen(self, method: Method[Q, Empty], listener: Listener[Q]) -> None:
+        """For a method that is only ever notified, and often: no task, no deadline, no more than a decoded message."""
+        ...
 
 
 def pack(value: Any) -> bytes:

@@ -25,7 +25,7 @@ from idunno.base.errors import (
     PermissionDenied,
     Unavailable,
 )
-from idunno.wire.calls import Actor, Handler, Item, Method, Peer, Q_co, Reply, Role
+from idunno.wire.calls import Actor, Empty, Handler, Item, Listener, Method, Peer, Q_co, Reply, Role
 from idunno.wire.codec import RequestHead, decode, encode, encode_error
 from idunno.wire.connection import Link
 from idunno.wire.frames import Frame, Kind, frozen
@@ -51,6 +51,7 @@ class Dispatch:
 
     name: str  # of this node, for error messages
     handlers: dict[str, tuple[Method[Any, Any], Handler[Any, Any]]] = field(default_factory=dict)
+    listeners: dict[str, tuple[Method[Any, Empty], Listener[Any]]] = field(default_factory=dict)
     stopping: bool = False
 
 
@@ -68,10 +69,43 @@ class ServerCall(Generic[Q_co]):
         self.silent = False  # a notification: nobody hears of its end
         self.answered = False  # nothing more is sent for it
         self.stopped: IdunnoError | None = None  # why its handler was cancelled
-        self.inbox = Inbox(self._give_credit)
-        self.outbox = Outbox()
+        self.is_stream = False  # items of the caller come
+        self._inbox: Inbox | None = None  # both made when first used: most calls send no items, either way
+        self._outbox: Outbox | None = None
+        self._over: IdunnoError | None = None  # no more items, and why
         self._session = session
         self._request, self._body, self._peer, self._actor = request, frame.body, session.peer, actor
+
+    @property
+    def inbox(self) -> Inbox:
+        if self._inbox is None:
+            self._inbox = Inbox(self._give_credit)
+            if not self.is_stream:
+                self._inbox.end()
+            elif self._over is not None:
+                self._inbox.fail(self._over)
+        return self._inbox
+
+    @property
+    def outbox(self) -> Outbox:
+        if self._outbox is None:
+            self._outbox = Outbox()
+            if self._over is not None:
+                self._outbox.close(self._over)
+        return self._outbox
+
+    @property
+    def outstanding(self) -> int:
+        """Bytes of items that wait in the inbox."""
+        return self._inbox.outstanding if self._inbox is not None else 0
+
+    def end_items(self, error: IdunnoError) -> None:
+        """No more items, either way; who waits for some hears why."""
+        self._over = self._over or error
+        if self._inbox is not None:
+            self._inbox.fail(error)
+        if self._outbox is not None:
+            self._outbox.close(error)
 
     @property
     def request(self) -> Q_co:
@@ -170,6 +204,8 @@ class Serving:
         if number in self.calls:
             raise DecodeError(f"request number {number} is under way already")
         try:
+            if frame.kind is Kind.NOTIFY and self._heard(frame):
+                return
             call, handler, head = self._prepare(frame)
         except IdunnoError as error:
             if frame.kind is Kind.REQUEST:
@@ -186,8 +222,7 @@ class Serving:
         if frame.kind is Kind.NOTIFY:
             call.silent = call.answered = True
             left_s = NOTIFY_S
-        if not head.stream:
-            call.inbox.end()
+        call.is_stream = head.stream
         call.deadline = loop.time() + left_s
         call.timer = loop.call_at(call.deadline, self._expire, call)
         self.calls[number] = call
@@ -195,6 +230,25 @@ class Serving:
         call.task = loop.create_task(self._run(call, handler))
         # Not `finally` in _run: a task that is cancelled before its first step never runs it.
         call.task.add_done_callback(call.ended)
+
+    def _heard(self, frame: Frame) -> bool:
+        """Whether a listener took this notification. Raises IdunnoError when it is not to be heard."""
+        head = decode(frame.header, RequestHead)
+        known = self._dispatch.listeners.get(head.method)
+        if known is None:
+            return False
+        method, listener = known
+        if not acting(self.peer, head.actor).may(method.access):
+            raise PermissionDenied(f"{method.name} needs the role {method.access.value}")
+        if not self._dispatch.stopping:
+            request = decode(head.request, method.request)
+            try:
+                listener(self.peer, request)
+            except IdunnoError:
+                raise
+            except Exception:
+                log.exception("listener failed", extra={"method": method.name, "peer": self.peer.actor.name})
+        return True
 
     def _prepare(self, frame: Frame) -> tuple[ServerCall[Any], Handler[Any, Any], RequestHead]:
         """Raises IdunnoError when the request is not to be run."""
@@ -272,8 +326,7 @@ class Serving:
         if call.stopped is None:
             call.stopped = error
             self._fail(call, error)
-            call.inbox.fail(error)
-            call.outbox.close(error)
+            call.end_items(error)
             if call.task is not None:
                 call.task.cancel()
 
@@ -287,10 +340,8 @@ class Serving:
         if call.timer is not None:
             call.timer.cancel()
         self.calls.pop(call.number, None)
-        self.held -= call.size + call.inbox.outstanding
-        over = Cancelled(f"{call.method.name} has ended")
-        call.inbox.fail(over)
-        call.outbox.close(over)
+        self.held -= call.size + call.outstanding
+        call.end_items(Cancelled(f"{call.method.name} has ended"))
 
 
 def acting(peer: Peer, named: tuple[str, Role] | None) -> Actor:

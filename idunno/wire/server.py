@@ -23,7 +23,7 @@ from ssl import SSLContext
 from typing import Any, Final
 
 from idunno.base.errors import ConnectionLost, DecodeError, Exhausted, IdunnoError, Unauthenticated, Unavailable
-from idunno.wire.calls import A, Actor, Handler, Method, Peer, Q, Role
+from idunno.wire.calls import A, Actor, Empty, Handler, Listener, Method, Peer, Q, Role
 from idunno.wire.codec import Greeting, encode
 from idunno.wire.connection import CLOSE_S, Link, Wire
 from idunno.wire.frames import Frame, FrameDecoder, Kind
@@ -72,6 +72,11 @@ class Server:
     def register(self, method: Method[Q, A], handler: Handler[Q, A]) -> None:
         assert method.name not in self._dispatch.handlers, f"two handlers for {method.name}"
         self._dispatch.handlers[method.name] = (method, handler)
+
+    def listen(self, method: Method[Q, Empty], listener: Listener[Q]) -> None:
+        """For a method that is only ever notified, and often: no task, no deadline, no more than a decoded message."""
+        assert method.name not in self._dispatch.listeners, f"two listeners for {method.name}"
+        self._dispatch.listeners[method.name] = (method, listener)
 
     @property
     def connections(self) -> int:

@@ -316,10 +316,12 @@ def test_10_2_1_appends_are_pipelined_within_bounds() -> None:
     raft = core(1)
     lead(raft)
     ack(raft, A, 2)
-    sent = 0
-    for _ in range(3):
-        sent += len([o for o in raft.handle(e.Propose((b"x",)), LATE) if isinstance(o, e.SendEntries) and o.to == A])
-    assert sent == 3  # none waits for the answer to the one before
+
+    def sent(outputs: list[e.Output]) -> list[tuple[int, int]]:
+        return [(o.first, o.last) for o in outputs if isinstance(o, e.SendEntries) and o.to == A]
+
+    assert [sent(raft.handle(e.Propose((b"x",)), LATE)) for _ in range(4)] == [[(3, 3)], [(4, 4)], [], []]
+    assert sent(ack(raft, A, 3)) == [(5, 6)]  # small ones gather while two are under way
     for _ in range(10):
         raft.handle(e.Propose((bytes(APPEND_BYTES_MAX),)), LATE)
     assert raft.peers[A].inflight_bytes <= CONFIG.inflight_bytes_max + APPEND_BYTES_MAX
@@ -554,3 +556,16 @@ def test_where_two_logs_may_still_agree() -> None:
     assert raft.terms.last_agreeing(9, 9) == (5, 7)
     assert raft.terms.last_agreeing(5, 3) == (2, 1)
     assert raft.terms.last_agreeing(5, 0) == (0, 0)
+
+
+def test_a_notice_of_a_commit_is_answered_only_by_who_lacks_something() -> None:
+    raft = core(1)
+    raft.handle(e.Received(A, append(1, (1, 1), 1, 1)), 10)  # 2..3
+    sync(raft)
+    notice = Append(Term(1), Index(3), Term(1), Index(3), 0, notice=True)
+    outputs = raft.handle(e.Received(A, notice), 20)
+    assert raft.commit == 3
+    assert of(e.Send, outputs) == []
+    further = Append(Term(1), Index(5), Term(1), Index(5), 0, notice=True)
+    answers = [output.message for output in raft.handle(e.Received(A, further), 30) if isinstance(output, e.Send)]
+    assert [(answer.ok, answer.index) for answer in answers if isinstance(answer, AppendAnswer)] == [(False, 5)]
