@@ -8,6 +8,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+import msgspec
+
 from idunno.base.disk import Disk
 from idunno.base.errors import IdunnoError, Unavailable
 from idunno.base.ids import NodeId
@@ -26,9 +28,14 @@ class Known:
         self._roster, self._disk = roster, disk
         self._remembered = {member.node: member for member in remembered.members}
         self._by_fingerprint = {member.fingerprint: member.node for member in remembered.members}
+        self._heard: dict[NodeId, tuple[int, str]] = {}  # (boot, address) as the member itself says
         self._caught_up = False
         self._written = b""
         self._writing: asyncio.Task[None] | None = None
+
+    @property
+    def is_caught_up(self) -> bool:
+        return self._caught_up
 
     def caught_up(self) -> None:
         """The machine has applied everything that was acknowledged before this start: the roster alone counts now."""
@@ -36,13 +43,33 @@ class Known:
         self._remembered, self._by_fingerprint = {}, {}
 
     def members(self) -> list[MemberAddress]:
-        """All members, the roster's word before the remembered one."""
-        found = dict(self._remembered)
+        """All members, the roster's word before the remembered one; each where it is now, as far as that is known."""
+        found = {
+            member.node: msgspec.structs.replace(member, address=self._address(member.node, -1, member.address))
+            for member in self._remembered.values()
+        }
         for record in self._roster().nodes():
-            found[record.node] = MemberAddress(
-                record.node, record.name, record.address, record.fingerprint, record.voter
-            )
+            address = self._address(record.node, record.boot, record.address)
+            found[record.node] = MemberAddress(record.node, record.name, address, record.fingerprint, record.voter)
         return list(found.values())
+
+    def heard(self, node: NodeId, boot: int, address: str) -> None:
+        """A member was started where the roster may not know it yet: while there is no leader nobody can tell the roster."""
+        if self.is_member(node):
+            self._heard[node] = (boot, address)
+
+    def forget(self, node: NodeId) -> None:
+        """It was removed."""
+        self._heard.pop(node, None)
+
+    def _address(self, node: NodeId, boot: int, address: str) -> str:
+        """Where a member is, which the roster knows at `address` from its start number `boot`."""
+        heard, remembered = self._heard.get(node), self._remembered.get(node)
+        if heard is not None and heard[0] > boot:
+            return heard[1]
+        if remembered is not None and not self._caught_up:  # the machine may still be behind it
+            return remembered.address
+        return address
 
     def meet(self, members: list[MemberAddress]) -> None:
         """Addresses that another member told at the start (`--seed`): they are newer than those remembered."""
@@ -78,11 +105,12 @@ class Known:
         record = self._roster().find(node)
         remembered = self._remembered.get(node)
         if remembered is not None and not self._caught_up:
-            host, port = parse_address(remembered.address)
+            boot = record.boot if record is not None else -1
+            host, port = parse_address(self._address(node, boot, remembered.address))
             return Endpoint(host, port, remembered.fingerprint)
         if record is None:
             return None
-        host, port = parse_address(record.address)
+        host, port = parse_address(self._address(node, record.boot, record.address))
         return Endpoint(host, port, record.fingerprint)
 
     # -- peers.json -----------------------------------------------------------------------------------------------

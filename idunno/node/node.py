@@ -53,6 +53,7 @@ from idunno.grep.service import GrepService
 from idunno.membership import service as membership_service
 from idunno.membership.config import SwimConfig
 from idunno.membership.events import Changed, Self
+from idunno.membership.messages import State
 from idunno.membership.transport import Membership
 from idunno.node.config import NodeConfig, parse_address
 from idunno.node.identity import DirectoryLock, Identity
@@ -63,7 +64,7 @@ from idunno.node.logs import start_logging
 from idunno.node.platform import Platform, real_platform
 from idunno.node.reach import Reach
 from idunno.node.seat import Seat
-from idunno.node.seed import ask_seed
+from idunno.node.seed import ask_seed, ask_until_answered
 from idunno.scheduler.config import SchedulerConfig
 from idunno.scheduler.service import SchedulerService
 from idunno.sdfs.blocks import BlockStore
@@ -271,11 +272,14 @@ class Node:
         self._on_stop("small blocks", self.small.close)
         await self.blocks.open()
         if self._seed is not None:
-            await ask_seed(self._seed, self.platform.client_tls, self.known)
+            answered = await ask_seed(self._seed, self.platform.client_tls, self.known)
+            if not answered:
+                asking = ask_until_answered(self._seed, self.platform.client_tls, self.known, self._seed_members)
+                self.spawn(asking, "seed")
         await self.server.listen_tcp(host, port, self.platform.server_tls)
         self._on_stop("server", lambda: self.server.close(grace_s=0.5))
         self._on_stop("peers", self.peers.close)
-        self.membership.seeds(self.known.members())
+        self._seed_members()
         await self.membership.start(host, port)
         self._on_stop("membership", self.membership.stop)
         self.scheduler.start()
@@ -374,13 +378,14 @@ class Node:
         self._forget(self._members - members)
         self._members = members
         self.keys.follow(roster)
-        self.membership.seeds(self.known.members())
+        self._seed_members()
         self.server.recheck()
         self.known.remember()
 
     def _forget(self, gone: set[NodeId]) -> None:
         for node in gone:
             self.membership.forget(node)
+            self.known.forget(node)
             asyncio.get_running_loop().call_later(LAST_WORD_S, self.peers.drop, node)
 
     def _caught_up(self) -> None:
@@ -407,7 +412,13 @@ class Node:
         if lane is Lane.CONSENSUS:
             self.driver.peer_lost(node)
 
+    def _seed_members(self) -> None:
+        self.membership.seeds(self.known.members())
+
     def _member_changed(self, changed: Changed) -> None:
+        member = changed.member
+        if changed.new is State.ACTIVE:
+            self.known.heard(member.node, member.boot, member.address)
         self.scheduler.member_changed(changed)
 
     def _boot_seen(self, node: NodeId) -> int:

@@ -1,9 +1,17 @@
 # idunno/node/seed.py: where the members are now, from one that is where the operator says (`node run --seed`).
+#
+# Rule 1: whoever shows a member's certificate at the seed's address is that member, and there it is now. What it knows of others
+#         comes on top: it may have started a moment ago itself, and gossip brings the rest.
+# Rule 2: the seed is asked until it has answered once: it may start after this node.
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable
 from ssl import SSLContext
 from typing import Final
+
+import msgspec
 
 from idunno.base.errors import IdunnoError
 from idunno.coordinator.messages import MEMBERS, MemberAddress, Members
@@ -14,27 +22,44 @@ from idunno.wire.rpc import connect_tcp
 log = logging.getLogger("idunno.node")
 
 SEED_S: Final = 5.0
+AGAIN_S: Final = 1.0
+"""Between two attempts: a process takes seconds to start."""
 
 
-async def ask_seed(seed: str, client_tls: SSLContext | None, known: Known) -> None:
-    """Learn the members' present addresses; a seed that does not answer is told in the log, and no reason not to start."""
+async def ask_until_answered(
+    seed: str, client_tls: SSLContext | None, known: Known, learned: Callable[[], None]
+) -> None:
+    """`ask_seed` again and again, until it answers or is not needed any more; then `learned`."""
+    while not known.is_caught_up:
+        await asyncio.sleep(AGAIN_S)
+        if await ask_seed(seed, client_tls, known):
+            learned()
+            return
+
+
+async def ask_seed(seed: str, client_tls: SSLContext | None, known: Known) -> bool:
+    """Learn where the members are. False when the seed does not answer: told in the log, and no reason not to start."""
     host, port = parse_address(seed)
     try:
         connection = await connect_tcp(host, port, client_tls, expect=None, timeout_s=SEED_S)
     except IdunnoError as error:
         log.warning("seed did not answer", extra={"seed": seed, "error": str(error)})
-        return
+        return False
     try:
-        answer = await connection.call(MEMBERS, Members(), timeout_s=SEED_S)
         old = {member.node: member for member in known.members()}
+        shown = [member for member in old.values() if member.fingerprint == connection.fingerprint]
+        known.meet([msgspec.structs.replace(member, address=seed) for member in shown])
+        answer = await connection.call(MEMBERS, Members(), timeout_s=SEED_S)
         known.meet(
             [
                 MemberAddress(row.id, row.name, row.address, old[row.id].fingerprint, old[row.id].voter)
                 for row in answer.members
-                if row.id in old
+                if row.id in old and old[row.id] not in shown
             ]
         )
+        return True
     except IdunnoError as error:
         log.warning("seed did not answer", extra={"seed": seed, "error": str(error)})
+        return bool(shown)
     finally:
         await connection.close()

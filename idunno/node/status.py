@@ -68,7 +68,8 @@ def members(
             Member(
                 name=record.name,
                 id=record.node,
-                address=record.address,
+                # Who was started elsewhere says so before the roster can have it.
+                address=seen.address if seen is not None and seen.boot > record.boot else record.address,
                 state=state,
                 role="scheduler" if record.node == leader else "worker",
                 incarnation=seen.incarnation if seen is not None else 0,

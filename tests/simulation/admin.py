@@ -22,8 +22,8 @@ LOOKS_S: Final = 1.0
 """After this the admin has read what the node said."""
 REPLACED_S: Final = 120.0
 """So long a replacement may take, while other things go wrong too."""
-GIVEN_UP: Final = (REJOIN, "join with an empty directory instead")
-"""What a node says when its disk is not to be trusted any more (Corrupt of the log, Conflict of the roster)."""
+GIVEN_UP: Final = (REJOIN, "with an empty directory")
+"""What a node says when its disk is not to be trusted any more (Corrupt of the log, Conflict of roster and consensus)."""
 
 
 class Admin:

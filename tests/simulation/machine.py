@@ -86,6 +86,8 @@ class Machine:
         self.skew_ms, self.rate = 0, 1.0
         self.given_up = ""
         """Why this machine will not run again: what its user was told. Another takes its place (admin.py)."""
+        self.seed: str | None = None
+        """What `idunno node run --seed` is given."""
         self.log = bytearray()
         """What its node logged, newest at the end, as in logs/node.jsonl."""
         self.boot = self.starts = 0
@@ -155,7 +157,7 @@ class Machine:
 
     def make_node(self, made: Callable[[Machine, Node], None]) -> Node:
         """Called in the process's own loop."""
-        node = WatchedNode(self.config, self._platform())
+        node = WatchedNode(self.config, self._platform(), self.seed)
         node.made = lambda node: made(self, node)
         self.node = node
         return node

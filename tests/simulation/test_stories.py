@@ -13,7 +13,7 @@ from idunno.base.errors import Conflict, Corrupt, IdunnoError, NoQuorum, Unavail
 from idunno.grep.messages import QUERY, Line, LineBatch, Query, QueryAnswer
 from idunno.sdfs.client import source_of
 from tests.simulation.joining import grow, join
-from tests.simulation.machine import Machine
+from tests.simulation.machine import PORT, Machine
 from tests.simulation.scenario import Cluster, make
 from tests.simulation.world import World, is_leader
 
@@ -362,4 +362,30 @@ def test_a_search_finds_the_same_lines_that_the_nodes_wrote_and_names_who_is_dea
         assert answer.counts["n1"] == sum(line.node == "n1" for line in found)
 
     cluster = make("search", clients=1)
+    cluster.world.run(story)
+
+
+@pytest.mark.parametrize("first", ["before", "last"])
+def test_a_cluster_restarted_on_new_addresses_forms_again_given_one_of_them(first: str) -> None:
+    """A whole site was renumbered. `last`: whose address was given starts after all others."""
+
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        client = cluster.clients[0]
+        await asyncio.sleep(2)
+        await client.finish()
+        names = [machine.name for machine in world.machines]
+        world.kill(*names)
+        for machine in world.machines:
+            machine.moves(f"10.7.0.{machine.number}")
+            machine.seed = None if machine.name == "n1" else f"10.7.0.1:{PORT}"
+        for name in names if first == "before" else reversed(names):
+            world.start(name)
+            await asyncio.sleep(0.5 if first == "before" else 2.0)
+        await world.until(cluster.one, "one cluster again", 20)
+        nodes = [machine.node for machine in world.machines if machine.node is not None]
+        told = {record.address for record in nodes[0].machine.roster.nodes()}
+        assert told == {f"10.7.0.{number}:{PORT}" for number in range(1, 6)}
+
+    cluster = make(f"renumbered {first}", clients=1)
     cluster.world.run(story)
