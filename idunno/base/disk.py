@@ -5,7 +5,7 @@
 # Rule 3: every failure of the device or the system is a DiskFailed; a file that is not there is a NotFound.
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,8 +33,15 @@ class File(Protocol):
         """Up to `length` bytes from `offset`; fewer only at the end of the file."""
         ...
 
-    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False) -> None:
-        """Write the buffers one after another at `offset`; with `sync` they are durable on return (fdatasync)."""
+    async def write(
+        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
+    ) -> None:
+        """Write the buffers one after another at `offset`; with `sync` they are durable on return (fdatasync).
+
+        `also`: what else is to be done with the bytes off the loop, such as hashing them, before they are written: one
+        hand-over to another thread instead of two. Such bytes are much, so the device begins to write them at once, which
+        makes the later `sync` short.
+        """
         ...
 
     async def sync(self) -> None: ...

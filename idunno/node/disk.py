@@ -15,6 +15,7 @@ from typing import Final, ParamSpec, TypeVar
 
 from idunno.base.disk import Buffer, Entry, File, Space
 from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
+from idunno.base.writing import start_writing
 from idunno.node.prompt import BYTES_MAX, Promptness
 
 P = ParamSpec("P")
@@ -89,14 +90,20 @@ class RealFile:
     async def read(self, offset: int, length: int) -> bytes:
         return await self._do("read", lambda: _read(self._descriptor, offset, length))
 
-    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False) -> None:
+    async def write(
+        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
+    ) -> None:
         promptness = self._promptness if sync else None
 
         def write() -> None:
             begun = promptness.clock_s() if promptness is not None else 0.0
+            if also is not None:
+                also()
             _write(self._descriptor, offset, data)
             if sync:
                 os.fdatasync(self._descriptor)
+            elif also is not None:
+                start_writing(self._descriptor, offset, sum(map(len, data)))
             if promptness is not None:
                 promptness.took(promptness.clock_s() - begun)
 

@@ -59,6 +59,7 @@ from idunno.node.config import NodeConfig, parse_address
 from idunno.node.identity import DirectoryLock, Identity
 from idunno.node.keys import Keys
 from idunno.node.known import Known
+from idunno.node.lateness import Lateness, watch
 from idunno.node.lineage import Lineage
 from idunno.node.logs import start_logging
 from idunno.node.platform import Platform, real_platform
@@ -111,6 +112,7 @@ class Node:
         self.failed = asyncio.Event()
         self._stop_by_s = 0.0
         self._late = False
+        self.lateness = Lateness()
 
     # -- making ---------------------------------------------------------------------------------------------------
 
@@ -518,8 +520,10 @@ async def _until(wanted: asyncio.Event, node: Node) -> bool:
             return True
         await starting
         failing = asyncio.create_task(node.failed.wait())
+        watching = asyncio.create_task(watch(node.lateness, lambda: node.datanode.busy))
         await asyncio.wait([waiting, failing], return_when=asyncio.FIRST_COMPLETED)
         failing.cancel()
+        watching.cancel()
         return await node.stop(hurry=bool(node.problem))
     finally:
         waiting.cancel()

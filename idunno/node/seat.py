@@ -107,4 +107,5 @@ class Seat:
             rates=node.scheduler.rates(),
             stopped_applying=node.driver.problem or "",
             leader_view=leader_view,
+            loop_late=node.lateness.counts(),
         )

@@ -49,6 +49,7 @@ class Seen:
     rates: dict[str, float]
     stopped_applying: str  # why the machine stopped, "" when it runs
     leader_view: LeaderView | None
+    loop_late: dict[str, int] = field(default_factory=dict)
 
 
 def members(
@@ -125,6 +126,7 @@ def status(seen: Seen) -> StatusAnswer:
         ],
         blocks_lost=list(extra.blocks_lost) if extra is not None else [],
         disk_problems=disks,
+        loop_late=seen.loop_late,
     )
 
 

@@ -3,15 +3,17 @@
 # Rule 1: a block is written to tmp/, verified against its name, synced, renamed to blocks/ab/<name>, and the directory
 #         synced; only then does this store say that it has it. Nothing partial ever bears a block's name.
 # Rule 2: a block read from begin to end is verified on the way; a rotten one goes to quarantine/ and is no longer held.
-# Rule 3: a block is never held in memory: WRITE_BYTES of it at a time.
+# Rule 3: a block is never held in memory: 2 * WRITE_BYTES of it at a time.
 # Rule 4: each publication of a block has a serial: what was found out about an older file says nothing about a newer one.
 # Rule 5: below the floor of free space no block is taken; blocks under way count as used. Nor while the disk fails.
 # Rule 6: whoever removes a block has decided so without an await since his barrier (`take_out`); what is being written stays.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Final, NoReturn
 
 from idunno.base.disk import Buffer, Disk, File, Space
@@ -309,7 +311,10 @@ class BlockStore:
 
 
 class BlockWriter:
-    """One block on its way to the disk. `append` its bytes in order, then `finish`; whatever happens, `close` it."""
+    """One block on its way to the disk. `append` its bytes in order, then `finish`; whatever happens, `close` it.
+
+    While one batch is hashed and written, the next is gathered: 2 * WRITE_BYTES are held at most.
+    """
 
     def __init__(self, store: BlockStore, block: BlockId, size: int, serial: int, path: str, file: File) -> None:
         self.block, self.size, self.serial, self.path = block, size, serial, path
@@ -317,38 +322,52 @@ class BlockWriter:
         self._digest = Digest()
         self._pieces: list[Buffer] = []
         self._pieces_bytes = 0
-        self._written = 0
+        self._written = 0  # what was handed to the disk
+        self._flushing: asyncio.Task[None] | None = None
         self._state = "open"  # -> published | closed
 
     async def append(self, data: Buffer) -> None:
-        """The next bytes; the buffer must not change afterwards. Raises InvalidArgument beyond `size`, DiskFailed."""
+        """The next bytes; the buffer must not change afterwards. Raises InvalidArgument beyond `size`, and DiskFailed,
+        perhaps for what was appended before."""
         if self._written + self._pieces_bytes + len(data) > self.size:
             raise InvalidArgument(f"block {self.block[:16]} was announced with {self.size} bytes, more came")
         self._pieces.append(data)
         self._pieces_bytes += len(data)
         self._store.buffered_bytes += len(data)
         if self._pieces_bytes >= WRITE_BYTES or len(self._pieces) >= PIECES_MAX:
-            await self._flush()
+            await self._settled()
+            self._begin_flush()
 
-    async def _flush(self) -> None:
+    def _begin_flush(self) -> None:
         pieces, self._pieces = self._pieces, []
         length, self._pieces_bytes = self._pieces_bytes, 0
         offset, self._written = self._written, self._written + length
+        self._flushing = asyncio.create_task(self._flush(offset, pieces, length), name=f"write {self.block[:16]}")
+
+    async def _flush(self, offset: int, pieces: list[Buffer], length: int) -> None:
         try:
-            await self._store._hash(self._digest, pieces)
-            await self._file.write(offset, pieces)
+            await self._file.write(offset, pieces, also=partial(self._digest.update, pieces))
         except DiskFailed as error:
             self._store._note(error)
             raise
         finally:
             self._store.buffered_bytes -= length
 
+    async def _settled(self) -> None:
+        """Until the batch under way is written. Raises DiskFailed."""
+        if (flushing := self._flushing) is not None:
+            await asyncio.wait([flushing])  # not the task itself: who is cancelled here must not cancel it
+            self._flushing = None
+            flushing.result()
+
     async def finish(self) -> None:
         """Verify, sync, publish. On return the block survives a loss of power. Raises DecodeError when the bytes are not
         the block's, DiskFailed."""
         assert self._state == "open", f"finish of a block that is {self._state}"
+        await self._settled()
         if self._pieces:
-            await self._flush()
+            self._begin_flush()
+            await self._settled()
         if self._written != self.size or self._digest.block() != self.block:
             raise DecodeError(
                 f"{self._written} of {self.size} bytes came that are not block {self.block[:16]}; send again"
@@ -370,7 +389,11 @@ class BlockWriter:
         self._store.buffered_bytes -= self._pieces_bytes
         self._pieces, self._pieces_bytes = [], 0
         try:
-            await self._file.close()
+            try:
+                with contextlib.suppress(DiskFailed):  # noted already, and nobody wants these bytes any more
+                    await self._settled()
+            finally:
+                await self._file.close()
             if not published:
                 await self._store._disk.remove(self.path)
         except NotFound:

@@ -82,7 +82,12 @@ class DataNode:
         self._reporter = Reporter(me, blocks, report, config)
         self._term = Term(0)
         self._writes = asyncio.Semaphore(config.writes_max)
-        self._writes_waiting = self._forwards = self._reads = 0
+        self._writing = self._writes_waiting = self._forwards = self._reads = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether blocks are under way here."""
+        return self._writing > 0 or self._forwards > 0 or self._reads > 0
 
     def register(self, registrar: Registrar) -> None:
         registrar.register(WRITE_BLOCK, self.write)
@@ -153,22 +158,24 @@ class DataNode:
             await self._writes.acquire()
         finally:
             self._writes_waiting -= 1
+        self._writing += 1
         try:
             yield
         finally:
+            self._writing -= 1
             self._writes.release()
 
     async def _take(self, call: Call[WriteBlock]) -> WriteBlockAnswer:
         """Receive the block into every copy at once; the answer is the sum of theirs."""
         request = call.request
         copies: list[Copy] = []
-        if self._me in request.chain:
-            copies.append(LocalCopy(self._me, self._blocks, request))
         if rest := [node for node in request.chain if node != self._me]:
             onward = WriteBlock(request.put, request.block, request.size, rest, request.term)
             # A second less than we have ourselves, so that the answer about them still gets back.
             timeout_s = max(0.1, call.remaining_s() - 1.0)
             copies.append(RemoteCopies(self._peers, onward, self._config, timeout_s))
+        if self._me in request.chain:
+            copies.append(LocalCopy(self._me, self._blocks, request))
         try:
             await asyncio.gather(*(copy.begin() for copy in copies))
             await self._receive(call, copies)
@@ -183,9 +190,9 @@ class DataNode:
         return WriteBlockAnswer(stored, failed)
 
     async def _receive(self, call: Call[WriteBlock], copies: list[Copy]) -> None:
-        """Items until the stream's end, each to all copies. Returns early when no copy is left to be made."""
+        """Items until the stream's end, each to all copies. Returns early when none needs more."""
         received, size = 0, call.request.size
-        while any(copy.error is None for copy in copies):
+        while any(copy.wants for copy in copies):
             item = await self._in_time(call.receive(), f"nothing came of block {call.request.block[:16]}")
             if item is None:
                 if received != size:
@@ -195,7 +202,10 @@ class DataNode:
             if received > size:
                 raise InvalidArgument(f"block {call.request.block[:16]} was announced with {size} bytes, more came")
             if item.body:
-                await asyncio.gather(*(copy.append(item.body) for copy in copies))
+                for (
+                    copy
+                ) in copies:  # neither waits for the other: the disk has a batch of its own, the chain its credit
+                    await copy.append(item.body)
 
     async def _in_time(self, step: Coroutine[Any, Any, T], late: str) -> T:
         """A step of the caller's stream; a caller that stands still must not keep a place that others wait for."""

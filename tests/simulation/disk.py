@@ -386,8 +386,12 @@ class SimFile:
         found: bytes = await self._view.do(self._path, ("read", takes, lambda: inode.read(offset, length)))
         return found
 
-    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False) -> None:
+    async def write(
+        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
+    ) -> None:
         joined = b"".join(data)
+        if also is not None:
+            also()
 
         def write() -> None:
             self._grow(offset + len(joined))

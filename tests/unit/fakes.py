@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from idunno.base.disk import Buffer, Entry, Space
@@ -77,8 +77,12 @@ class _MemoryFile:
         self._check("read")
         return bytes(self._inode.live[offset : offset + length])
 
-    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False) -> None:
+    async def write(
+        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
+    ) -> None:
         self._check("write")
+        if also is not None:
+            also()
         joined = b"".join(data)
         self._disk._reserve(self._path, max(0, offset + len(joined) - len(self._inode.live)))
         self._inode.write(offset, joined)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from idunno.base.disk import Buffer
@@ -26,8 +26,12 @@ def block(number: int) -> bytes:
 class ThinFile(ToldFile):
     """Keeps the length of what is written, and reads a block's content from its name."""
 
-    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False) -> None:
+    async def write(
+        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
+    ) -> None:
         await self._told("write")
+        if also is not None:
+            also()
 
     async def read(self, offset: int, length: int) -> bytes:
         await self._told("read")

@@ -183,7 +183,8 @@ def test_callers_that_stand_still_lose_their_places() -> None:
             caller = world.caller(node.id, Peer(USER))
             block = block_id(CONTENT[: 8 * MB])
             reads = caller.open(READ_BLOCK, ReadBlock(block, 0, 8 * MB), timeout_s=3600)
-            writes = caller.open(WRITE_BLOCK, WriteBlock(put[0], block, 8 * MB, [node.id], world.term), timeout_s=3600)
+            new = block_id(bytes(8 * MB))
+            writes = caller.open(WRITE_BLOCK, WriteBlock(put[0], new, 8 * MB, [node.id], world.term), timeout_s=3600)
             async with reads, writes:
                 await asyncio.sleep(CONFIG.idle_s / 2)
                 assert (node.data._reads, node.blocks._reserved_bytes) == (1, 8 * MB)

@@ -98,9 +98,11 @@ async def inline(work: Callable[[], T], /) -> T:
 class ToldFile(_MemoryFile):
     """A file whose operations are told to `disk.before` first."""
 
-    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False) -> None:
+    async def write(
+        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
+    ) -> None:
         await self._told("write")
-        await super().write(offset, data, sync=sync)
+        await super().write(offset, data, sync=sync, also=also)
 
     async def sync(self) -> None:
         await self._told("sync")
