@@ -15,7 +15,7 @@ from typing import IO, Final
 from idunno.base.errors import Corrupt, IdunnoError, InvalidArgument, NotFound
 from idunno.base.ids import check_file_name
 from idunno.client.base import TRANSFER_S, Base, Deadline, new_request
-from idunno.client.local import files_below, open_file, replacing, target_path
+from idunno.client.local import files_below, open_file, replacing_aside, target_path
 from idunno.client.transfer import LineEnds, Progress, Tally, Writable, several, sink_of, source_of
 from idunno.sdfs.messages import (
     STAT,
@@ -123,7 +123,7 @@ class Files(Base):
                 name, target, version=version, as_of_ms=as_of_ms, deadline=deadline, progress=progress
             )
         path = target_path(name, Path(target))
-        with replacing(path) as file:
+        async with replacing_aside(path) as file:
             return await self._get_file(
                 name, file, version=version, as_of_ms=as_of_ms, deadline=deadline, progress=progress
             )
@@ -145,7 +145,7 @@ class Files(Base):
                 raise Corrupt(f"the listing of {prefix} names {row.name}, which is not below it: ask another node")
             path = Path(folder, row.name[len(prefix) :])
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
+            async with replacing_aside(path) as file:
                 return await self._get_file(
                     row.name, file, version=row.version, deadline=deadline, progress=tally.part()
                 )
@@ -163,7 +163,7 @@ class Files(Base):
         found = (await self._ask(STAT, Stat(name, last=count), deadline)).versions
         tally = Tally(progress, sum(info.size for info in found))
         if isinstance(target, (str, os.PathLike)):
-            with replacing(target_path(name, Path(target))) as file:
+            async with replacing_aside(target_path(name, Path(target))) as file:
                 await self._write_versions(found, file, deadline, tally)
         else:
             await self._write_versions(found, target, deadline, tally)

@@ -4,11 +4,12 @@
 # Rule 2: what is no regular file (a device, a pipe) is written to directly, never replaced.
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -23,35 +24,74 @@ def target_path(name: str, local: Path) -> Path:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write; on success it takes the place of `path`, on any error nothing is left. Raises OSError."""
-    path = Path(os.path.realpath(path))  # a link stays a link
+    place = _Place(path)
     try:
-        mode: int | None = path.stat().st_mode
-    except FileNotFoundError:
-        mode = None
-    if mode is not None and not stat.S_ISREG(mode):
-        with open(path, "wb") as direct:
-            yield direct
-        return
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
-    # Not mkstemp: this way the new file has the mode that the user's umask asks for.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if mode is not None:
-                os.fchmod(file.fileno(), stat.S_IMODE(mode))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield place.file
+        place.finish()
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        place.discard()
         raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+@contextlib.asynccontextmanager
+async def replacing_aside(path: Path) -> AsyncIterator[IO[bytes]]:
+    """The same for asyncio programs: the loop goes on while the device syncs, so that many files do so at once."""
+    place = _Place(path)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        yield place.file
+        finishing = asyncio.ensure_future(asyncio.to_thread(place.finish))
+        try:
+            await asyncio.shield(finishing)
+        except asyncio.CancelledError:
+            await asyncio.wait([finishing])  # its thread goes on: the file is there, or is not, before anybody is told
+            raise
+    except BaseException:
+        place.discard()
+        raise
+
+
+class _Place:
+    """A file on its way to `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = Path(os.path.realpath(path))  # a link stays a link
+        self._temporary: Path | None = None
+        try:
+            mode: int | None = self._path.stat().st_mode
+        except FileNotFoundError:
+            mode = None
+        if mode is not None and not stat.S_ISREG(mode):
+            self.file: IO[bytes] = open(self._path, "wb")  # noqa: SIM115 (closed by finish or discard)
+            return
+        self._temporary = self._path.with_name(f".{self._path.name[:100]}.{secrets.token_hex(6)}.part")
+        # Not mkstemp: this way the new file has the mode that the user's umask asks for.
+        handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self.file = os.fdopen(handle, "wb")
+        if mode is not None:
+            os.fchmod(handle, stat.S_IMODE(mode))
+
+    def finish(self) -> None:
+        """Durably in its place when this returns."""
+        with self.file as file:
+            file.flush()
+            if self._temporary is None:
+                return
+            os.fsync(file.fileno())
+        os.replace(self._temporary, self._path)
+        self._temporary = None
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def discard(self) -> None:
+        try:
+            self.file.close()
+        finally:
+            if self._temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._temporary)
 
 
 def open_file(path: Path) -> IO[bytes]:

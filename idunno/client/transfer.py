@@ -12,6 +12,8 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import IO, Any, Final, Protocol, TypeVar
 
 from idunno.base.disk import Buffer
+from idunno.base.writing import start_writing
+from idunno.coordinator.records import SMALL_BYTES_MAX
 from idunno.sdfs.download import Sink
 from idunno.sdfs.upload import Source
 
@@ -20,14 +22,22 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Hears (bytes done, bytes in all; 0 when unknown)."""
 
-TOGETHER: Final = 8
-"""Small files under way at once: hides round trips and disk syncs."""
+TOGETHER: Final = 64
+"""Files under way at once that ride in a command each: one round and one sync of the log carry many of them."""
 SMALL_FILE_BYTES: Final = 1024 * 1024
-"""Larger files go alone, so that memory stays that of one transfer."""
+"""Files up to this go eight at once, which hides round trips and disk syncs. Larger ones go alone, so that memory stays that
+of one transfer."""
+WRITE_ASIDE_BYTES: Final = 256 * 1024
+"""More than this is written in a thread: it takes longer than the hand-over, and meanwhile the next block comes."""
+
+
+def share_of(size: int) -> int:
+    """How many of TOGETHER places a transfer of that size takes."""
+    return 1 if size <= SMALL_BYTES_MAX else TOGETHER // 8 if size <= SMALL_FILE_BYTES else TOGETHER
 
 
 async def several(todo: Iterable[tuple[int, Callable[[], Coroutine[Any, Any, T]]]]) -> list[T]:
-    """Run transfers given as (size in bytes, start), small ones TOGETHER; their results in order.
+    """Run transfers given as (size in bytes, start), small ones together; their results in order.
 
     The first error cancels the others and is raised as it is.
     """
@@ -44,7 +54,7 @@ async def several(todo: Iterable[tuple[int, Callable[[], Coroutine[Any, Any, T]]
     try:
         async with asyncio.TaskGroup() as group:
             for size, start in todo:
-                taken = 1 if size <= SMALL_FILE_BYTES else TOGETHER
+                taken = share_of(size)
                 for _ in range(taken):  # only this loop acquires, so two large files cannot block each other
                     await slots.acquire()
                 tasks.append(group.create_task(run(start, taken)))
@@ -106,15 +116,35 @@ async def _in_daemon(work: Callable[[], bytes]) -> bytes:
 
 
 def sink_of(file: Writable) -> Sink:
-    """Writes to `file` what comes, in order."""
+    """Writes to `file` what comes, in order; to a regular file aside of the loop, and the device begins at once."""
 
-    async def write(_: int, content: Buffer) -> None:
+    def write(content: Buffer) -> None:
         view = memoryview(content)
         while view:  # an unbuffered file may take less than it is given
             taken = file.write(view)
             view = view[taken if isinstance(taken, int) else len(view) :]
 
-    return write
+    def write_and_start(descriptor: int, offset: int, content: Buffer) -> None:
+        write(content)
+        start_writing(descriptor, offset, len(content))
+
+    async def take(offset: int, content: Buffer) -> None:
+        if regular is None or len(content) < WRITE_ASIDE_BYTES:
+            write(content)
+        else:
+            await asyncio.to_thread(write_and_start, regular, offset, content)
+
+    regular = _regular(file)
+    return take
+
+
+def _regular(file: object) -> int | None:
+    """The descriptor of a regular file; None of anything else."""
+    try:
+        descriptor: int = file.fileno()  # type: ignore[attr-defined]
+        return descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+    except (AttributeError, OSError):
+        return None
 
 
 class Tally:

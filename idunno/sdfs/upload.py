@@ -1,6 +1,6 @@
 # idunno/sdfs/upload.py: a put's blocks on their way into the cluster.
 #
-# Rule 1: BLOCKS_UNDER_WAY blocks are sent while the next is read: three in memory, 24 MiB, whatever the file's size.
+# Rule 1: BLOCKS_UNDER_WAY blocks are sent while the next is read: four in memory, 32 MiB, whatever the file's size.
 # Rule 2: a block is done when a quorum of nodes has said that it is synced there. Nodes that fail are replaced by spares, then
 #         by a new placement (`file.begin` with the same put id), until the time is over.
 # Rule 3: blocks are named by content, so sending one again is harmless, and equal ones are sent once.
@@ -26,8 +26,8 @@ from idunno.wire.calls import BODY_BYTES_MAX
 Source = Callable[[int], Awaitable[Buffer]]
 """The next bytes of the content, at most that many; empty at the end."""
 
-BLOCKS_UNDER_WAY: Final = 2
-"""While one waits for four disks to sync, the other uses the network."""
+BLOCKS_UNDER_WAY: Final = 3
+"""While one waits for four disks to sync, another is written there and the third uses the network."""
 BLOCK_S: Final = 60.0
 """One block's writing, above what a chain of four may take until each has blamed the next (config.py)."""
 ENTRY_STALL_S: Final = 20.0
