@@ -4,7 +4,7 @@
 #       without touching it, it is opened over this: what is read is what a start would go on with.
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from idunno.base.disk import Buffer, Disk, Entry, File, Space
 from idunno.base.errors import NotFound
@@ -54,7 +54,9 @@ class LookingFile:
     async def read(self, offset: int, length: int) -> bytes:
         return await self._file.read(offset, length) if self._file is not None else b""
 
-    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False) -> None: ...
+    async def write(
+        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
+    ) -> None: ...
 
     async def sync(self) -> None: ...
 
