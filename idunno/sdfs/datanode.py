@@ -169,13 +169,13 @@ class DataNode:
         """Receive the block into every copy at once; the answer is the sum of theirs."""
         request = call.request
         copies: list[Copy] = []
+        if self._me in request.chain:
+            copies.append(LocalCopy(self._me, self._blocks, request))
         if rest := [node for node in request.chain if node != self._me]:
             onward = WriteBlock(request.put, request.block, request.size, rest, request.term)
             # A second less than we have ourselves, so that the answer about them still gets back.
             timeout_s = max(0.1, call.remaining_s() - 1.0)
             copies.append(RemoteCopies(self._peers, onward, self._config, timeout_s))
-        if self._me in request.chain:
-            copies.append(LocalCopy(self._me, self._blocks, request))
         try:
             await asyncio.gather(*(copy.begin() for copy in copies))
             await self._receive(call, copies)
