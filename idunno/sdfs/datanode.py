@@ -202,9 +202,8 @@ class DataNode:
             if received > size:
                 raise InvalidArgument(f"block {call.request.block[:16]} was announced with {size} bytes, more came")
             if item.body:
-                for (
-                    copy
-                ) in copies:  # neither waits for the other: the disk has a batch of its own, the chain its credit
+                # The chain first: what it was sent is under way while the disk here is waited for.
+                for copy in reversed(copies):
                     await copy.append(item.body)
 
     async def _in_time(self, step: Coroutine[Any, Any, T], late: str) -> T:
