@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from idunno.client.backups import Backups
 from idunno.client.jobs import Job, Jobs
 from idunno.client.locate import Place, locate
 from idunno.client.operations import Operations
@@ -19,7 +20,7 @@ CONNECT_S: Final = 10.0
 __all__ = ["Cluster", "Job", "connect_async", "open_cluster"]
 
 
-class Cluster(Jobs, Operations):
+class Cluster(Jobs, Operations, Backups):
     """A connection to a cluster; goes on through the loss of nodes. Use as `async with`."""
 
     async def close(self) -> None:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import IO, Any, TypeVar
 
 from idunno.client import api
+from idunno.client.backups import Snapshot
 from idunno.client.files import FolderGot, FolderPut
 from idunno.client.transfer import Progress
 from idunno.coordinator.messages import GoneNode, Member, MemberEvent, NewTokenAnswer, StatusAnswer, TokenRow, UserRow
@@ -153,6 +154,9 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def snapshot(self, target: str | os.PathLike[str], *, passphrase: str | None = None) -> Snapshot:
+        return self._thread.run(self._cluster.snapshot(target, passphrase=passphrase))
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -220,6 +220,25 @@ MEMBERS: Final = Method("cluster.members", Members, MembersAnswer, Role.READER)
 MEMBER_EVENTS: Final = Method("cluster.member-events", Empty, MemberEvents, Role.READER)
 STATUS: Final = Method("cluster.status", Status, StatusAnswer, Role.READER)
 
+# -- backups ----------------------------------------------------------------------------------------------------------
+
+
+class TakeBackup(msgspec.Struct, frozen=True):
+    """The answer's stream: items whose notes are kinds of records (coordinator/backup.py), each with its payload or, of keys, a
+    piece of it. Keys come as they are, for the asker to seal."""
+
+    keys: bool = False
+
+
+class BackupTaken(msgspec.Struct, frozen=True):
+    cluster: str
+    index: int
+    files: int
+    smalls_missing: int  # contents that no node had
+
+
+TAKE_BACKUP: Final = Method("cluster.snapshot", TakeBackup, BackupTaken, Role.ADMIN)
+
 # -- tokens and users -------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import msgspec
 from blake3 import blake3
 
-from idunno.base.errors import Conflict
 from idunno.consensus.log import Log
 from idunno.coordinator.messages import EnrollAnswer
 from idunno.coordinator.views import iso_time
@@ -32,13 +31,10 @@ from idunno.node.identity import (
     KnownPeers,
     encode_peers,
     load_identity,
-    load_secrets,
 )
 from idunno.node.lifecycle import Newcomer, enroll, run_async
 from idunno.node.recover import locked
 from idunno.node.survivors import blocks_of
-from idunno.wire.security import fingerprint
-from idunno.wire.tokens import parse_token
 
 NAMES = (IDENTITY_FILE, "log", "ca.pem", "node.pem", "node.key", "cluster.key", PEERS_FILE, CONFIG_FILE)
 READ_BYTES = 1024 * 1024
@@ -67,12 +63,8 @@ def adopt(
             return _answer(directory, begun, 0, 0)
         old = load_identity(directory)
         config = _config(directory, listen, name, advertise)
-        if parse_token(token).ca_fingerprint == fingerprint(load_secrets(directory).ca_pem):
-            raise Conflict(
-                f"{directory} belongs to this very cluster, {old.cluster[:8]}: start it with `idunno node run --dir {directory}`"
-            )
         step("enrol")
-        newcomer, ca_pem, answer = run_async(enroll(address, token, directory, config))
+        newcomer, ca_pem, answer = run_async(enroll(address, token, directory, config, before=old.cluster))
         step("read the blocks")
         good, bad = count_blocks(directory, heard)
         parties = [switch.Party(newcomer.node, answer.name)]

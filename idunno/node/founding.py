@@ -28,8 +28,9 @@ from idunno.coordinator.records import NodeRecord, TokenRecord, UserRecord
 from idunno.coordinator.succession import Founding, found_anew
 from idunno.coordinator.views import iso_time
 from idunno.node import switch
+from idunno.node.config import CONFIG_FILE, NodeConfig, save_config
 from idunno.node.disk import RealDisk, ThreadOffload, replace_file
-from idunno.node.identity import IDENTITY_FILE, PEERS_FILE, Identity, KnownPeers, encode_peers, load_identity
+from idunno.node.identity import DECIDED, IDENTITY_FILE, PEERS_FILE, Identity, KnownPeers, encode_peers, load_identity
 from idunno.node.lineage import RECOVERED_FILE, encode_succession
 from idunno.wire.calls import Role
 from idunno.wire.security import fingerprint, make_ca, make_key_and_csr, sign
@@ -45,6 +46,7 @@ class Founder:
     directory: Path
     record: NodeRecord  # name, address, boot, ...; fingerprint and voter are decided here
     before: str = ""  # the cluster it belonged to
+    config: NodeConfig | None = None  # of one that is made here
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ def prepare(founders: Sequence[Founder], new: New, machine: Machine, term: int, 
         names = [IDENTITY_FILE, "log", "ca.pem", "node.pem", "node.key", "cluster.key", PEERS_FILE]
         names += ["ca.key"] if record.voter else []
         names += [RECOVERED_FILE] if new.past else []
+        names += [CONFIG_FILE] if founder.config is not None else []
         before = founder.before[:8] or "nothing"
         aside = f"recovered-from-{before}-{stamp}-{new.recovery[:4]}"
         plan = switch.Plan(
@@ -134,12 +137,14 @@ def prepare(founders: Sequence[Founder], new: New, machine: Machine, term: int, 
             names,
             iso_time(new.at_ms),
         )
-        switch.prepare(founder.directory, plan, _filler(new, record, machine, term), step)
+        switch.prepare(founder.directory, plan, _filler(new, record, machine, term, founder.config), step)
         plans.append(plan)
     return plans
 
 
-def _filler(new: New, record: NodeRecord, machine: Machine, term: int) -> Callable[[Path], None]:
+def _filler(
+    new: New, record: NodeRecord, machine: Machine, term: int, config: NodeConfig | None
+) -> Callable[[Path], None]:
     def fill(place: Path) -> None:
         certificate, key_pem = new.keys[record.node]
         files = {
@@ -156,6 +161,8 @@ def _filler(new: New, record: NodeRecord, machine: Machine, term: int) -> Callab
             files[RECOVERED_FILE] = encode_succession(new.past)
         for name, content in files.items():
             replace_file(str(place / name), content)
+        if config is not None:
+            save_config(place, config)
         voters = tuple(sorted(node.node for node in new.nodes if node.voter))
         head = snapshot_file.Head(Index(machine.index), Term(term), voters, Index(machine.index))
         asyncio.run(_write_log(place, head, machine.capture()))
@@ -206,6 +213,8 @@ def unfinished(directories: Sequence[Path], *, anew: bool) -> Unfinished | None:
     waiting = {directory: plan for directory in directories if (plan := switch.prepared(directory)) is not None}
     about = {directory: _identity(directory) for directory in directories}
     given = {found.node for found in about.values() if found is not None}
+    given |= {found.node for at in waiting if (found := _identity(at / switch.PREPARED)) is not None}
+    given |= {found.node for at in decided if (found := _identity(at / DECIDED)) is not None}
     clusters = {found.cluster for found in about.values() if found is not None}
     begun = next(iter(decided.values()), None)
     if begun is None:  # somebody was switched to the end, so all were prepared: it goes on

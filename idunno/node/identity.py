@@ -24,6 +24,8 @@ FORMAT: Final = 1
 IDENTITY_FILE: Final = "identity.json"
 PEERS_FILE: Final = "peers.json"
 BOOT_FILE: Final = "boot"
+FOLDERS: Final = ("logs", "blocks", "small", "cache", "models", "tmp")
+"""That belong to the directory, whoever its node is."""
 DECIDED: Final = "recovering"
 """There while a directory becomes another node's (switch.py)."""
 
@@ -76,7 +78,7 @@ def check_settled(directory: Path) -> None:
 
 def make_directory(directory: Path, config: NodeConfig, held: Secrets, peers: KnownPeers) -> None:
     """Everything but the identity, which `write_identity` adds at the very end."""
-    for name in ("", "logs", "log", "blocks", "small", "cache", "models", "tmp"):
+    for name in ("", "log", *FOLDERS):
         (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     save_config(directory, config)
     files = {"ca.pem": held.ca_pem, "node.pem": held.certificate_pem, "node.key": held.key_pem}

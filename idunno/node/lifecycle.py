@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from idunno.base.errors import DeadlineExceeded, Unauthenticated
+from idunno.base.errors import Conflict, DeadlineExceeded, Unauthenticated
 from idunno.base.ids import NodeId, check_label
 from idunno.base.version import VERSION
 from idunno.consensus.log import Log
@@ -129,7 +129,7 @@ async def _create_log(directory: Path, payload: bytes | None) -> None:
 
 def init(directory: Path, listen: str, name: str | None = None, advertise: str = "") -> dict[str, str]:
     """A new cluster of this one node. Returns {cluster, node, name, token, directory}."""
-    config = NodeConfig(name=name or _default_name(listen), listen=listen, advertise=advertise)
+    config = NodeConfig(name=name or default_name(listen), listen=listen, advertise=advertise)
     made = make_cluster([directory], [config])
     node = load_identity(directory).node
     return {**made, "node": node, "name": config.name, "address": config.address, "directory": str(directory)}
@@ -139,7 +139,7 @@ def join(
     address: str, token: str, directory: Path, listen: str, name: str | None = None, advertise: str = ""
 ) -> dict[str, str]:
     """Make `directory` a member of the cluster behind `address`. Returns {cluster, node, name, directory}."""
-    config = NodeConfig(name=name or _default_name(listen), listen=listen, advertise=advertise)
+    config = NodeConfig(name=name or default_name(listen), listen=listen, advertise=advertise)
     check_empty(directory)
     return run_async(_join(address, token, directory, config))
 
@@ -181,11 +181,16 @@ async def _join(address: str, token: str, directory: Path, config: NodeConfig) -
     return {"cluster": answer.cluster, "node": newcomer.node, "name": config.name, "directory": str(directory)}
 
 
-async def enroll(address: str, token: str, directory: Path, config: NodeConfig) -> tuple[Newcomer, bytes, EnrollAnswer]:
-    """Who was let in, the cluster's CA, and what it answered. Raises DeadlineExceeded: join again with the same directory."""
+async def enroll(
+    address: str, token: str, directory: Path, config: NodeConfig, *, before: str = ""
+) -> tuple[Newcomer, bytes, EnrollAnswer]:
+    """Who was let in, the cluster's CA, and what it answered. Raises DeadlineExceeded: join again with the same directory.
+
+    `before`: the cluster that the directory belonged to; it must be another one (Conflict).
+    """
     try:
         async with asyncio.timeout(JOIN_TIMEOUT_S):
-            return await _enroll(address, token, directory, config)
+            return await _enroll(address, token, directory, config, before)
     except TimeoutError:
         raise DeadlineExceeded(
             f"{address} did not let this node in within {JOIN_TIMEOUT_S:g} s; join again with the same --dir"
@@ -193,7 +198,7 @@ async def enroll(address: str, token: str, directory: Path, config: NodeConfig) 
 
 
 async def _enroll(
-    address: str, token: str, directory: Path, config: NodeConfig
+    address: str, token: str, directory: Path, config: NodeConfig, before: str
 ) -> tuple[Newcomer, bytes, EnrollAnswer]:
     parsed = parse_token(token)
     host, port = parse_address(address)
@@ -205,6 +210,10 @@ async def _enroll(
         await first.close()
     if fingerprint(hello.ca_pem) != parsed.ca_fingerprint:
         raise Unauthenticated(f"{address} does not belong to the cluster that this token is for: check the address")
+    if hello.cluster == before:
+        raise Conflict(
+            f"{directory} belongs to this very cluster, {before[:8]}: start it with `idunno node run --dir {directory}`"
+        )
     newcomer = _newcomer(directory, parsed.ca_fingerprint)
     second = await connect_tcp(host, port, client_context(None, None, hello.ca_pem), expect=None, timeout_s=10.0)
     try:
@@ -226,7 +235,7 @@ async def _enroll(
     return newcomer, hello.ca_pem, answer
 
 
-def _default_name(listen: str) -> str:
+def default_name(listen: str) -> str:
     import socket
 
     _, port = parse_address(listen)

@@ -55,6 +55,7 @@ from idunno.membership.config import SwimConfig
 from idunno.membership.events import Changed, Self
 from idunno.membership.messages import State
 from idunno.membership.transport import Membership
+from idunno.node.backups import Backups
 from idunno.node.config import NodeConfig, parse_address
 from idunno.node.identity import DirectoryLock, Identity
 from idunno.node.keys import Keys
@@ -215,6 +216,7 @@ class Node:
         GrepService(self.server, self.peers, self.membership.view, me, self.disk, spawn=platform.spawn_search)
         self.seat = Seat(self)
         self.lineage = Lineage(self)
+        self.backups = Backups(self)
         self.server.register(LEFT, self._told_of_leaving)
         self._connect(applier)
 

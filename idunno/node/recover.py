@@ -117,7 +117,7 @@ def recover(
         begun = founding.unfinished(directories, anew=anew)
         if begun is not None:
             founding.carry_out(begun.directories, step)
-            return _finished(begun)
+            return {"recovered": True, **finished(begun)}
         survey = asyncio.run(examine(directories))
         asyncio.run(check_gone(survey))
         if not agree(survey.report):
@@ -125,10 +125,9 @@ def recover(
         return _carry_out(survey, step)
 
 
-def _finished(begun: founding.Unfinished) -> dict[str, Any]:
+def finished(begun: founding.Unfinished) -> dict[str, Any]:
     plan = begun.plan
     return {
-        "recovered": True,
         "cluster": plan.cluster,
         "nodes": [party.name for party in plan.parties],
         "aside": plan.aside,
@@ -174,8 +173,10 @@ async def _report(
     roster = machine.roster.nodes()
     held = {block for survivor in survivors for block in survivor.blocks}
     wanted = small_wanted(machine)
-    lost_smalls = await small_missing(survivors, (block for block in wanted if block not in smalls))
-    lost = list(_lost(machine, held, lost_smalls))
+    lost_smalls = await small_missing(
+        [found.directory for found in survivors], (block for block in wanted if block not in smalls)
+    )
+    lost = list(lost_versions(machine, held, lost_smalls))
     age_s = max(0, founding.now_ms() - machine.now_ms) // 1000
     acknowledged, why = judge(roster, seen, best, survivors)
     return Report(
@@ -243,7 +244,7 @@ def _dropped(found: Survivor, best: Survivor) -> int:
     return last - agreed if found is not best else 0
 
 
-def _lost(machine: Machine, held: set[BlockId], lost_smalls: set[BlockId]) -> Iterator[LostVersion]:
+def lost_versions(machine: Machine, held: set[BlockId], lost_smalls: set[BlockId]) -> Iterator[LostVersion]:
     def missing(record: VersionRecord) -> int:
         if record.small:
             return sum(block.block in lost_smalls for block in record.blocks)

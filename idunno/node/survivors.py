@@ -199,11 +199,11 @@ def small_wanted(machine: Machine) -> dict[BlockId, None]:
     return wanted
 
 
-async def small_missing(survivors: Iterable[Survivor], wanted: Iterable[BlockId]) -> set[BlockId]:
-    """Those that no survivor holds."""
+async def small_missing(directories: Iterable[Path], wanted: Iterable[BlockId]) -> set[BlockId]:
+    """Those that none of the directories holds."""
     missing = set(wanted)
-    for survivor in survivors:
-        async with _looking(survivor.directory) as disk:
+    for directory in directories:
+        async with _looking(directory) as disk:
             store = SmallStore(disk, _at_once)
             await store.open()
             missing = {block for block in missing if block not in store or await store.get(block) is None}
@@ -224,6 +224,12 @@ async def share_smalls(
                 lacking = [block for block in lacking if block not in store]
                 if lacking and source != directory:
                     await _copy(store, source, lacking)
+
+
+async def add_smalls(directory: Path, contents: Iterable[list[tuple[BlockId, bytes]]]) -> None:
+    """The directory's store has these too, on the disk."""
+    async with _store(directory) as store:
+        await _keep(store, (small for batch in contents for small in batch))
 
 
 async def _copy(store: SmallStore, source: Path, lacking: list[BlockId]) -> None:

@@ -9,11 +9,11 @@ import pytest
 from idunno.base.errors import Conflict, PermissionDenied
 from idunno.base.ids import NodeId
 from idunno.coordinator import commands as c
-from idunno.coordinator import permissions
+from idunno.coordinator import messages, permissions
 from idunno.coordinator.names import output_name
 from idunno.coordinator.namespace import small_block
 from idunno.coordinator.records import ModelFile
-from idunno.wire.calls import Actor, Role
+from idunno.wire.calls import Actor, Method, Role
 from tests.unit.coordinator.world import (
     ADMIN,
     ALICE,
@@ -34,6 +34,7 @@ from tests.unit.coordinator.world import (
 PAGE = Path(__file__).parents[3] / "docs" / "roles.md"
 FILES = (ModelFile("m.onnx", "models/digits", 1, 10, (block("digits"),)),)
 
+METHODS = {method.name: method for method in vars(messages).values() if isinstance(method, Method)}
 COMMANDS: list[c.Command] = [
     genesis(),
     c.AddNode(node(4), "t-node"),
@@ -95,8 +96,11 @@ def allowed(command: c.Command, actor: Actor, world: World | None = None) -> boo
     return True
 
 
-def rows() -> list[list[str]]:
-    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "---" not in line]
+def rows(head: str = "command") -> list[list[str]]:
+    """The table whose first column has that title."""
+    text = PAGE.read_text()
+    table = text[text.index(f"| {head} |") :].split("\n\n")[0]
+    lines = [line for line in table.splitlines() if "---" not in line]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -244,3 +248,15 @@ def test_nobody_takes_a_jobs_id_with_the_input_in_it() -> None:
     with pytest.raises(PermissionDenied, match="the input of job job1 belongs to alice"):
         world.do(c.SubmitJob("job1", "digits", "bobs", 1, "lines"), BOB)
     world.submit("job1")
+
+
+@pytest.mark.parametrize("row", rows("call")[1:], ids=lambda row: row[0])
+def test_a_call_for_admins_is_for_those_that_its_row_names(row: list[str]) -> None:
+    name, *allowed = row
+    actors = [READER, BOB, ADMIN, SYSTEM]
+    assert ["yes" if actor.may(METHODS[name].access) else "no" for actor in actors] == allowed
+
+
+def test_every_call_for_admins_has_a_row() -> None:
+    for_admins = [name for name, method in METHODS.items() if method.access is Role.ADMIN]
+    assert [row[0] for row in rows("call")[1:]] == for_admins

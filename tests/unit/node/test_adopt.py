@@ -34,8 +34,9 @@ def token(monkeypatch: pytest.MonkeyPatch) -> str:
     ca_pem, ca_key_pem = make_ca()
 
     async def enroll(
-        address: str, token: str, directory: Path, config: NodeConfig
+        address: str, token: str, directory: Path, config: NodeConfig, *, before: str
     ) -> tuple[Newcomer, bytes, EnrollAnswer]:
+        assert len(before) == 32
         who = _newcomer(directory, fingerprint(ca_pem))
         certificate = sign(ca_pem, ca_key_pem, who.csr_pem, common_name=who.node, role=Role.NODE)
         members = [MemberAddress(NodeId("1" * 16), "first", address, bytes(32), True)]
@@ -109,10 +110,3 @@ def test_killed_before_any_step_the_same_command_goes_on_as_the_same_newcomer(tm
         after = {path.read_bytes() for path in directory.rglob("joining.json")}
         assert before <= after, "another newcomer than the cluster knows already"
     assert number > 15
-
-
-def test_into_its_own_cluster_nobody_is_adopted(tmp_path: Path) -> None:
-    old = old_node(tmp_path)
-    text, _, _ = make_token(fingerprint(load_secrets(old.directories[0]).ca_pem))
-    with pytest.raises(Conflict, match="this very cluster"):
-        adopt("127.0.0.1:901", text, old.directories[0])
