@@ -268,6 +268,27 @@ def remove(name: str) -> None:
     result(answer, lambda: click.echo(f"{answer.name} is removed: {answer.text}"))
 
 
+@command("upgrade", example="idunno upgrade --check")
+@click.option(
+    "--check", is_flag=True, help="Only say whether all nodes know the next machine version, and who does not."
+)
+def upgrade(*, check: bool) -> None:
+    """Raise the machine version to the newest that all nodes know, after the last of them runs the new release."""
+    answer = work(lambda cluster: cluster.upgrade(check=check))
+
+    def show() -> None:
+        columns = ["name", "software", "supports", "why"]
+        render.table(columns, [[getattr(row, column) for column in columns] for row in answer.nodes])
+        click.echo(f"machine version {answer.version}, newest known {answer.next}")
+        note(answer.why)
+
+    result(answer, show)
+    if not answer.ready:
+        from idunno.base.errors import Conflict
+
+        raise Conflict(answer.why)
+
+
 @group("token", example="idunno token new --role user --ttl 1d")
 def token() -> None:
     """Tokens, by which nodes join and users log in."""
@@ -327,4 +348,4 @@ for _command in (token_new, token_ls, token_revoke):
     token.add_command(_command)
 users.add_command(users_revoke)
 
-COMMANDS = [up, down, init, join, node, leave, remove, login, members, status, token, users]
+COMMANDS = [up, down, init, join, node, leave, remove, upgrade, login, members, status, token, users]

@@ -17,6 +17,8 @@ from idunno.coordinator.messages import (
     TOKEN_LIST,
     TOKEN_NEW,
     TOKEN_REVOKE,
+    UPGRADE,
+    UPGRADE_CHECK,
     USER_REVOKE,
     USERS,
     ById,
@@ -31,6 +33,8 @@ from idunno.coordinator.messages import (
     Status,
     StatusAnswer,
     TokenRow,
+    Upgrade,
+    UpgradeAnswer,
     UserRow,
 )
 from idunno.grep.messages import QUERY, Line, LineBatch, Query, QueryAnswer
@@ -84,6 +88,13 @@ class Operations(Base):
     async def remove(self, node: str) -> GoneNode:
         """Take a node that is down for good out of the roster. Raises NotFound, Conflict when it is up."""
         return await self._ask(NODE_REMOVE, RemoveDead(node, new_request()))
+
+    async def upgrade(self, *, check: bool = False) -> UpgradeAnswer:
+        """Raise the cluster's machine version to the newest that all nodes know; `check`: only say whether that can be.
+
+        Raises Conflict, naming the nodes that are not ready.
+        """
+        return await self._ask(UPGRADE_CHECK if check else UPGRADE, Upgrade(check, new_request()))
 
     async def grep(
         self,

@@ -17,7 +17,16 @@ from idunno.client import api
 from idunno.client.backups import Snapshot
 from idunno.client.files import FolderGot, FolderPut
 from idunno.client.transfer import Progress
-from idunno.coordinator.messages import GoneNode, Member, MemberEvent, NewTokenAnswer, StatusAnswer, TokenRow, UserRow
+from idunno.coordinator.messages import (
+    GoneNode,
+    Member,
+    MemberEvent,
+    NewTokenAnswer,
+    StatusAnswer,
+    TokenRow,
+    UpgradeAnswer,
+    UserRow,
+)
 from idunno.grep.messages import Line, QueryAnswer
 from idunno.scheduler.messages import Explanation, JobInfo, ModelInfo, OutputInfo, Rates, Times, WorkerRow
 from idunno.sdfs.messages import (
@@ -348,6 +357,9 @@ class Cluster:
 
     def remove(self, node: str) -> GoneNode:
         return self._thread.run(self._cluster.remove(node))
+
+    def upgrade(self, *, check: bool = False) -> UpgradeAnswer:
+        return self._thread.run(self._cluster.upgrade(check=check))
 
     def grep(
         self,

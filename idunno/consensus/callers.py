@@ -113,9 +113,9 @@ class Callers:
 
     async def applied(self, index: Index, timeout_s: float) -> None:
         """See RaftDriver.applied."""
+        self._check_applies()
         if self._applying.index >= index:
             return
-        self._check_applies()
         if len(self._awaited) >= self._config.proposals_max:
             raise Exhausted(f"{len(self._awaited)} callers wait for entries to be applied; try again later")
         try:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TypeAlias, get_args
 
+from idunno.base.errors import Incompatible
 from idunno.base.ids import Index
 from idunno.coordinator.effects import Effect, JobChanged, ModelChanged, RosterChanged
 from idunno.coordinator.machine import Applied, Machine
@@ -24,6 +25,8 @@ class Applier:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._followers: dict[type[Effect], list[Follower]] = {kind: [] for kind in get_args(Effect)}
+        self.refused = ""
+        """Why nothing more is to be applied."""
 
     def subscribe(self, follower: Follower, *kinds: type[Effect]) -> None:
         """Tell `follower(index, effect)` every effect of these kinds (none given: of all) from now on. It must not block; what
@@ -33,6 +36,8 @@ class Applier:
 
     def __call__(self, index: Index, payload: bytes) -> Applied:
         """Raises DecodeError or Incompatible for an entry this version does not know: then nothing more may be applied."""
+        if self.refused:
+            raise Incompatible(self.refused)
         applied = self.machine.apply(index, payload)
         self._tell(index, applied.effects)
         return applied

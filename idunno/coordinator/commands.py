@@ -83,6 +83,23 @@ class RevokeToken(Record, frozen=True, tag="revoke-token"):
     token: str
 
 
+class RaiseVersion(Record, frozen=True, tag="raise-version"):
+    """From now on entries may be of this machine version: all nodes know it. Who does not stops here."""
+
+    version: int
+
+
+class TakeDigest(Record, frozen=True, tag="take-digest"):
+    """Every node takes the digest of its machine as it is behind this entry."""
+
+
+class ConfirmDigest(Record, frozen=True, tag="confirm-digest"):
+    """What the digest of the machine behind entry `index` is. A node that has another one is not to be trusted."""
+
+    index: int
+    digest: bytes  # 32 bytes
+
+
 # -- namespace --------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +271,9 @@ Command: TypeAlias = (
     | SetPresence
     | RemoveNode
     | RenewClusterKey
+    | RaiseVersion
+    | TakeDigest
+    | ConfirmDigest
     | AddUser
     | RevokeUser
     | AddToken
@@ -280,6 +300,11 @@ Command: TypeAlias = (
     | RestoreTrash
     | Purge
 )
+
+
+SINCE: Final[dict[type[Any], int]] = {RaiseVersion: 2, TakeDigest: 2, ConfirmDigest: 2}
+"""The machine version that brought a command; all others were there from the beginning. A machine that knows fewer stops at it,
+and until the cluster's version is raised it is refused by all alike; RaiseVersion itself is what raises it."""
 
 
 class Entry(Record, frozen=True):

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from idunno.base.ids import BlockId
+from idunno.base.ids import BlockId, Index
 from idunno.coordinator.records import Block, VersionRecord
 
 
@@ -75,6 +75,17 @@ class TaskCompleted(_Effect, frozen=True):
     at_ms: int
 
 
+class DigestDue(_Effect, frozen=True):
+    """The machine as it is now is to be digested."""
+
+
+class DigestTold(_Effect, frozen=True):
+    """What the digest behind entry `of` is."""
+
+    of: Index
+    digest: bytes
+
+
 Effect: TypeAlias = (
     RosterChanged
     | KeepSmall
@@ -85,4 +96,6 @@ Effect: TypeAlias = (
     | ModelChanged
     | JobChanged
     | TaskCompleted
+    | DigestDue
+    | DigestTold
 )

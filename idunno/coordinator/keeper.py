@@ -68,7 +68,8 @@ class Restoring:
                 note_lacking(kind, record, self._keeper.smalls, self._lacking)
 
     async def finish(self) -> None:
-        self._machine = await self._keeper.offload(lambda: Machine.restored(self._reader))
+        supports = self._keeper.applier.machine.supports
+        self._machine = await self._keeper.offload(lambda: Machine.restored(self._reader, supports))
 
     async def complete(self, leader: NodeId) -> None:
         assert self._machine is not None

@@ -27,7 +27,7 @@ from idunno.coordinator.ledger import Ledger
 from idunno.coordinator.names import job_directory, model_directory, output_name
 from idunno.coordinator.namespace import Namespace, check_blocks, small_block
 from idunno.coordinator.recent import Recent
-from idunno.coordinator.records import Block, ModelRecord, Output, VersionRecord
+from idunno.coordinator.records import MACHINE_VERSION, Block, ModelRecord, Output, VersionRecord
 from idunno.coordinator.references import References, model_blocks
 from idunno.coordinator.registry import Registry
 from idunno.coordinator.results import Done, FileGone, Purged, PutDone, Restored
@@ -67,7 +67,10 @@ D = TypeVar("D", bound=_Answer)
 
 
 class Machine:
-    def __init__(self) -> None:
+    """`supports`: the newest machine version that it knows: this release's, or, in a test, an older one's."""
+
+    def __init__(self, supports: int = MACHINE_VERSION) -> None:
+        self.supports = supports
         self.index = Index(0)
         self.now_ms = 0
         self.roster = Roster()
@@ -98,10 +101,12 @@ class Machine:
             raise DecodeError(
                 f"log entry {index} was asked for by role {entry.role[:40]!r}, which this version lacks"
             ) from None
+        self._check_known(index, entry.command)
         self.now_ms = max(self.now_ms, entry.stamp_ms)
         self._effects = []
         try:
             permissions.check(entry.command, asked.actor, self)
+            self._check_raised(entry.command)
             result = _APPLY[type(entry.command)](self, entry.command, asked)
             if freed := self.references.freed():
                 self._tell(e.BlocksFreed(freed))
@@ -113,6 +118,25 @@ class Machine:
             applied = Applied(error=error)
         self.index = index
         return applied
+
+    def _check_known(self, index: Index, command: c.Command) -> None:
+        """Raises Incompatible for what this release does not know: it must apply nothing more."""
+        needed = c.SINCE.get(type(command), 1)
+        if isinstance(command, c.RaiseVersion | c.Genesis):
+            needed = max(needed, command.machine_version if isinstance(command, c.Genesis) else command.version)
+        if needed > self.supports:
+            raise Incompatible(
+                f"log entry {index} needs machine version {needed}, this idunno knows up to {self.supports}: upgrade idunno on "
+                f"this node, and start it again"
+            )
+
+    def _check_raised(self, command: c.Command) -> None:
+        """Before the cluster's version is raised everybody refuses what came with the next."""
+        needed, present = c.SINCE.get(type(command), 1), self.roster.machine_version
+        if needed > present and not isinstance(command, c.RaiseVersion):
+            raise Conflict(
+                f"the cluster's machine version is {present}, this takes {needed}: `idunno upgrade` raises it"
+            )
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
 
@@ -137,10 +161,14 @@ class Machine:
         return cls.restored(reader)
 
     @classmethod
-    def restored(cls, reader: snapshots.Reader) -> Machine:
-        """The machine of a snapshot that was read to its end. Raises Corrupt, DecodeError."""
+    def restored(cls, reader: snapshots.Reader, supports: int = MACHINE_VERSION) -> Machine:
+        """The machine of a snapshot that was read to its end. Raises Corrupt, DecodeError, Incompatible."""
         reader.finish()
-        machine = cls()
+        if reader.head.machine_version > supports:
+            raise Incompatible(
+                f"a snapshot is of machine version {reader.head.machine_version}, this idunno knows up to {supports}: upgrade it"
+            )
+        machine = cls(supports)
         machine.index, machine.now_ms = Index(reader.head.index), reader.head.now_ms
         machine.roster = Roster(reader.roster())
         machine.namespace = Namespace(reader.namespace())
@@ -202,6 +230,17 @@ class Machine:
 
     def _renew_cluster_key(self, command: c.RenewClusterKey, asked: _Asked) -> Done:
         return self._told(self.roster.renew_key(command.cluster_key), e.RosterChanged())
+
+    def _raise_version(self, command: c.RaiseVersion, asked: _Asked) -> Done:
+        return self._told(self.roster.raise_version(command.version), e.RosterChanged())
+
+    def _take_digest(self, command: c.TakeDigest, asked: _Asked) -> Done:
+        self._tell(e.DigestDue())
+        return Done()
+
+    def _confirm_digest(self, command: c.ConfirmDigest, asked: _Asked) -> Done:
+        self._tell(e.DigestTold(Index(command.index), command.digest))
+        return Done()
 
     def _add_user(self, command: c.AddUser, asked: _Asked) -> msgspec.Struct:
         return self._told(self.roster.add_user(command.user, command.token, self.now_ms), e.RosterChanged())
@@ -462,6 +501,9 @@ _APPLY: Final[dict[type[Any], Callable[[Machine, Any, _Asked], msgspec.Struct]]]
     c.SetPresence: Machine._set_presence,
     c.RemoveNode: Machine._remove_node,
     c.RenewClusterKey: Machine._renew_cluster_key,
+    c.RaiseVersion: Machine._raise_version,
+    c.TakeDigest: Machine._take_digest,
+    c.ConfirmDigest: Machine._confirm_digest,
     c.AddUser: Machine._add_user,
     c.RevokeUser: Machine._revoke_user,
     c.AddToken: Machine._add_token,

@@ -216,6 +216,41 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     loop_late: dict[str, int] = {}  # of the node asked: samples of its loop by how late it ran, by upper bound in ms
 
 
+class Knows(msgspec.Struct, frozen=True):
+    """What a node's own release is."""
+
+    software: str
+    supports: int  # the newest machine version it knows
+    problem: str = ""  # why it takes no part in the consensus
+
+
+class UpgradeNode(msgspec.Struct, frozen=True):
+    name: str
+    id: NodeId
+    software: str
+    supports: int  # 0: it does not say
+    why: str  # what keeps it from the next version, "" when nothing does
+
+
+class Upgrade(msgspec.Struct, frozen=True):
+    """Raise the machine version to the newest that all nodes know; `check`: only say whether that can be."""
+
+    check: bool
+    request: str = ""
+
+
+class UpgradeAnswer(msgspec.Struct, frozen=True):
+    version: int  # the cluster's machine version, as it is now
+    next: int  # the newest that any node knows
+    ready: bool  # all nodes know it
+    raised: bool  # by this request
+    why: str  # what there is to do, or that there is nothing
+    nodes: list[UpgradeNode]
+
+
+KNOWS: Final = Method("node.knows", Empty, Knows, Role.NODE)
+UPGRADE_CHECK: Final = Method("cluster.upgrade-check", Upgrade, UpgradeAnswer, Role.READER)
+UPGRADE: Final = Method("cluster.upgrade", Upgrade, UpgradeAnswer, Role.ADMIN)
 MEMBERS: Final = Method("cluster.members", Members, MembersAnswer, Role.READER)
 MEMBER_EVENTS: Final = Method("cluster.member-events", Empty, MemberEvents, Role.READER)
 STATUS: Final = Method("cluster.status", Status, StatusAnswer, Role.READER)

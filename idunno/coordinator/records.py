@@ -11,7 +11,9 @@ import msgspec
 
 from idunno.base.ids import BlockId, NodeId
 
-MACHINE_VERSION: Final = 1
+MACHINE_VERSION: Final = 2
+"""The newest that this release knows. What an entry of the log may say follows the cluster's own (roster.machine_version), which
+`idunno upgrade` raises when all nodes know the next."""
 BLOCK_BYTES_MAX: Final = 8 * 1024 * 1024
 SMALL_BYTES_MAX: Final = 4 * 1024
 """Contents up to this size ride in the command itself (design.md, section 7)."""

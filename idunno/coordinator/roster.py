@@ -41,7 +41,9 @@ TOKEN_ROLES: Final = (Role.NODE.value, Role.ADMIN.value, Role.USER.value, Role.R
 class RosterState(Record, frozen=True):
     cluster: str = ""
     cluster_key: bytes = b""
-    machine_version: int = MACHINE_VERSION
+    machine_version: int = (
+        1  # stays 1 whatever this release knows: what is left out of a snapshot must mean the same for ever
+    )
     nodes: tuple[NodeRecord, ...] = ()
     users: tuple[UserRecord, ...] = ()
     tokens: tuple[TokenRecord, ...] = ()
@@ -212,6 +214,12 @@ class Roster:
         del self._by_name[record.name]
         del self._by_fingerprint[record.fingerprint]
         return record
+
+    def raise_version(self, version: int) -> Done:
+        if version <= self.machine_version:
+            return Done(changed=False)
+        self.machine_version = version
+        return Done()
 
     def renew_key(self, cluster_key: bytes) -> Done:
         if len(cluster_key) != 32:

@@ -22,7 +22,7 @@ from idunno.consensus.log import Log
 from idunno.coordinator.commands import FORMAT, Entry, Genesis, encode_entry
 from idunno.coordinator.electorate import voters_of
 from idunno.coordinator.messages import ENROLL, HELLO, Enroll, EnrollAnswer, Hello, MemberAddress
-from idunno.coordinator.records import NodeRecord, TokenRecord
+from idunno.coordinator.records import MACHINE_VERSION, NodeRecord, TokenRecord
 from idunno.node.config import NodeConfig, load_config, parse_address
 from idunno.node.disk import RealDisk, ThreadOffload, replace_file
 from idunno.node.identity import (
@@ -98,7 +98,9 @@ def make_cluster(directories: list[Path], configs: list[NodeConfig]) -> dict[str
         expires_ms=now_ms + FIRST_TOKEN_S * 1000,
         created_by="init",
     )
-    genesis = Genesis(cluster=cluster, nodes=records, cluster_key=cluster_key, tokens=(token,))
+    genesis = Genesis(
+        cluster=cluster, nodes=records, cluster_key=cluster_key, tokens=(token,), machine_version=MACHINE_VERSION
+    )
     entry = Entry(format=FORMAT, stamp_ms=now_ms, actor="init", role="node", request="", command=genesis)
     payload = encode_entry(entry)
     peers = KnownPeers([_address(record) for record in records])

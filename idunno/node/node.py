@@ -33,8 +33,11 @@ from idunno.coordinator.applier import Applier
 from idunno.coordinator.client import Coordinator
 from idunno.coordinator.commands import UpdateNode
 from idunno.coordinator.departure import Departures
+from idunno.coordinator.digests import Digests
 from idunno.coordinator.effects import (
     BlocksFreed,
+    DigestDue,
+    DigestTold,
     Effect,
     JobChanged,
     KeepSmall,
@@ -49,6 +52,7 @@ from idunno.coordinator.keeper import Keeper
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.messages import LEFT
 from idunno.coordinator.service import CoordinatorService
+from idunno.coordinator.upgrade import Upgrades
 from idunno.grep.service import GrepService
 from idunno.membership import service as membership_service
 from idunno.membership.config import SwimConfig
@@ -63,6 +67,7 @@ from idunno.node.known import Known
 from idunno.node.lateness import Lateness, watch
 from idunno.node.lineage import Lineage
 from idunno.node.logs import start_logging
+from idunno.node.outcast import Outcast
 from idunno.node.platform import Platform, real_platform
 from idunno.node.reach import Reach
 from idunno.node.seat import Seat
@@ -126,7 +131,8 @@ class Node:
         self.local: Caller = LocalCaller(self.server, Peer(Actor(me, Role.NODE), node=me, local=True))
         self.peers = PeerPool(self.known.endpoint, lambda: platform.client_tls, me=me, local=self.local)
 
-        applier = Applier(self.machine)
+        self.outcast = Outcast(self)
+        self.applier = applier = Applier(self.machine)
         self.small = SmallStore(self.disk, self.platform.offload)
         self.small_copies = SmallCopies(me, self.small, self.peers, self.server)
         self.driver = RaftDriver(
@@ -151,9 +157,9 @@ class Node:
             run=Run(self.boot, int.from_bytes(platform.boot_salt[:4], "big")),
             cluster=platform.identity.cluster,
             members=lambda: [member.node for member in self.known.members()],
-            boot_seen=self._boot_seen,
+            boot_seen=self.outcast.boot_seen,
             name=self.known.name,
-            refused=self._not_heard,
+            refused=self.outcast.not_heard,
         )
         over_tcp = membership_service.OverTcp(self.peers)
         sealer = Sealer([held.cluster_key], me, self.boot, platform.boot_salt)
@@ -187,6 +193,8 @@ class Node:
             new_key=lambda: platform.random_bytes(32),
             silent_s=float(config.voter_silent_s),
         )
+        self.digests = Digests(self.coordinator, self.driver, self.peers, self.server, differs=self.outcast.differs)
+        self.upgrades = Upgrades(self.coordinator, self.peers, self.server, problem=lambda: self.driver.problem or "")
         self.departures = Departures(self.coordinator, self.elector, self.peers, self.server)
         Reach(self.server, coordination.check_token)
         self._make_files()
@@ -251,6 +259,7 @@ class Node:
         applier.subscribe(self._applied, KeepSmall, RosterChanged)
         applier.subscribe(self.files.follow, VersionMade, BlocksFreed, RosterChanged, RetentionChanged)
         applier.subscribe(self.scheduler.follow, TaskCompleted, JobChanged, ModelChanged, RosterChanged)
+        applier.subscribe(self.digests.follow, DigestDue, DigestTold)
         self.driver.on_role.append(self._role_changed)
         self.driver.on_leader.append(self._leader_changed)
         self.driver.on_log_lost.append(self.fail)
@@ -288,6 +297,8 @@ class Node:
         self._on_stop("membership", self.membership.stop)
         self.scheduler.start()
         self._on_stop("scheduler", self.scheduler.stop)
+        await self.outcast.check()
+        self._on_stop("quarantine", self.outcast.stop)
         await self.driver.start()
         self._on_stop("log", lambda: self.driver.stop(transfer=False))
         await self.vouching.start()
@@ -295,6 +306,7 @@ class Node:
         self._on_stop("coordinator", self.coordinator.close)
         self._on_stop("keys", self.keys.close)
         self._on_stop("elector", self.elector.stop)
+        self._on_stop("digests", self.digests.stop)
         self._on_stop("remembered roster", self.known.close)
         self.datanode.start()
         self._on_stop("blocks", self.datanode.stop)
@@ -403,6 +415,7 @@ class Node:
             "leader elected" if is_leader else "leadership ended", extra={"leader": self.config.name, "term": term}
         )
         self.elector.role_changed(is_leader, term)
+        self.digests.role_changed(is_leader, term)
         self.files.role_changed(is_leader, term)
         self.scheduler.role_changed(is_leader, term)
 
@@ -424,19 +437,6 @@ class Node:
         if changed.new is State.ACTIVE:
             self.known.heard(member.node, member.boot, member.address)
         self.scheduler.member_changed(changed)
-
-    def _boot_seen(self, node: NodeId) -> int:
-        record = self.machine.roster.find(node)
-        return record.boot if record is not None else 0
-
-    def _not_heard(self, why: str) -> None:
-        name = self.config.name
-        self.fail(
-            Conflict(
-                f"the others do not hear node {name} ({self.me}) any more: {why}; run `idunno remove {name}` on another node, "
-                f"then join again with an empty directory"
-            )
-        )
 
     def fail(self, error: IdunnoError) -> None:
         """This node cannot go on: said in the log and at the end of the process."""

@@ -17,6 +17,7 @@ import msgspec
 
 from idunno.base.errors import Corrupt, IdunnoError
 from idunno.base.ids import Index, NodeId
+from idunno.coordinator.records import MACHINE_VERSION
 from idunno.grep.child import Order
 from idunno.grep.engine import Search
 from idunno.grep.messages import LineBatch, NodeResult
@@ -65,11 +66,13 @@ class WatchedNode(Node):
     """The product's node, whose parts a machine's watchers may look at once they are made."""
 
     made: Callable[[Node], None]
+    supports: int
 
     def _make(self) -> None:
         super()._make()
         # The log's files are small here, so that a world of seconds begins many of them, and reads little when it starts.
         self.driver.config = replace(self.driver.config, segment_bytes=SEGMENT_BYTES)
+        self.machine.supports = self.supports
         self.made(self)
 
 
@@ -83,6 +86,8 @@ class Machine:
         self.disk.capacity_bytes = DISK_BYTES
         self.config = NodeConfig(name=self.name, listen=f"{self.address}:{PORT}", snapshot_entries=SNAPSHOT_ENTRIES)
         self.cost, self.counts = Cost(), Counter[str]()
+        self.supports = MACHINE_VERSION
+        """The newest machine version that the release installed here knows; it counts from the next start."""
         self.skew_ms, self.rate = 0, 1.0
         self.given_up = ""
         """Why this machine will not run again: what its user was told. Another takes its place (admin.py)."""
@@ -158,7 +163,7 @@ class Machine:
     def make_node(self, made: Callable[[Machine, Node], None]) -> Node:
         """Called in the process's own loop."""
         node = WatchedNode(self.config, self._platform(), self.seed)
-        node.made = lambda node: made(self, node)
+        node.made, node.supports = lambda node: made(self, node), self.supports
         self.node = node
         return node
 

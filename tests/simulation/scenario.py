@@ -5,6 +5,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Final, TextIO
 
+from idunno.coordinator.records import MACHINE_VERSION
 from tests.simulation.admin import Admin
 from tests.simulation.checkers import Checkers
 from tests.simulation.clients import Client, Promises
@@ -115,8 +116,15 @@ class Cluster:
         happened["boots"] += sum(machine.boot for machine in self.world.machines)
 
 
-def make(seed: int | str, nodes: int = 5, *, watch: bool = False, clients: int = CLIENTS) -> Cluster:
-    world = World(seed, nodes, watch=watch)
+def make(
+    seed: int | str,
+    nodes: int = 5,
+    *,
+    watch: bool = False,
+    clients: int = CLIENTS,
+    machine_version: int = MACHINE_VERSION,
+) -> Cluster:
+    world = World(seed, nodes, watch=watch, machine_version=machine_version)
     checkers, promises, dose = Checkers(world), Promises(), Dose()
     people = [Client(world, number, promises) for number in range(1, clients + 1)]
     admin = Admin(world, people[0] if people else Client(world, 99, promises))

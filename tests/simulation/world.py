@@ -21,7 +21,7 @@ from idunno.consensus.log import Log
 from idunno.coordinator.commands import FORMAT, AddUser, Entry, Genesis, encode_entry
 from idunno.coordinator.electorate import voters_of
 from idunno.coordinator.messages import MemberAddress
-from idunno.coordinator.records import NodeRecord, TokenRecord, UserRecord
+from idunno.coordinator.records import MACHINE_VERSION, NodeRecord, TokenRecord, UserRecord
 from idunno.node.identity import KnownPeers
 from idunno.node.node import Node
 from idunno.wire.calls import Actor, Role
@@ -65,7 +65,10 @@ class ProcessDied(Exception):
 
 
 class World:
-    def __init__(self, seed: int | str, nodes: int = 5, *, watch: bool = False) -> None:
+    def __init__(
+        self, seed: int | str, nodes: int = 5, *, watch: bool = False, machine_version: int = MACHINE_VERSION
+    ) -> None:
+        self.machine_version = machine_version
         self.seed = f"{seed}"
         self.scheduler = Scheduler()
         self.trace = Trace(self.scheduler)
@@ -158,7 +161,7 @@ class World:
         )
         admins = TokenRecord(_TOKEN, "admin", bytes(32), EPOCH_MS * 2, "init")
         nodes = TokenRecord(token_id, "node", secret_hash, EPOCH_MS * 2, "init")
-        genesis = Genesis(cluster=CLUSTER, nodes=records, cluster_key=CLUSTER_KEY, tokens=(admins, nodes))
+        genesis = Genesis(CLUSTER, records, CLUSTER_KEY, (admins, nodes), self.machine_version)
         payload = encode_entry(Entry(FORMAT, EPOCH_MS, "init", "node", "", genesis))
         peers = KnownPeers([MemberAddress(r.node, r.name, r.address, r.fingerprint, r.voter) for r in records])
         for machine in self.machines:

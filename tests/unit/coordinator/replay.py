@@ -75,6 +75,9 @@ def _command(rng: random.Random, nodes: list[NodeId], at: int, world: World) -> 
         (c.SetPresence(who, rng.choice(["present", "failed", "stopped"]), rng.randrange(9), "seen"), SYSTEM),
         (c.RemoveNode(nodes[-1]), ADMIN),
         (c.RenewClusterKey(bytes([i]) * 32), SYSTEM),
+        (c.RaiseVersion(rng.randrange(3)), ADMIN),
+        (c.TakeDigest(), SYSTEM),
+        (c.ConfirmDigest(at, bytes(32)), SYSTEM),
         (c.AddUser(user(f"u{i}", i=i), "t-user"), SYSTEM),
         (c.RevokeUser(f"u{i}"), ADMIN),
         (c.AddToken(token(f"t{i}", "user", 10**7)), ADMIN),
@@ -113,8 +116,8 @@ def _command(rng: random.Random, nodes: list[NodeId], at: int, world: World) -> 
     return rng.choice(choices)
 
 
-def main(seed: int) -> None:
-    world = history(seed, 2_000)
+def main(seed: int, length: int) -> None:
+    world = history(seed, length)
     counted = world.machine.recount()
     assert {b: counted.count(b) for b in counted} == {
         b: world.machine.references.count(b) for b in world.machine.references
@@ -126,4 +129,4 @@ def main(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

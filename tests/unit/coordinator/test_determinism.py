@@ -28,7 +28,7 @@ SNAPSHOT = history(5, 200).machine.snapshot()
 
 def test_the_random_log_does_something_of_every_kind() -> None:
     seen, machine = Counter[str](), Machine()
-    for index, payload in enumerate(history(1, 2_000).log, 1):
+    for index, payload in enumerate(history(2, 2_000).log, 1):
         command = c.decode_entry(payload).command
         if machine.apply(Index(index), payload).error is None:
             seen[type(command).__name__] += 1
@@ -48,11 +48,11 @@ def test_two_machines_and_one_restored_half_way_are_equal(seed: int) -> None:
     assert other.snapshot() == world.machine.snapshot()
 
 
-def test_a_replay_under_two_hash_seeds_gives_equal_bytes() -> None:
+def test_a_replay_of_10_000_commands_under_two_hash_seeds_gives_equal_bytes() -> None:
     root = Path(__file__).parents[3]
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.coordinator.replay", "11"],
+            [sys.executable, "-m", "tests.unit.coordinator.replay", "11", "10000"],
             cwd=root,
             env={**os.environ, "PYTHONHASHSEED": seed},
             stdout=subprocess.PIPE,
@@ -60,7 +60,7 @@ def test_a_replay_under_two_hash_seeds_gives_equal_bytes() -> None:
         )
         for seed in ("1", "4242")
     ]
-    said = [process.communicate(timeout=60)[0] for process in running]
+    said = [process.communicate(timeout=120)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     assert said[0] == said[1] != ""
 

@@ -31,7 +31,7 @@ def test_genesis_begins_the_log_once() -> None:
 
 def test_genesis_of_a_newer_machine_stops_this_one() -> None:
     machine = Machine()
-    newer = msgspec.structs.replace(genesis(), machine_version=2)
+    newer = msgspec.structs.replace(genesis(), machine_version=99)
     entry = c.encode_entry(c.Entry(c.FORMAT, 1, N1, "node", "", newer))
     with pytest.raises(Incompatible, match="upgrade"):
         machine.apply(Index(1), entry)
