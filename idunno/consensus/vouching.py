@@ -30,6 +30,7 @@ from idunno.consensus.messages import (
     RaftMessage,
 )
 from idunno.consensus.quorum import majority
+from idunno.consensus.records import REJOIN
 from idunno.consensus.standing import Claim, Run, Witness, sealed, unsealed
 from idunno.wire.calls import Call, Empty, Lane, Peer, Peers, Switchboard
 
@@ -131,6 +132,8 @@ class Vouching:
             self._claim = unsealed(
                 await self._read(CLAIM_PATH), Claim, CLAIM_PATH
             )  # an earlier start's, not accepted yet
+        except Corrupt as error:
+            raise Corrupt(f"{error}; {REJOIN}") from error
         except NotFound:
             self._claim = Claim(*self._driver.durable)
             if not self._is_proved():
