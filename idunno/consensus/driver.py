@@ -74,6 +74,10 @@ class FollowerView:
     installing: bool
 
 
+RESERVE_AGAIN_S: Final = 5.0
+"""A disk that was full, or failed for a moment, is asked for the log's reserve again after this."""
+
+
 class RaftDriver:
     """One node's replicated log. `send` must not block; it may lose messages. `apply` gets every committed entry once, in
     order, from index 1, or behind the snapshot, at each start; an empty payload is the no-op of a new term, and one that
@@ -155,6 +159,7 @@ class RaftDriver:
         if self._snapshots is not None:
             self._snapshots.bind(self._core, self._log, self._step, self._durability.forget)
             await self._log.keep_reserve()
+            self._spawn(self._watch_reserve(), "raft reserve")
         self._feeder = Feeder(self._core, self._log, self._send, self._spawn)
         self._running = True
         if not self._proved:
@@ -440,6 +445,12 @@ class RaftDriver:
         self._log.begin_anew(index)
         self._snapshots.incoming.install()
         self._applying.begin_anew(index)
+
+    async def _watch_reserve(self) -> None:
+        """While the log is short nothing new is proposed, so no snapshot may ever come that would look for space again."""
+        while True:
+            await asyncio.sleep(RESERVE_AGAIN_S)
+            await self._log.regain_reserve()
 
     def _arm(self) -> None:
         """One timer, moved only when it must fire earlier: a heartbeat that puts off an election costs nothing here."""

@@ -73,7 +73,7 @@ class Log:
         self.named = found.named  # as found at open, likewise
         self.short = False
         """The disk was full and the reserve is used up: only what frees space should still be written."""
-        self._reserved = False
+        self._reserved = self._reserving = False
         self._where: array[int] = found.where  # segment << 32 | offset of each entry on disk, behind the base
         self._base = int(found.terms.base)
         self._first_segment = found.first_segment
@@ -306,9 +306,17 @@ class Log:
             await self._remove_segments(keep)
             del self._where[:gone]
             self._base += gone
-        if self.short:
-            self.short = not await self.keep_reserve()
+        await self.regain_reserve()
         return Index(self._base)
+
+    async def regain_reserve(self) -> None:
+        """Once there is space again, the reserve is made anew, and the log is short no more."""
+        if self.short and not self._reserving:
+            self._reserving = True
+            try:
+                self.short = not await self.keep_reserve()
+            finally:
+                self._reserving = False
 
     async def keep_reserve(self) -> bool:
         """Whether there is a reserve, by now."""
@@ -320,7 +328,7 @@ class Log:
                 await file.close()
         except DiskFailed as error:
             log.warning("no reserve for the log", extra={"problem": str(error)})
-            with contextlib.suppress(NotFound):  # what it got of the space
+            with contextlib.suppress(NotFound, DiskFailed):  # what it got of the space
                 await self._disk.remove(RESERVE_PATH)
             return False
         self._reserved = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from idunno.base.errors import IdunnoError
+from idunno.base.errors import IdunnoError, NotFound
 from idunno.consensus.records import REJOIN
 from idunno.coordinator.messages import NODE_REMOVE, RemoveDead
 from tests.simulation.joining import grow
@@ -64,6 +64,8 @@ class Admin:
             try:
                 await self.client.inside(lambda: self.client.session.call(NODE_REMOVE, request, timeout_s=15.0))
                 break
+            except NotFound:
+                break  # an earlier attempt whose answer was lost
             except IdunnoError as error:
                 world.trace.tell("cannot be removed yet", machine=machine.name, error=str(error)[:200])
                 if world.scheduler.now > end:

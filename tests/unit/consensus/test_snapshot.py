@@ -250,6 +250,23 @@ def test_the_voters_of_a_log_are_those_of_its_entries_behind_the_snapshot() -> N
     run(story())
 
 
+def test_a_log_that_was_short_of_space_is_not_when_there_is_space_again_although_nothing_new_is_written() -> None:
+    """Nothing new is proposed while it is short, so it must not take a new snapshot to look again."""
+
+    async def story() -> None:
+        disk, log = await filled(40)
+        assert await log.keep_reserve()
+        capacity, disk.capacity_bytes = disk.capacity_bytes, disk.used_bytes
+        await add(log, 41, *((3, b"more" * 100) for _ in range(12)))
+        await log.regain_reserve()
+        assert log.short
+        disk.capacity_bytes = capacity
+        await log.regain_reserve()
+        assert (log.short, RESERVE_PATH in disk.paths()) == (False, True)
+
+    run(story())
+
+
 def test_on_a_full_disk_the_reserve_takes_the_next_segment_and_a_cut_gives_it_back() -> None:
     async def story() -> None:
         disk, log = await filled(40)
