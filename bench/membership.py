@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import combinations
 from pathlib import Path
 
 from bench.beside import beside
@@ -104,6 +105,9 @@ def simulated(table: Table, minutes: float, large: int, seed: int) -> None:
         took = detection(dead, 100, seed)
         table.row(f"simulated: {words}: failed everywhere, median", statistics.median(took), 2.0, " s")
         table.row(f"simulated: {words}: max", max(took), 3.2, " s")
+    took = [s for dead in combinations(range(1, NODES + 1), 3) for s in detection(list(dead), 1, seed)]
+    table.row("simulated: any three of ten (all 120 choices) die at once, median", statistics.median(took), 2.0, " s")
+    table.row("           max", max(took), 3.2, " s")
     took = detection([4], 100, seed, lost_connections=True)
     table.row("simulated: one dies, its connections are seen to break: median", statistics.median(took), 2.0, " s")
     for loss in (0.0, 0.03, 0.10, 0.20):

@@ -10,8 +10,11 @@ import msgspec
 import pytest
 
 from idunno.base.errors import Conflict, Corrupt, IdunnoError, NoQuorum, Unavailable, Unconfirmed
+from idunno.coordinator.messages import STATUS, Status
 from idunno.grep.messages import QUERY, Line, LineBatch, Query, QueryAnswer
 from idunno.sdfs.client import source_of
+from idunno.wire.calls import Actor, Peer, Role
+from idunno.wire.local import LocalCaller
 from tests.simulation.joining import grow, join
 from tests.simulation.machine import PORT, Machine
 from tests.simulation.scenario import Cluster, make
@@ -388,4 +391,37 @@ def test_a_cluster_restarted_on_new_addresses_forms_again_given_one_of_them(firs
         assert told == {f"10.7.0.{number}:{PORT}" for number in range(1, 6)}
 
     cluster = make(f"renumbered {first}", clients=1)
+    cluster.world.run(story)
+
+
+def test_status_names_the_two_of_ten_between_whom_udp_is_blocked_and_events_tell_of_nothing_else() -> None:
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        await cluster.clients[0].finish()
+        here, there = sorted(world.machines, key=lambda machine: machine.id)[4:6]  # neighbours on the ring
+        world.cut([(here.address, there.address), (there.address, here.address)], "udp blocked", "udp")
+        before = [event_counts(machine) for machine in world.machines]
+
+        async def warnings(machine: Machine) -> list[str]:
+            node = machine.node
+            assert node is not None
+            own = Peer(Actor(node.me, Role.NODE), node=node.me, local=True)
+            answer = await world.inside(
+                machine.name, lambda: LocalCaller(node.server, own).call(STATUS, Status(own=True), timeout_s=5.0)
+            )
+            assert answer.healthy, answer.why
+            return list(answer.warnings)
+
+        await asyncio.sleep(15)
+        for one, other in ((here, there), (there, here)):
+            told = await warnings(one)
+            assert [text for text in told if text.startswith(f"{other.name}: UDP to {other.address}:{PORT} is blocked")]
+        assert await warnings(world.machines[0] if world.machines[0] not in (here, there) else world.machines[1]) == []
+        assert [event_counts(machine) for machine in world.machines] == before  # no accusation, no failure
+
+    def event_counts(machine: Machine) -> dict[str, int]:
+        assert machine.node is not None
+        return {what: n for what, n in machine.node.membership.counters.items() if what.startswith("event-")}
+
+    cluster = make("status of blocked udp", nodes=10, clients=1)
     cluster.world.run(story)
