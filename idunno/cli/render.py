@@ -99,11 +99,13 @@ def bar(what: str, *, in_bytes: bool = False) -> Iterator[Update | None]:
         ProgressColumn,
         TextColumn,
         TimeElapsedColumn,
+        TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
     counts: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [MofNCompleteColumn()]
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeElapsedColumn()]
+    times: list[ProgressColumn] = [TimeElapsedColumn(), TimeRemainingColumn()]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), *counts, *times]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(printable(what)[:60], total=None)
 
