@@ -207,4 +207,22 @@ def _restored(answer: dict[str, Any]) -> None:
     _lost(answer["versions_lost"], answer["lost"])
 
 
-COMMANDS = [recover, snapshot, restore]
+@command("dump", example="idunno dump report.zip")
+@click.argument("file", type=LOCAL)
+def dump(file: str) -> None:
+    """Write the state of all nodes that answer into FILE, a zip for a bug report: names are in it, contents and keys are not."""
+    answer = work(lambda cluster: cluster.dump(file))
+
+    def show() -> None:
+        click.echo(
+            f"{len(answer.nodes)} nodes, the machine as of entry {answer.index}, {answer.size:,} bytes in {file}"
+        )
+        for name, why in answer.missing.items():
+            note(f"{name} is not in it: {why}")
+        if not answer.complete:
+            note("the machine is too large for a report: only its beginning is in it")
+
+    result(answer, show)
+
+
+COMMANDS = [recover, snapshot, restore, dump]

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Final
 
 from idunno.client.backups import Backups
+from idunno.client.dumps import Dumps
 from idunno.client.jobs import Job, Jobs
 from idunno.client.locate import Place, locate
 from idunno.client.operations import Operations
@@ -20,7 +21,7 @@ CONNECT_S: Final = 10.0
 __all__ = ["Cluster", "Job", "connect_async", "open_cluster"]
 
 
-class Cluster(Jobs, Operations, Backups):
+class Cluster(Jobs, Operations, Backups, Dumps):
     """A connection to a cluster; goes on through the loss of nodes. Use as `async with`."""
 
     async def close(self) -> None:

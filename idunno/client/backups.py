@@ -54,13 +54,13 @@ class Backups(Base):
             b.check_passphrase(passphrase)
         try:
             with private(target) as file:
-                return await self._write(file, passphrase)
+                return await self._write_snapshot(file, passphrase)
         except IdunnoError as error:
             if not error.may_have_happened:
                 raise
             raise Unavailable(f"snapshot was cut off: {error}; nothing was written, try again") from error
 
-    async def _write(self, file: IO[bytes], passphrase: str | None) -> Snapshot:
+    async def _write_snapshot(self, file: IO[bytes], passphrase: str | None) -> Snapshot:
         deadline = self._deadline(SNAPSHOT_S)
         writer, head, size = b.Writer(), None, 0
         keys = bytearray()

@@ -15,6 +15,7 @@ from typing import IO, Any, TypeVar
 
 from idunno.client import api
 from idunno.client.backups import Snapshot
+from idunno.client.dumps import DumpMade
 from idunno.client.files import FolderGot, FolderPut
 from idunno.client.transfer import Progress
 from idunno.coordinator.messages import (
@@ -166,6 +167,9 @@ class Cluster:
 
     def snapshot(self, target: str | os.PathLike[str], *, passphrase: str | None = None) -> Snapshot:
         return self._thread.run(self._cluster.snapshot(target, passphrase=passphrase))
+
+    def dump(self, target: str | os.PathLike[str]) -> DumpMade:
+        return self._thread.run(self._cluster.dump(target))
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -81,11 +81,22 @@ _SMALLS: Final = msgspec.msgpack.Decoder(list[Small])
 
 def without_secrets(machine: Machine) -> Machine:
     """The same machine, but for the cluster's key, its users and tokens. It shares the rest: only to be captured."""
-    bare = Machine()
-    vars(bare).update(vars(machine))
     state = machine.roster.state()
-    bare.roster = Roster(RosterState(state.cluster, b"", state.machine_version, state.nodes))
-    return bare
+    return _with_roster(machine, RosterState(state.cluster, b"", state.machine_version, state.nodes))
+
+
+def for_a_report(machine: Machine) -> Machine:
+    """The same machine, but for what somebody could use: zeros stand for the cluster's key and the tokens' hashes."""
+    state = machine.roster.state()
+    tokens = tuple(msgspec.structs.replace(token, secret_hash=bytes(32)) for token in state.tokens)
+    return _with_roster(machine, msgspec.structs.replace(state, cluster_key=bytes(32), tokens=tokens))
+
+
+def _with_roster(machine: Machine, state: RosterState) -> Machine:
+    other = Machine()
+    vars(other).update(vars(machine))
+    other.roster = Roster(state)
+    return other
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -274,6 +274,29 @@ class BackupTaken(msgspec.Struct, frozen=True):
 
 TAKE_BACKUP: Final = Method("cluster.snapshot", TakeBackup, BackupTaken, Role.ADMIN)
 
+
+class Dump(msgspec.Struct, frozen=True):
+    """State for a bug report. The answer's stream: items with a DumpPart as note and a piece of that file as body."""
+
+    own: bool = False  # only what the asked node itself has, without the machine
+
+
+class DumpPart(msgspec.Struct, frozen=True):
+    node: str  # its name
+    file: str
+
+
+class Dumped(msgspec.Struct, frozen=True):
+    node: str  # who gathered
+    nodes: list[str]  # who answered
+    missing: dict[str, str]  # node -> why
+    index: int = 0  # of the machine
+    digest: str = ""  # of its stream, in hex
+    complete: bool = False  # False: it was cut at its bound
+
+
+DUMP: Final = Method("cluster.dump", Dump, Dumped, Role.ADMIN)
+
 # -- tokens and users -------------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,7 @@ from idunno.membership.messages import State
 from idunno.membership.transport import Membership
 from idunno.node.backups import Backups
 from idunno.node.config import NodeConfig, parse_address
+from idunno.node.dumping import Dumping
 from idunno.node.identity import DirectoryLock, Identity
 from idunno.node.keys import Keys
 from idunno.node.known import Known
@@ -225,6 +226,7 @@ class Node:
         self.seat = Seat(self)
         self.lineage = Lineage(self)
         self.backups = Backups(self)
+        self.dumping = Dumping(self)
         self.server.register(LEFT, self._told_of_leaving)
         self._connect(applier)
 

@@ -37,12 +37,22 @@ class Seat:
         node.server.register(MEMBER_EVENTS, self._events)
         node.server.register(STATUS, self._status)
 
-    async def _members(self, call: Call[Members]) -> MembersAnswer:
+    def own_status(self) -> StatusAnswer:
+        """What this node knows by itself."""
+        return status(self._seen(self._leader_view() if self._node.driver.is_leader else None))
+
+    def own_members(self) -> MembersAnswer:
         node = self._node
         view = {member.node: member for member in node.membership.view()}
         return MembersAnswer(members(node.machine.roster.nodes(), view, node.me, node.driver.leader))
 
+    async def _members(self, call: Call[Members]) -> MembersAnswer:
+        return self.own_members()
+
     async def _events(self, call: Call[Empty]) -> MemberEvents:
+        return self.own_events()
+
+    def own_events(self) -> MemberEvents:
         return MemberEvents(
             [
                 MemberEvent(iso_time(event.at_ms), event.kind, event.name, event.node, event.reason, event.accuser)
