@@ -42,7 +42,7 @@ def test_every_command_has_the_common_options_and_a_help_with_an_example(
 
 def test_all_commands_of_this_version_are_there() -> None:
     promised = (
-        "up down init join node leave remove recover snapshot restore dump login token users members status "
+        "up down init join node leave remove recover snapshot restore dump upgrade login token users members status "
         "put get get-versions versions ls where store delete retain trash repair scrub "
         "deploy undeploy models infer jobs cancel forget results rates times batch-size assignments explain grep shell"
     )
