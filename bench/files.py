@@ -219,6 +219,22 @@ def small(cluster: Cluster, runs: int) -> None:
             print(f"{'client peak MB':<28} {peak_mb(one.pid):>24.0f}   bound 160")
 
 
+def folder_of_files(cluster: Cluster, folder: Path, count: int = 2_000) -> None:
+    """`idunno put FOLDER` and `idunno get NAME/`, the start of the program included."""
+    source, back = folder / "many", folder / "many-back"
+    for number in range(count):
+        (source / str(number % 10)).mkdir(parents=True, exist_ok=True)
+        (source / str(number % 10) / str(number)).write_bytes(os.urandom(4096))
+    command = [sys.executable, "-m", "idunno", "--cluster", str(cluster.directory)]
+    for what, words in (("put", ["put", str(source), "many"]), ("get", ["get", "many/", str(back)])):
+        began = time.perf_counter()
+        subprocess.run([*command, *words], check=True, stdout=subprocess.DEVNULL)
+        print(
+            f"`idunno {what}` of a folder of {count:,} files of 4 KB: {count / (time.perf_counter() - began):,.0f} files/s"
+        )
+    subprocess.run(["diff", "-r", source, back], check=True)
+
+
 def repair(cluster: Cluster, folder: Path, kills: int) -> None:
     """Kill a node that holds about 40 MB of a file; until every block of it has four copies on present nodes again."""
     source, times = folder / "lost", []
@@ -263,6 +279,7 @@ def main() -> int:
             large(cluster, folder, arguments.runs, arguments.mb, rows)
         if "small" in rows:
             small(cluster, arguments.runs)
+            folder_of_files(cluster, folder)
         peaks = {name: peak_mb(pid) for name, pid in cluster.pids().items()}
         print(f"{'nodes peak MB':<28} {', '.join(f'{n} {p:.0f}' for n, p in peaks.items()):>24}   bound 160")
         if "repair" in rows:

@@ -1,7 +1,7 @@
 # idunno/client/transfer.py: helpers for moving content: local files as sources and sinks, several at once, their progress.
 #
-# Rule 1: regular files and memory are read in place; what may keep us waiting (a terminal, a pipe) is read in a thread that
-#         nobody has to wait for, so that Ctrl-C works while nothing comes.
+# Rule 1: small files and memory are read in place, large files aside; what may keep us waiting for ever (a terminal, a pipe) is
+#         read in a thread that nobody has to wait for, so that Ctrl-C works while nothing comes.
 from __future__ import annotations
 
 import asyncio
@@ -27,8 +27,8 @@ TOGETHER: Final = 64
 SMALL_FILE_BYTES: Final = 1024 * 1024
 """Files up to this go eight at once, which hides round trips and disk syncs. Larger ones go alone, so that memory stays that
 of one transfer."""
-WRITE_ASIDE_BYTES: Final = 256 * 1024
-"""More than this is written in a thread: it takes longer than the hand-over, and meanwhile the next block comes."""
+ASIDE_BYTES: Final = 256 * 1024
+"""More than this is read and written in a thread: it takes longer than the hand-over, and meanwhile the blocks before go on."""
 
 
 def share_of(size: int) -> int:
@@ -74,7 +74,8 @@ def source_of(file: IO[bytes]) -> tuple[Source, int | None]:
     except OSError:  # in memory: there is no descriptor
         return _at_once(file), None
     if stat.S_ISREG(about.st_mode):
-        return _at_once(file), max(0, about.st_size - file.tell())
+        size = max(0, about.st_size - file.tell())
+        return (_at_once(file) if size < ASIDE_BYTES else _aside(file)), size
 
     async def read(length: int) -> Buffer:
         return await _in_daemon(lambda: file.read(length))
@@ -85,6 +86,15 @@ def source_of(file: IO[bytes]) -> tuple[Source, int | None]:
 def _at_once(file: IO[bytes]) -> Source:
     async def read(length: int) -> Buffer:
         return file.read(length)
+
+    return read
+
+
+def _aside(file: IO[bytes]) -> Source:
+    """A large file's: while the next block is read, those before go on."""
+
+    async def read(length: int) -> Buffer:
+        return await asyncio.to_thread(file.read, length)
 
     return read
 
@@ -129,7 +139,7 @@ def sink_of(file: Writable) -> Sink:
         start_writing(descriptor, offset, len(content))
 
     async def take(offset: int, content: Buffer) -> None:
-        if regular is None or len(content) < WRITE_ASIDE_BYTES:
+        if regular is None or len(content) < ASIDE_BYTES:
             write(content)
         else:
             await asyncio.to_thread(write_and_start, regular, offset, content)
