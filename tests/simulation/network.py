@@ -13,6 +13,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import log
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.simulation.loop import Scheduler, SimLoop, State
@@ -97,7 +98,7 @@ class Network:
 
     def delay_s(self, quality: Quality, size: int) -> float:
         exponential = quality.spread == "exponential"  # nearly always
-        by_chance = self.rng.expovariate(1.0) if exponential else SPREADS[quality.spread](self.rng)
+        by_chance = -log(1.0 - self.rng.random()) if exponential else SPREADS[quality.spread](self.rng)
         return quality.delay_s + by_chance * quality.jitter_s + size / quality.bytes_per_s
 
     def wire(self, source: str, target: str) -> Quality:
@@ -340,6 +341,7 @@ class Stream(asyncio.Transport):
         self._serial = loop.scheduler.next_serial()
         self._tls = tls
         self._protocol: Any = None
+        self._buffered = True
         # Sending.
         self._out: deque[bytes] = deque()
         self._out_bytes = self._flying_bytes = 0
@@ -357,7 +359,7 @@ class Stream(asyncio.Transport):
         return self._serial
 
     def attach(self, protocol: Any) -> None:
-        self._protocol = protocol
+        self._protocol, self._buffered = protocol, hasattr(protocol, "get_buffer")
 
     # -- asyncio.Transport ----------------------------------------------------------------------------------------
 
@@ -376,7 +378,7 @@ class Stream(asyncio.Transport):
         return self._protocol
 
     def set_protocol(self, protocol: Any) -> None:
-        self._protocol = protocol
+        self.attach(protocol)
 
     def is_closing(self) -> bool:
         return self._closing or self._lost
@@ -507,16 +509,16 @@ class Stream(asyncio.Transport):
                 return
             self.host.network.trace.note("stream", self.remote[0], self.host.address, len(data))
             self._taken(len(data))
-            view = memoryview(data)
             protocol = self._protocol
-            if not hasattr(protocol, "get_buffer"):
+            if not self._buffered:
                 protocol.data_received(data)
                 continue
-            while view and not self._lost:
+            at, end = 0, len(data)
+            while at < end and not self._lost:
                 room = protocol.get_buffer(-1)
-                count = min(len(room), len(view))
-                room[:count] = view[:count]
-                view = view[count:]
+                count = min(len(room), end - at)
+                room[:count] = data[at : at + count] if at or count < end else data
+                at += count
                 protocol.buffer_updated(count)
 
     def _taken(self, size: int) -> None:
