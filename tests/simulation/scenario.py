@@ -17,7 +17,7 @@ from tests.simulation.world import World
 CALM_S: Final = 60.0
 """After everything is mended, a cluster is one again within this."""
 CLIENTS: Final = 2
-EVERY_S: Final = 1.2
+EVERY_S: Final = 1.0
 """Between two faults, on average: about as long as one lasts, so that often two overlap and sometimes four."""
 
 
