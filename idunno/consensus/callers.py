@@ -14,10 +14,10 @@ from typing import Any
 from idunno.base.errors import (
     DeadlineExceeded,
     Exhausted,
-    InternalError,
     InvalidArgument,
     NoQuorum,
     NotLeader,
+    Unavailable,
     Unconfirmed,
 )
 from idunno.base.ids import Index, NodeId
@@ -152,7 +152,7 @@ class Callers:
 
     def _check_applies(self) -> None:
         if self._health.stuck:
-            raise InternalError(f"{self._me} applies nothing: {self._health.problem}")
+            raise Unavailable(f"{self._me} applies nothing: {self._health.problem}; ask another node")
 
     # -- what happened ------------------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ class Callers:
 
     def fail_awaited(self) -> None:
         """Nothing is applied here any more."""
-        self._awaited.fail(InternalError(f"{self._me} applies nothing: {self._health.problem}"))
+        self._awaited.fail(Unavailable(f"{self._me} applies nothing: {self._health.problem}; ask another node"))
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -367,7 +367,7 @@ class RaftDriver:
         return await self._callers.read_index(timeout_s)
 
     async def applied(self, index: Index, timeout_s: float) -> None:
-        """Wait until this node has applied `index`. Raises DeadlineExceeded, Exhausted, InternalError (it applies no more)."""
+        """Wait until this node has applied `index`. Raises DeadlineExceeded, Exhausted, Unavailable (it applies no more)."""
         await self._callers.applied(index, timeout_s)
 
     # -- the core and its outputs -----------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from idunno.base.errors import (
     DeadlineExceeded,
     Exhausted,
     IdunnoError,
-    InternalError,
     InvalidArgument,
     NoQuorum,
     NotLeader,
+    Unavailable,
     Unconfirmed,
 )
 from idunno.base.ids import Index, NodeId, Term
@@ -435,7 +435,7 @@ def test_an_entry_that_cannot_be_applied_stops_the_node_and_it_says_so() -> None
         assert isinstance(await outcome(leader.propose(cluster.poison, WAIT_S)), Unconfirmed)
         assert leader.problem is not None
         assert "cannot apply" in leader.problem
-        assert isinstance(await outcome(leader.applied(Index(10_000), WAIT_S)), InternalError)
+        assert isinstance(await outcome(leader.applied(Index(10_000), WAIT_S)), Unavailable)
         assert not leader.is_leader
 
     story(work, 3)
