@@ -241,6 +241,8 @@ def _status_page(answer: StatusAnswer) -> None:
     behind = {name: entries for name, entries in answer.lag.items() if entries}
     if behind:
         lines.append(("behind", ", ".join(f"{name} by {entries} entries" for name, entries in behind.items())))
+    if answer.degraded:
+        lines.append(("degraded", answer.degraded))
     if answer.recovering:
         lines.append(("recovering", "not every present node has reported to this scheduler yet"))
     lines.extend(("warning", warning) for warning in answer.warnings)

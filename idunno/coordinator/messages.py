@@ -210,6 +210,9 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     rates: dict[str, float]  # model -> queries/s
     lag: dict[str, int] = {}  # per voter and learner, entries behind; only the leader knows
     recovering: bool = False
+    degraded: str = ""  # why answers leave with fewer copies than they should have; "" when they have them
+    problem: str = ""  # why the asked node takes no part in the consensus, or what it waits for to do so
+    machine_version: int = 0
     warnings: list[str] = []  # what does not make it unhealthy, but should be mended
     blocks_lost: list[str] = []  # blocks of files without a copy on a present node, the first 100; the leader knows
     disk_problems: dict[str, str] = {}  # node -> why it takes no blocks; the leader knows

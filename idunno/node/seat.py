@@ -117,5 +117,6 @@ class Seat:
             rates=node.scheduler.rates(),
             stopped_applying=node.driver.problem or "",
             leader_view=leader_view,
+            machine_version=machine.roster.machine_version,
             loop_late=node.lateness.counts(),
         )

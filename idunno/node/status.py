@@ -13,7 +13,7 @@ from idunno.base.errors import WHEN_LOST
 from idunno.base.ids import NodeId
 from idunno.base.version import VERSION
 from idunno.coordinator.messages import Member, StatusAnswer
-from idunno.coordinator.records import NodeRecord
+from idunno.coordinator.records import COPIES_WANTED, NodeRecord
 from idunno.membership.messages import MemberView
 
 BLOCKS_TOLD_MAX: Final = 100
@@ -47,9 +47,10 @@ class Seen:
     models: dict[str, int]
     tasks: dict[str, int]
     rates: dict[str, float]
-    stopped_applying: str  # why the machine stopped, "" when it runs
+    stopped_applying: str  # why this node takes no part in the consensus, "" when it does
     leader_view: LeaderView | None
     loop_late: dict[str, int] = field(default_factory=dict)
+    machine_version: int = 0
 
 
 def members(
@@ -120,6 +121,9 @@ def status(seen: Seen) -> StatusAnswer:
         rates=seen.rates,
         lag=extra.lag if extra is not None else {},
         recovering=extra.recovering if extra is not None else False,
+        degraded=_degraded(seen.roster),
+        problem=seen.stopped_applying,
+        machine_version=seen.machine_version,
         warnings=[
             *(f"{row.name}: {row.problem}" for row in rows if row.problem),
             *(f"{node} takes no blocks: {problem}" for node, problem in sorted(disks.items())),
@@ -130,10 +134,21 @@ def status(seen: Seen) -> StatusAnswer:
     )
 
 
+def _degraded(roster: Sequence[NodeRecord]) -> str:
+    """Answers have as many copies as nodes are held present, and should have COPIES_WANTED, or one at each node."""
+    present, wanted = sum(record.presence == "present" for record in roster), min(COPIES_WANTED, len(roster))
+    if present >= wanted:
+        return ""
+    away = [f"{record.name} {record.presence}" for record in roster if record.presence != "present"]
+    return f"answers leave with {max(1, present)} of {wanted} copies: {', '.join(away[:8])}"
+
+
 def _why(seen: Seen, rows: Sequence[Member]) -> list[str]:
     why = []
     if seen.stopped_applying:
         why.append(f"this node takes no part in the consensus: {seen.stopped_applying}")
+    if degraded := _degraded(seen.roster):
+        why.append(f"degraded: {degraded}")
     voters = [record for record in seen.roster if record.voter]
     if seen.leader is None:
         states = {row.id: row.state for row in rows}
