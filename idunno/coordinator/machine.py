@@ -24,7 +24,7 @@ from idunno.coordinator import effects as e
 from idunno.coordinator import permissions
 from idunno.coordinator import snapshot as snapshots
 from idunno.coordinator.ledger import Ledger
-from idunno.coordinator.names import job_directory, model_directory, output_name
+from idunno.coordinator.names import job_directory, job_of, model_directory, output_name
 from idunno.coordinator.namespace import Namespace, check_blocks, small_block
 from idunno.coordinator.recent import Recent
 from idunno.coordinator.records import MACHINE_VERSION, Block, ModelRecord, Output, VersionRecord
@@ -185,15 +185,15 @@ class Machine:
     def recount(self) -> References:
         """The references as the parts have them: what `references` holds, counted anew."""
         counted = References()
-        for _, record in self.namespace.each():
-            counted.add(_blocks(record))
+        for name, record in self.namespace.each():
+            counted.add(_blocks(record), _client(name, record.owner))
         for entry in self.namespace.trash.entries.values():
             for record in entry.versions:
                 counted.add(_blocks(record))
         for model in self.registry.models():
             counted.add(model_blocks(model))
         for job in self.ledger.jobs():
-            counted.add(() if job.input_small else job.input_blocks)
+            counted.add(() if job.input_small else job.input_blocks, job.client)
         return counted
 
     def digest(self) -> bytes:
@@ -262,10 +262,10 @@ class Machine:
         return self.namespace.begin(command, asked.actor.name, self.now_ms)
 
     def _commit_put(self, command: c.CommitPut, asked: _Asked) -> PutDone:
-        was_open = self.namespace.open_put(command.put) is not None
+        put = self.namespace.open_put(command.put)
         done = self.namespace.commit(command, asked.actor.name, self.now_ms)
-        if was_open:
-            self.references.add(command.blocks)
+        if put is not None:
+            self.references.add(command.blocks, _client(put.name, put.owner))
             self._tell(e.VersionMade(command.name, done.version, command.blocks))
         return done
 
@@ -294,7 +294,7 @@ class Machine:
         done, versions, gone = self.namespace.delete(command.name, asked.request, asked.actor.name, self.now_ms)
         self._recent.keep(kind, command.name, "", earlier)
         self._tell(e.FileDeleted(command.name, versions))
-        self._unrefer(gone)
+        self._unrefer(gone, command.name)
         return done
 
     def _set_retention(self, command: c.SetRetention, asked: _Asked) -> Done:
@@ -399,7 +399,7 @@ class Machine:
         model = self.registry.serving(command.model)
         given = self.namespace.version(command.input_name, command.input_version)
         done = self.ledger.submit(command, asked.actor.name, model, given, self.now_ms)
-        self.references.add(_blocks(given))
+        self.references.add(_blocks(given), asked.actor.name)
         return self._told(done, e.JobChanged(command.job))
 
     def _plan_job(self, command: c.PlanJob, asked: _Asked) -> msgspec.Struct:
@@ -429,7 +429,7 @@ class Machine:
         job = self.ledger.job(command.job)
         self.namespace.abort(command.put)
         made = self.namespace.add(name, command.size, blocks, job.client, command.put, self.now_ms, small=small)
-        self.references.add(() if small else blocks)
+        self.references.add(() if small else blocks, job.client)
         done = self.ledger.complete(command, Output(name, command.size, blocks, small), self.now_ms)
         queries = command.done + command.errors
         self.registry.count_queries(job.model, queries, command.timing)
@@ -450,7 +450,7 @@ class Machine:
     def _forget_job(self, command: c.ForgetJob, asked: _Asked) -> Done:
         def forget() -> Done:
             job = self.ledger.forget(command.job)
-            self.references.remove(() if job.input_small else job.input_blocks)
+            self.references.remove(() if job.input_small else job.input_blocks, job.client)
             self._tell(e.JobChanged(command.job))
             self._remove(self.namespace.below(job_directory(command.job)))
             self.namespace.abort_below(job_directory(command.job))
@@ -481,12 +481,17 @@ class Machine:
     def _remove(self, names: list[str]) -> None:
         for name, versions in self.namespace.remove(names):
             self._tell(e.FileDeleted(name, versions))
-            self._unrefer(versions)
+            self._unrefer(versions, name)
 
-    def _unrefer(self, versions: Iterable[VersionRecord]) -> None:
-        """These versions are gone for good."""
+    def _unrefer(self, versions: Iterable[VersionRecord], name: str = "") -> None:
+        """These versions are gone for good. `name`: theirs where it may be that of a job's file, which is in no trash."""
         for record in versions:
-            self.references.remove(_blocks(record))
+            self.references.remove(_blocks(record), _client(name, record.owner))
+
+
+def _client(name: str, owner: str) -> str | None:
+    """Whose eyes the file is for, None: everybody's."""
+    return owner if job_of(name) is not None else None
 
 
 def _blocks(record: VersionRecord) -> tuple[Block, ...]:

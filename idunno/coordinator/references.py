@@ -4,6 +4,7 @@
 #         small files are not blocks and are not counted here.
 # Rule 2: derived from the other parts and never in a snapshot: `recount` gives the same counts as the log did.
 # Rule 3: a command pays for the blocks that it names itself, nothing else.
+# Rule 4: what only the files of jobs mention is for their clients' eyes (docs/roles.md): for such mentions it is noted whose.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -21,19 +22,41 @@ class References:
         # count << 24 | size: one small integer a block, for there may be millions
         self._held: dict[BlockId, int] = {}
         self._freed: dict[BlockId, None] = {}
+        self._private: dict[BlockId, dict[str, int]] = {}  # mentions by files of jobs, by client
 
-    def add(self, blocks: Iterable[Block]) -> None:
+    def add(self, blocks: Iterable[Block], private_to: str | None = None) -> None:
+        """`private_to`: the client, when it is a file of a job that mentions them."""
         for block in blocks:
             self._held[block.block] = self._held.get(block.block, block.size & _SIZE_MASK) + (1 << _SIZE_BITS)
+            if private_to is not None:
+                owners = self._private.setdefault(block.block, {})
+                owners[private_to] = owners.get(private_to, 0) + 1
 
-    def remove(self, blocks: Iterable[Block]) -> None:
+    def remove(self, blocks: Iterable[Block], private_to: str | None = None) -> None:
         for block in blocks:
+            if private_to is not None:
+                self._forget_private(block.block, private_to)
             left = self._held[block.block] - (1 << _SIZE_BITS)
             if left >> _SIZE_BITS:
                 self._held[block.block] = left
             else:
                 del self._held[block.block]
                 self._freed[block.block] = None
+
+    def _forget_private(self, block: BlockId, owner: str) -> None:
+        owners = self._private[block]
+        owners[owner] -= 1
+        if not owners[owner]:
+            del owners[owner]
+        if not owners:
+            del self._private[block]
+
+    def is_for(self, block: BlockId, user: str) -> bool:
+        """Whether a user may read the block: something mentions it that is his, or that everybody may look at."""
+        owners = self._private.get(block)
+        if owners is None or user in owners:
+            return block in self._held
+        return self.count(block) > sum(owners.values())
 
     def freed(self) -> tuple[BlockId, ...]:
         """The blocks that nothing refers to any more since the last call, in the order in which it happened."""
@@ -42,6 +65,12 @@ class References:
         gone = tuple(block for block in self._freed if block not in self._held)
         self._freed.clear()
         return gone
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same things refer to the same blocks."""
+        return isinstance(other, References) and (self._held, self._private) == (other._held, other._private)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __contains__(self, block: BlockId) -> bool:
         return block in self._held

@@ -248,6 +248,7 @@ class Node:
             self.peers,
             config=sdfs,
             may_write=self.files.may_write,
+            may_read=self.files.may_read,
             locate=self.files.locate,
             report=self.files.report,
             heard=self.files.witness.heard,

@@ -118,6 +118,8 @@ class RemoteCopies:
             await self._fail(error, f"could not be reached in {self._stall_s:.0f} s")
         else:
             self._answering = asyncio.create_task(self._stream.answer(), name=f"copies of {self._request.block[:16]}")
+            # Seen also when this is cancelled in `close`, and nobody comes to ask for it any more.
+            self._answering.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def append(self, body: Buffer) -> None:
         if self._stream is not None and self.wants:

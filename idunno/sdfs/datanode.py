@@ -59,7 +59,8 @@ class _SourceFailed(Exception):
 class DataNode:
     """This node's part in moving blocks for clients: `block.write`, `block.read`; and its reports to the leader.
 
-    `may_write(put, actor)` raises PermissionDenied or Conflict when a client may not write for that put; `locate(block)`
+    `may_write(put, actor)` raises PermissionDenied or Conflict when a client may not write for that put, `may_read`
+    when a user may not look at that block; `locate(block)`
     names nodes that hold a block, or may, best first; `report` sends an inventory page to the leader; `heard(put, block, size,
     nodes)` is told who said to have stored a client's block.
     """
@@ -73,12 +74,13 @@ class DataNode:
         *,
         config: SdfsConfig,
         may_write: Callable[[str, Actor], Awaitable[None]],
+        may_read: Callable[[BlockId, Actor], Awaitable[None]],
         locate: Callable[[BlockId], Awaitable[list[NodeId]]],
         report: Report,
         heard: Callable[[str, BlockId, int, Sequence[NodeId]], None] = lambda put, block, size, stored: None,
     ) -> None:
         self._me, self._blocks, self._small, self._peers, self._config = me, blocks, small, peers, config
-        self._may_write, self._locate, self._heard = may_write, locate, heard
+        self._may_write, self._may_read, self._locate, self._heard = may_write, may_read, locate, heard
         self._reporter = Reporter(me, blocks, report, config)
         self._term = Term(0)
         self._writes = asyncio.Semaphore(config.writes_max)
@@ -224,6 +226,8 @@ class DataNode:
             raise InvalidArgument(
                 f"cannot read {request.length} bytes from {at} of a block, by {len(request.relay)} nodes"
             )
+        if call.actor.role is Role.USER:  # nodes ask for whoever asked them
+            await self._may_read(request.block, call.actor)
         if self._reads >= self._config.reads_max:
             raise Exhausted(f"{self._reads} blocks are being read through this node, the most at once; try another")
         self._reads += 1

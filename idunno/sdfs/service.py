@@ -127,6 +127,17 @@ class FileService:
         if open_put.owner != actor.name and not actor.may(Role.ADMIN):
             raise PermissionDenied(f"put {put} belongs to {open_put.owner}")
 
+    async def may_read(self, block: BlockId, user: Actor) -> None:
+        """Raises PermissionDenied for what is mentioned by other people's jobs alone, or by nothing."""
+        if self._coordinator.machine.references.is_for(block, user.name):
+            return
+        machine = await self._coordinator.read(5.0)  # this node may be behind the one that named the block
+        if machine.references.is_for(block, user.name):
+            return
+        if block not in machine.references and any(put.owner == user.name for put in machine.namespace.open_puts()):
+            return  # read back before a commit that needs more copies: nobody else knows its name yet
+        raise PermissionDenied(f"block {block[:16]} is of no file that {user.name} may look at; see `idunno ls`")
+
     async def locate(self, block: BlockId) -> list[NodeId]:
         return await self._where.locate(block)
 

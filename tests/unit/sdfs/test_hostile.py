@@ -19,18 +19,31 @@ from idunno.base.errors import (
     IdunnoError,
     InvalidArgument,
     NotReady,
+    PermissionDenied,
     Unauthenticated,
     Unavailable,
 )
 from idunno.base.ids import NodeId
 from idunno.sdfs.asking import Asker
 from idunno.sdfs.blocks import PIECES_MAX, BlockStore
-from idunno.sdfs.client import FileClient
+from idunno.sdfs.client import FileClient, source_of
 from idunno.sdfs.download import fetch
 from idunno.sdfs.hashing import block_id
-from idunno.sdfs.messages import BEGIN, COMMIT, DELETE, WRITE_BLOCK, Begin, BlockCopies, Commit, Delete, WriteBlock
-from idunno.wire.calls import Caller, Peer
-from tests.unit.sdfs.world import CONFIG, MB, USER, ToldDisk, World, content_of, inline, run
+from idunno.sdfs.messages import (
+    BEGIN,
+    COMMIT,
+    DELETE,
+    READ_BLOCK,
+    WRITE_BLOCK,
+    Begin,
+    BlockCopies,
+    Commit,
+    Delete,
+    ReadBlock,
+    WriteBlock,
+)
+from idunno.wire.calls import Actor, Caller, Peer, Role
+from tests.unit.sdfs.world import CONFIG, MB, OTHER, USER, ToldDisk, World, content_of, inline, run
 
 
 class Died(Exception):
@@ -247,5 +260,39 @@ def test_what_is_remembered_of_puts_is_bounded(monkeypatch: pytest.MonkeyPatch) 
             assert "p99" in witness._puts
             witness.forget("p99")
             assert "p99" not in witness._puts
+
+    run(story)
+
+
+# -- blocks that are not for everybody -------------------------------------------------------------------------------------
+
+
+async def _read_block(world: World, actor: Actor, content: bytes) -> bytes:
+    caller = world.caller(world.node(2).id, Peer(actor))
+    async with caller.open(READ_BLOCK, ReadBlock(block_id(content), 0, len(content)), timeout_s=10) as stream:
+        got = bytearray()
+        while (item := await stream.receive()) is not None:
+            got += item.body
+        await stream.answer()
+    return bytes(got)
+
+
+@pytest.mark.parametrize("size", [500, 50_000])
+def test_a_block_of_a_job_is_for_its_client_whoever_knows_its_name(size: int) -> None:
+    async def story() -> None:
+        async with World(4) as world:
+            content = content_of(size)
+            await world.put(content, ".idunno/jobs/j1/input", system=True)
+            with pytest.raises(PermissionDenied, match="no file that bob may look at"):
+                await _read_block(world, OTHER, content)
+            if size > 4096:  # smaller ones come with `stat`, never by their name
+                assert await _read_block(world, USER, content) == content
+            assert await _read_block(world, Actor("root", Role.ADMIN), content) == content
+            assert await _read_block(world, Actor("rita", Role.READER), content) == content
+            await world.put(content_of(50_000, 1), "public")
+            assert await _read_block(world, OTHER, content_of(50_000, 1)) == content_of(50_000, 1)
+            if size > 4096:
+                await world.client(OTHER).put(source_of(content), "the-same")  # then he knows it anyhow
+                assert await _read_block(world, OTHER, content) == content
 
     run(story)

@@ -30,6 +30,7 @@ nodes = st.lists(
 keys = st.text(min_size=1, max_size=20)
 
 
+@settings(deadline=None)
 @given(nodes, keys)
 def test_replicas_are_distinct_as_many_as_there_can_be_and_the_same_each_time(among: list[Candidate], key: str) -> None:
     placed = place(key, among, config=CONFIG)
@@ -39,6 +40,7 @@ def test_replicas_are_distinct_as_many_as_there_can_be_and_the_same_each_time(am
     assert place(key, list(reversed(among)), config=CONFIG) == placed
 
 
+@settings(deadline=None)
 @given(nodes, keys)
 def test_zones_are_used_before_any_is_used_twice(among: list[Candidate], key: str) -> None:
     zones = {c.zone for c in among}
@@ -46,6 +48,7 @@ def test_zones_are_used_before_any_is_used_twice(among: list[Candidate], key: st
     assert len({c.zone for c in replicas}) == min(len(zones), 4, len(among))
 
 
+@settings(deadline=None)
 @given(nodes, keys, st.integers(0, 11))
 def test_the_entry_node_comes_first(among: list[Candidate], key: str, which: int) -> None:
     entry = among[which % len(among)].node
@@ -53,6 +56,7 @@ def test_the_entry_node_comes_first(among: list[Candidate], key: str, which: int
     assert place(key, among, config=CONFIG, entry=NodeId("elsewhere")) == place(key, among, config=CONFIG)
 
 
+@settings(deadline=None)
 @given(st.integers(5, 12), keys, st.integers(0, 11))
 def test_a_node_that_goes_moves_only_what_it_held(count: int, key: str, which: int) -> None:
     among = [node(i) for i in range(count)]
@@ -91,7 +95,7 @@ def test_a_file_that_would_cross_the_floor_goes_elsewhere() -> None:
         place("key", [node(2, free=40)], config=CONFIG, size=36 * GB)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 3))
 def test_an_unreported_node_counts_like_the_mean(seed: int) -> None:
     among = [node(i, free=100 if i else None) for i in range(4)]

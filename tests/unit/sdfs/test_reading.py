@@ -245,7 +245,7 @@ def test_a_block_reported_by_nobody_is_no_block() -> None:
                 raise AssertionError("there is nothing to hand on")
 
             with pytest.raises(Unavailable, match=unknown.block[:16]):
-                await world.client().fetch([unknown], sink, what="model m", timeout_s=100)
+                await world.worker(1).fetch([unknown], sink, what="model m", timeout_s=100)
 
     run(story)
 

@@ -252,6 +252,7 @@ class Node:
             self,
             config=world.config,
             may_write=self.files.may_write,
+            may_read=self.files.may_read,
             locate=self.files.locate,
             report=self.files.report,
             heard=self.files.witness.heard,
