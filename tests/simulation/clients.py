@@ -37,6 +37,7 @@ from idunno.scheduler.messages import (
     Submit,
 )
 from idunno.sdfs.client import FileClient, source_of
+from idunno.sdfs.messages import PutAnswer
 from idunno.wire.rpc import connect_tcp
 from tests.simulation.loop import new_loop
 from tests.simulation.machine import PORT, TLS, certificate_of
@@ -85,6 +86,8 @@ class Promises:
     puts_under_way: int = 0
     deploys_under_way: int = 0
     done: dict[str, int] = field(default_factory=dict)
+    on_acknowledged: list[Callable[[str, bytes, PutAnswer], None]] = field(default_factory=list)
+    """Told name, content and answer of each put."""
 
     def count(self, what: str) -> None:
         self.done[what] = self.done.get(what, 0) + 1
@@ -193,6 +196,8 @@ class Client:
                     f"{name} version {answer.version} is acknowledged, and is the version of another content"
                 )
         story.acknowledged[answer.version] = content
+        for hear in promises.on_acknowledged:
+            hear(name, content, answer)
         self.world.trace.note("put acknowledged", self.name, name, answer.version)
 
     async def check_latest(self, name: str) -> None:

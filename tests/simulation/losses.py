@@ -5,8 +5,8 @@
 #         go on). `wiped`: they come back without their blocks. `away`: they come back hours later, by their clocks, with all.
 # Rule 2: before the loss the disks have every fault a disk can have; then all is mended and repaired. So at the moment of the
 #         loss each block has four good copies but for those that are being put, and three losses, rot included, leave one.
-# Rule 3: it is judged three times: by users who read everything back, by the bytes on the disks (each block that something
-#         refers to, whole, on four of them), and by what is left over (nothing else).
+# Rule 3: it is judged all along (copies.py), and then three times: by users who read everything back, by the bytes on the disks
+#         (each block that something refers to, whole, on four of them), and by what is left over (nothing else).
 from __future__ import annotations
 
 import argparse
@@ -24,6 +24,7 @@ from idunno.base.errors import IdunnoError
 from idunno.base.ids import BlockId
 from idunno.coordinator.messages import NODE_REMOVE, RemoveDead
 from idunno.node.node import Node
+from tests.simulation.copies import Copies, watch_copies
 from tests.simulation.faults import Faults
 from tests.simulation.machine import Machine
 from tests.simulation.scenario import Cluster, make
@@ -62,7 +63,7 @@ def losses(seed: int | str, *, nodes: int = 7, kind: str = "", watch: bool = Fal
     kinds = [k for k in KINDS if nodes >= 7 or k != "gone"]
     told = Losses(f"{seed}", kind or rng.choice(kinds))
     cluster = make(f"losses {seed}", nodes, watch=watch)
-    story = _Story(cluster, told, rng)
+    story = _Story(cluster, told, rng, watch_copies(cluster))
     cluster.world.run(story.whole, limit_s=3_000.0)
     told.virtual_s = cluster.world.scheduler.now
     told.done.update(cluster.promises.done)
@@ -74,12 +75,14 @@ def losses(seed: int | str, *, nodes: int = 7, kind: str = "", watch: bool = Fal
 
 
 class _Story:
-    def __init__(self, cluster: Cluster, told: Losses, rng: random.Random) -> None:
+    def __init__(self, cluster: Cluster, told: Losses, rng: random.Random, copies: Copies) -> None:
+        self.copies = copies
         self.cluster, self.world, self.told, self.rng = cluster, cluster.world, told, rng
         self.faults: Faults = cluster.faults
 
     async def whole(self, world: World) -> None:
         await self.cluster.begin(jobs=False)
+        self.copies.begin()
         await self.faults.storm(STORM_S, list(DISK_FAULTS), EVERY_S)
         self.faults.end_all()
         await self.repaired("before the loss")
@@ -105,6 +108,8 @@ class _Story:
         self.cluster.checkers.disturb(world.scheduler.now, world.scheduler.now + 30.0)
         world.lose_power(*(machine.name for machine in lost))
         if kind == "gone":
+            for path in (path for machine in lost for path in machine.disk.paths("blocks/")):
+                self.copies.took(path)
             world.machines = [machine for machine in world.machines if machine not in lost]
             await self.remove(lost)
             return
@@ -115,6 +120,8 @@ class _Story:
             if kind == "wiped":
                 paths = machine.disk.paths("blocks/")
                 self.told.dose["blocks wiped"] += len(paths)
+                for path in paths:
+                    self.copies.took(path)
                 _wipe(machine, paths)
             else:
                 machine.skew_ms += HOURS_MS
@@ -145,6 +152,7 @@ class _Story:
         paths = machine.disk.paths("blocks/")
         for path in self.rng.sample(paths, min(FLIPS, len(paths))):
             machine.disk.rot(path, self.rng.randrange(max(1, machine.disk.written_bytes(path))))
+            self.copies.took(path)
             self.told.dose["blocks rotten"] += 1
 
     # -- what must follow -----------------------------------------------------------------------------------------

@@ -1,0 +1,257 @@
+# tests/simulation/planted.py: mistakes that somebody could make in the file store, and worlds in which they cost something.
+#
+# Rule 1: a mistake is the product with one thing changed; its world is one in which that matters often. The same world without
+#         it must find nothing.
+# Rule 2: `python -m tests.simulation.planted` counts over many seeds how many worlds it takes to find each.
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Final
+from unittest.mock import patch
+
+from idunno.base.errors import StaleTerm
+from idunno.base.ids import BlockId, Term
+from idunno.sdfs.blocks import BlockStore
+from idunno.sdfs.messages import Drop
+from idunno.sdfs.repairing import Repairing
+from idunno.sdfs.sweep import GATHER_S, Sweeper
+from tests.simulation.clients import Client
+from tests.simulation.copies import MOMENT_S, watch_copies
+from tests.simulation.disk import DiskView, SimFile
+from tests.simulation.losses import losses
+from tests.simulation.scenario import Cluster, make
+from tests.simulation.world import World
+
+SEEDS_MAX: Final = 500
+STORM_S: Final = 5.0
+PUTTERS: Final = 3
+"""Of each client, besides what it does anyhow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    plant: Callable[[], contextlib.AbstractContextManager[Any]]
+    world: Callable[[str], object]
+    seed: int
+    """A world that finds it."""
+
+
+def found_by(mistake: str, seed: int | str, *, world: str = "") -> str | None:
+    """What the world of that seed finds, None when it finds nothing."""
+    planted = MISTAKES[mistake].plant() if mistake else contextlib.nullcontext()
+    try:
+        with planted:
+            MISTAKES[world or mistake].world(f"{seed}")
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _acknowledged_before_sync() -> Iterator[None]:
+    """A block's bytes are in the system's cache when it is said to be stored."""
+    sync = SimFile.sync
+
+    async def not_blocks(self: SimFile) -> None:
+        if not self._path.startswith("tmp/block-"):
+            await sync(self)
+
+    with patch.object(SimFile, "sync", not_blocks):
+        yield
+
+
+@contextlib.contextmanager
+def _name_not_synced() -> Iterator[None]:
+    """A block's content is on the disk, and its name perhaps not."""
+    sync = DiskView.sync_directory
+
+    async def not_blocks(self: DiskView, path: str) -> None:
+        if not path.startswith("blocks/"):
+            await sync(self, path)
+
+    with patch.object(DiskView, "sync_directory", not_blocks):
+        yield
+
+
+@contextlib.contextmanager
+def _no_barrier() -> Iterator[None]:
+    """A sweep decides by this node's machine as it is."""
+
+    decide = Sweeper._decide
+
+    async def at_once(self: Sweeper) -> list[BlockId]:
+        coordinator = self._coordinator
+
+        class Hasty:
+            machine = coordinator.machine
+            driver = coordinator.driver
+
+            async def read(self, timeout_s: float) -> Any:
+                return coordinator.machine
+
+        with patch.object(self, "_coordinator", Hasty()):
+            return await decide(self)
+
+    with patch.object(Sweeper, "_decide", at_once):
+        yield
+
+
+@contextlib.contextmanager
+def _rotten_counts() -> Iterator[None]:
+    """ "Have it" is said of whatever bears the block's name."""
+
+    async def by_name(self: BlockStore, block: BlockId) -> bool:
+        return block in self
+
+    with patch.object(BlockStore, "verify", by_name):
+        yield
+
+
+@contextlib.contextmanager
+def _below_quorum() -> Iterator[None]:
+    """One copy is enough for a commit."""
+    one = lambda roster, write_quorum=None: 1  # noqa: E731
+    with patch("idunno.sdfs.service.quorum", one), patch("idunno.sdfs.leading.quorum", one):
+        yield
+
+
+# -- worlds -----------------------------------------------------------------------------------------------------------
+
+
+def _storm(*kinds: str, sweeps: bool = False) -> Callable[[str], object]:
+    """Clients put, disks and machines fail, copies are counted all along."""
+
+    def world(seed: str) -> None:
+        cluster = make(f"planted {seed}", 5)
+        copies = watch_copies(cluster)
+
+        async def story(world: World) -> None:
+            await cluster.begin(jobs=False)
+            copies.begin()
+            if sweeps:
+                _sweep_all_the_time(cluster)
+                _put_all_the_time(cluster)
+            await cluster.faults.storm(STORM_S, list(kinds), 0.7)
+            await cluster.end()
+
+        gather_s = 0.0 if sweeps else GATHER_S
+        with patch("idunno.sdfs.sweep.GATHER_S", gather_s):
+            cluster.world.run(story, limit_s=900.0)
+
+    return world
+
+
+def _sweep_all_the_time(cluster: Cluster) -> None:
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            for machine in cluster.world.machines:
+                sweeper = getattr(getattr(machine.node, "files", None), "sweeper", None)
+                if sweeper is not None and machine.serving and machine.loop is not None and sweeper._task is not None:
+                    machine.loop.call_soon(sweeper._wake.set)
+
+    cluster.world.loop.create_task(sweep(), name="sweeps")
+
+
+def _put_all_the_time(cluster: Cluster) -> None:
+    for client in cluster.clients:
+        for number in range(PUTTERS):
+
+            async def work(client: Client = client, number: int = number) -> None:
+                count = 0
+                while not client.stopping:
+                    count += 1
+                    await client.put(f"{client.name}/more-{number}-{count}", client.rng.randbytes(5_000))
+                    await asyncio.sleep(client.rng.random() * 0.05)
+
+            client.begin(work)
+
+
+MISTAKES: Final = {
+    "acknowledged before sync": Mistake(_acknowledged_before_sync, _storm("power", "power_all"), 1),
+    "name not synced": Mistake(_name_not_synced, _storm("power", "power_all"), 1),
+    "no barrier": Mistake(_no_barrier, _storm("delay", "freeze", "loss", "disorder", sweeps=True), 1),
+    "rotten counts": Mistake(_rotten_counts, lambda seed: losses(f"planted {seed}", nodes=5, kind="away"), 1),
+    "below quorum": Mistake(_below_quorum, _storm("disk_errors", "disk_full"), 1),
+}
+
+
+def trims_of_a_deposed_leader() -> None:
+    """A leader has verified four copies and is about to let the fifth go. It freezes, another leads, one of the four is lost
+    with its disk; only then is the order heard."""
+    cluster = make("deposed", 6, clients=1)
+    copies = watch_copies(cluster)
+    verified = Repairing._verified
+
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        copies.begin()
+        client = cluster.clients[0]
+        client.stopping = True
+        await asyncio.sleep(4.0)
+        await client.inside(lambda: client.put("kept", client.rng.randbytes(50_000)))
+        leader = await world.has_leader()
+        (block,) = [block for block, (content, _) in copies._promised.items() if len(content) == 50_000]
+        away = next(m for m in copies.whole(block) if m is not leader)
+        world.kill(away.name)
+        await world.until(lambda: len(copies.whole(block)) == 5, "a fifth copy", 20.0)
+        world.start(away.name)
+        about_to_drop = world.loop.create_future()
+
+        async def slow(self: Repairing, order: Any) -> bool:
+            whole = await verified(self, order)
+            if order.block == block and not about_to_drop.done():
+                world.loop.call_soon(lambda: about_to_drop.done() or about_to_drop.set_result(order))
+                await asyncio.sleep(0.05)
+            return whole
+
+        with patch.object(Repairing, "_verified", slow):
+            order = await asyncio.wait_for(about_to_drop, 60.0)
+            leader = await world.has_leader()
+            holder = world.by_id[order.drop]
+            term = leader.node.driver.term if leader.node is not None else Term(0)
+            cluster.faults.lasts(20.0, lambda: None, [leader])
+            world.freeze(leader.name)
+        await world.until(lambda: world.leader() not in (None, leader), "another leader", 10.0)
+        lost = next(m for m in world.machines if m.id in order.keep and m not in (leader, world.leader()))
+        world.lose_power(lost.name)
+        for path in lost.disk.paths("blocks/"):
+            lost.disk.names.pop(path)
+            lost.disk.durable.pop(path, None)
+            copies.took(path)
+        await asyncio.sleep(MOMENT_S + 0.1)
+        late: Any = SimpleNamespace(request=Drop(block, term))  # the order was on its way all the time
+        node = holder.node
+        assert node is not None
+        with contextlib.suppress(StaleTerm):
+            await world.inside(holder.name, lambda: node.files.orders.drop(late))
+        world.thaw(leader.name)
+        await asyncio.sleep(10.0)
+        await cluster.end()
+
+    cluster.world.run(story, limit_s=600.0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation.planted")
+    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--mistake", choices=sorted(MISTAKES), action="append")
+    asked = parser.parse_args()
+    for mistake in asked.mistake or sorted(MISTAKES):
+        finds = [seed for seed in range(1, asked.seeds + 1) if found_by(mistake, seed) is not None]
+        mean = f"{asked.seeds / len(finds):.1f} worlds on average" if finds else "not found"
+        print(f"{mistake}: {len(finds)} of {asked.seeds} worlds find it, {mean}; first {finds[:5]}", flush=True)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
