@@ -333,14 +333,14 @@ def users(ctx: click.Context) -> None:
     if ctx.invoked_subcommand is not None:
         return
     rows = work(lambda cluster: cluster.users())
-    columns = ["name", "role", "since"]
+    columns = ["name", "role", "since", "state"]
     result(rows, lambda: render.table(columns, [[getattr(row, column) for column in columns] for row in rows]))
 
 
 @command("revoke", example="idunno users revoke alice")
 @click.argument("name")
 def users_revoke(name: str) -> None:
-    """The certificate of the user NAME no longer works."""
+    """The certificate of the user NAME no longer works. The name stays taken, with what it owns; a second time frees it."""
     work(lambda cluster: cluster.revoke_user(name))
     result({"name": name}, lambda: click.echo(f"{name} revoked"))
 

@@ -247,7 +247,10 @@ class Machine:
 
     def _revoke_user(self, command: c.RevokeUser, asked: _Asked) -> Done:
         return self._once(
-            command, command.name, asked, lambda: self._told(self.roster.revoke_user(command.name), e.RosterChanged())
+            command,
+            command.name,
+            asked,
+            lambda: self._told(self.roster.revoke_user(command.name, self.now_ms), e.RosterChanged()),
         )
 
     def _add_token(self, command: c.AddToken, asked: _Asked) -> Done:

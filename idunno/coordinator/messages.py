@@ -337,6 +337,7 @@ class UserRow(msgspec.Struct, frozen=True):
     name: str
     role: str
     since: str
+    state: str = "valid"  # valid | revoked
 
 
 class UserRows(msgspec.Struct, frozen=True):

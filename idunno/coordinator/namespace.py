@@ -28,6 +28,8 @@ from idunno.coordinator.trash import Retention, RetentionRule, Trash, TrashEntry
 BLOCKS_MAX: Final = 6_000
 """Blocks of one version: 46 GiB, and a commit of at most 500 kB: a log entry has 512 KiB at most."""
 OPEN_PUTS_MAX: Final = 10_000
+OPEN_PUTS_OF_ONE_MAX: Final = 2_000
+"""Of one user or node: nobody keeps the others from putting."""
 TOMBSTONES_MAX: Final = 1_000_000
 """Deleted names whose version numbers go on. Beyond it the longest deleted is forgotten and would begin at 1 again."""
 PUTS_REMEMBERED: Final = 8
@@ -83,7 +85,10 @@ class Namespace:
         self._files: dict[str, _File] = {}
         self._tombstones: dict[str, _File] = {}
         self._names: list[str] = sorted(file.name for file in state.files)
-        self._puts: dict[str, OpenPut] = {put.put: put for put in state.puts}
+        self._puts: dict[str, OpenPut] = {}
+        self._puts_of: dict[str, int] = {}  # by owner
+        for put in state.puts:
+            self._open(put)
         self.trash = Trash(state.trash, state.trash_last)
         self.retention = Retention(state.retention)
         self._made: dict[
@@ -239,7 +244,12 @@ class Namespace:
         self._check_expected(command.name, command.if_version)
         if len(self._puts) >= OPEN_PUTS_MAX:
             raise Exhausted(f"{OPEN_PUTS_MAX} puts are open, the bound; try again when some have ended")
-        self._puts[command.put] = OpenPut(command.put, command.name, owner, now_ms, command.if_version, command.node)
+        if self._puts_of.get(owner, 0) >= OPEN_PUTS_OF_ONE_MAX:
+            raise Exhausted(
+                f"{OPEN_PUTS_OF_ONE_MAX} puts of {owner} are open, the most of one user; end some, or wait: those that nobody "
+                "goes on with are aborted after an hour"
+            )
+        self._open(OpenPut(command.put, command.name, owner, now_ms, command.if_version, command.node))
         return PutOpen(command.put, command.name)
 
     def commit(self, command: CommitPut, owner: str, now_ms: int) -> PutDone:
@@ -254,7 +264,7 @@ class Namespace:
             raise Conflict(f"put {command.put} is open for {open_put.name}, not for {command.name[:200]}")
         check_blocks(command.blocks, command.size)
         self._check_expected(command.name, open_put.if_version)
-        del self._puts[command.put]
+        self._close(command.put)
         return self.add(command.name, command.size, command.blocks, open_put.owner, command.put, now_ms, small=False)
 
     def put_small(self, command: PutSmall, owner: str, now_ms: int) -> PutDone:
@@ -273,12 +283,26 @@ class Namespace:
         if open_put is not None and (open_put.name, open_put.owner) != (command.name, owner):
             raise Conflict(f"put {command.put} is open already for {open_put.name}; a new put needs a new id")
         self._check_expected(command.name, command.if_version)
-        self._puts.pop(command.put, None)
+        self._close(command.put)
         return self.add(command.name, block.size, (block,), owner, command.put, now_ms, small=True)
 
     def abort(self, put: str) -> Done:
         """Idempotent: an open put ends; what is committed stays."""
-        return Done(changed=self._puts.pop(put, None) is not None)
+        return Done(changed=self._close(put))
+
+    def _open(self, put: OpenPut) -> None:
+        self._puts[put.put] = put
+        self._puts_of[put.owner] = self._puts_of.get(put.owner, 0) + 1
+
+    def _close(self, put: str) -> bool:
+        """Whether it was open."""
+        closed = self._puts.pop(put, None)
+        if closed is None:
+            return False
+        self._puts_of[closed.owner] -= 1
+        if not self._puts_of[closed.owner]:
+            del self._puts_of[closed.owner]
+        return True
 
     def add(
         self, name: str, size: int, blocks: tuple[Block, ...], owner: str, request: str, now_ms: int, *, small: bool
@@ -446,7 +470,7 @@ class Namespace:
     def abort_below(self, prefix: str) -> None:
         """End the open puts of names below `prefix`."""
         for put in [put.put for put in self._puts.values() if put.name.startswith(prefix)]:
-            del self._puts[put]
+            self._close(put)
 
     def _forget_puts(self, file: _File, *, keep: int) -> None:
         """Forget which versions puts made, but for the last `keep` of those there; older tombstones' are forgotten too."""

@@ -283,6 +283,11 @@ class Roster:
             raise InvalidArgument(f"role {user.role[:40]!r} is none of admin, user, reader")
         if len(user.fingerprint) != 32:
             raise InvalidArgument(f"a certificate's fingerprint has 32 bytes, this one {len(user.fingerprint)}")
+        if old is not None and not old.fingerprint:
+            raise Conflict(
+                f"{user.name} was revoked, and what {user.name} stored is still there under that name; log in under another "
+                f"one, or let an admin free it, with all it holds: `idunno users revoke {user.name}` a second time"
+            )
         if old is not None:
             raise Conflict(
                 f"there is a {old.role} {user.name} already; log in under another name, or let an admin "
@@ -300,17 +305,23 @@ class Roster:
         self._keep_user(new)
         return UserAdded(new)
 
-    def revoke_user(self, name: str) -> Done:
+    def revoke_user(self, name: str, now_ms: int) -> Done:
+        """End the certificate. The name stays taken, with what it owns, until it is revoked a second time: nobody else gets
+        somebody's files by logging in under a name that has become free."""
         user = self._users.get(name)
         if user is None:
             raise NotFound(f"no user {name[:80]}; see `idunno users`")
-        del self._users[name]
-        del self._by_fingerprint[user.fingerprint]
+        if user.fingerprint:
+            del self._by_fingerprint[user.fingerprint]
+            self._users[name] = UserRecord(name, user.role, b"", now_ms)
+        else:
+            del self._users[name]
         return Done()
 
     def _keep_user(self, user: UserRecord) -> None:
         self._users[user.name] = user
-        self._by_fingerprint[user.fingerprint] = Peer(Actor(user.name, Role(user.role)))
+        if user.fingerprint:
+            self._by_fingerprint[user.fingerprint] = Peer(Actor(user.name, Role(user.role)))
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 

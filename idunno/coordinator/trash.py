@@ -15,6 +15,8 @@ from idunno.coordinator.results import Done
 TRASH_VERSIONS_MAX: Final = 1_000_000
 """Versions in the trash. Beyond it the longest deleted are purged at once: a delete never fails for lack of room."""
 RULES_MAX: Final = 1_000
+RULES_OF_ONE_MAX: Final = 50
+"""Of one user, for his own files; the leader's looks cost as much as there are rules, and others want some too."""
 PREFIX_BYTES_MAX: Final = 512
 AGE_MS_MAX: Final = 100 * 365 * 86_400_000
 
@@ -97,6 +99,12 @@ class Retention:
             return Done(changed=False)
         if not rule.versions and not rule.age_ms:
             return Done(changed=self._rules.pop(key, None) is not None)
+        of_one = sum(owner == rule.owner for _, owner in self._rules)
+        if key not in self._rules and rule.owner and of_one >= RULES_OF_ONE_MAX:
+            raise Exhausted(
+                f"{rule.owner} has {RULES_OF_ONE_MAX} retention rules, the most of one user; `idunno retain PREFIX --none` "
+                "removes one"
+            )
         if key not in self._rules and len(self._rules) >= RULES_MAX:
             raise Exhausted(
                 f"there are {RULES_MAX} retention rules, the bound; `idunno retain PREFIX --none` removes one"

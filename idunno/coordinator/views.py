@@ -21,7 +21,7 @@ def token_row(token: TokenRecord, now_ms: int) -> TokenRow:
 
 
 def user_row(user: UserRecord) -> UserRow:
-    return UserRow(user.name, user.role, iso_time(user.since_ms))
+    return UserRow(user.name, user.role, iso_time(user.since_ms), "valid" if user.fingerprint else "revoked")
 
 
 def member_address(node: NodeRecord) -> MemberAddress:

@@ -1,7 +1,8 @@
 # idunno/sdfs/expiry.py: the leader's proposals of what expires and what leaves the trash.
 #
 # Rule 1: commands name explicit versions and entries; a leader that is deposed in the middle has proposed nothing wrong.
-# Rule 2: a look is bounded: so many proposals, so many names in one turn of the loop; the next look goes on.
+# Rule 2: machine time stands still while nobody gives a command; what is due is judged by the stamp of the next one.
+# Rule 3: a look is bounded: so many proposals, so many names in one turn of the loop; the next look goes on.
 from __future__ import annotations
 
 import asyncio
@@ -66,7 +67,7 @@ class Expiry:
         """Propose what is due. Raises IdunnoError."""
         machine = await self._coordinator.read(PROPOSE_S)
         left = PROPOSALS_MAX
-        while left > 0 and (entries := _due(machine, self._config.trash_ms)):
+        while left > 0 and (entries := _due(machine, self._now_ms(machine) - self._config.trash_ms)):
             await self._propose(Purge(entries))
             log.info("trash purged", extra={"entries": len(entries)})
             left -= 1
@@ -90,7 +91,7 @@ class Expiry:
                     or namespace.retention.rule_for(name, versions[-1].owner) != rule
                 ):
                     continue
-                gone = expired(versions, rule, machine.now_ms)[:VERSIONS_MAX]
+                gone = expired(versions, rule, self._now_ms(machine))[:VERSIONS_MAX]
                 if gone:
                     await self._propose(Expire(name, gone))
                     log.info("versions expired", extra={"file": name, "versions": len(gone)})
@@ -99,17 +100,20 @@ class Expiry:
             await asyncio.sleep(0)
         return proposed
 
+    def _now_ms(self, machine: Machine) -> int:
+        return max(machine.now_ms, self._coordinator.now_ms())
+
     async def _propose(self, command: Command) -> None:
         await self._coordinator.propose(command, actor=self._actor, timeout_s=PROPOSE_S)
 
 
-def _due(machine: Machine, trash_ms: int) -> tuple[int, ...]:
-    """The oldest entries whose time in the trash is over, with at most VERSIONS_MAX versions, but at least one."""
+def _due(machine: Machine, before_ms: int) -> tuple[int, ...]:
+    """The oldest entries, thrown away up to then, with at most VERSIONS_MAX versions, but at least one."""
     found: list[int] = []
     versions = 0
     for entry in machine.namespace.trash.entries.values():
         versions += len(entry.versions)
-        if entry.at_ms > machine.now_ms - trash_ms or (found and versions > VERSIONS_MAX):
+        if entry.at_ms > before_ms or (found and versions > VERSIONS_MAX):
             break
         found.append(entry.entry)
     return tuple(found)

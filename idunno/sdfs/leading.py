@@ -226,7 +226,7 @@ class Leading:
     async def look(self) -> None:
         """Abort puts that are open for too long."""
         machine = self._coordinator.machine
-        before_ms = machine.now_ms - self._config.put_open_max_ms
+        before_ms = max(machine.now_ms, self._coordinator.now_ms()) - self._config.put_open_max_ms
         stale = [put for put in machine.namespace.open_puts() if put.started_ms < before_ms]
         for put in stale[:ABORTS_MAX]:
             command = AbortPut(put.put, f"open for more than {self._config.put_open_max_ms // 60_000} minutes")

@@ -1,6 +1,7 @@
 # idunno/sdfs/ports.py: what the file store needs of the coordinator (coordinator/client.py has it).
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from idunno.base.ids import NodeId, Term
@@ -23,6 +24,11 @@ class Coordination(Protocol):
 
     @property
     def driver(self) -> Leadership: ...
+
+    @property
+    def now_ms(self) -> Callable[[], int]:
+        """The stamp of a command that this node would propose now."""
+        ...
 
     async def propose(self, command: Command, *, actor: Actor, request: str = "", timeout_s: float) -> tuple[Any, int]:
         """What apply returned, and on how many nodes the entry was synced. Raises what apply raised, Unconfirmed, NoQuorum."""

@@ -78,14 +78,25 @@ class Sweeper:
         removed = 0
         while self._candidates or self._ended():
             batch = await self._decide()
-            for block in batch:
-                await self._blocks.erase(block)
-            removed += len(batch)
+            removed += await self._erase(batch)
             if len(batch) < BATCH:
                 break
         if removed:
             log.info("blocks swept", extra={"blocks": removed})
         await self._clear_quarantine()
+        return removed
+
+    async def _erase(self, batch: list[BlockId]) -> int:
+        """Of files held no more; what the disk refuses to remove stays until the next start, and keeps no other from going."""
+        removed, refused = 0, None
+        for block in batch:
+            try:
+                await self._blocks.erase(block)
+                removed += 1
+            except DiskFailed as error:
+                refused = error
+        if refused is not None:
+            log.warning("files not removed", extra={"blocks": len(batch) - removed, "error": str(refused)})
         return removed
 
     def _ended(self) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from idunno.base.errors import Conflict, DecodeError, InvalidArgument, NotFound
+from idunno.base.errors import Conflict, DecodeError, Exhausted, InvalidArgument, NotFound
 from idunno.base.ids import BlockId, Index
 from idunno.coordinator import commands as c
 from idunno.coordinator import namespace as ns
@@ -240,6 +240,27 @@ def test_open_puts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     world.do(c.BeginPut("p2", "a"))
     assert world.apply(c.BeginPut("p3", "a")).error is not None
     assert world.apply(c.BeginPut("p2", "a")).error is None
+
+
+def test_nobody_takes_the_open_puts_or_rules_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ns, "OPEN_PUTS_OF_ONE_MAX", 2)
+    monkeypatch.setattr("idunno.coordinator.trash.RULES_OF_ONE_MAX", 2)
+    world = World()
+    for number in range(2):
+        world.do(c.BeginPut(f"p{number}", "a"))
+        world.do(c.SetRetention(f"a{number}", 1, 0))
+    for _ in range(2):
+        with pytest.raises(Exhausted, match="2 puts of alice are open"):
+            world.do(c.BeginPut("p9", "a"))
+        with pytest.raises(Exhausted, match="alice has 2 retention rules"):
+            world.do(c.SetRetention("a9", 1, 0))
+        world.do(c.BeginPut("b1", "b"), BOB)
+        world.do(c.SetRetention("b", 1, 0), BOB)
+        world.machine = Machine.restore(world.machine.snapshot())
+    world.do(c.AbortPut("p0", ""))
+    world.do(c.BeginPut("p9", "a"))
+    world.do(c.SetRetention("a0", 0, 0))
+    world.do(c.SetRetention("a9", 1, 0))
 
 
 def test_tombstones_are_bounded_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:

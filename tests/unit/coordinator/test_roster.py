@@ -163,8 +163,23 @@ def test_users_come_and_go() -> None:
     assert world.do(c.RevokeUser("carol"), ADMIN, "r1").changed
     assert not world.do(c.RevokeUser("carol"), ADMIN, "r1").changed  # a retry is no error
     assert world.machine.roster.peer(bytes([50]) * 32) is None
+
+
+def test_a_revoked_name_and_its_files_are_nobody_elses_until_it_is_freed() -> None:
+    world = World()
+    world.do(c.AddUser(user("carol"), "t-user"), SYSTEM)
+    world.do(c.RevokeUser("carol"), ADMIN, "r1")
+    thief = msgspec.structs.replace(user("carol", i=51), key=b"t" * 32)
+    for _ in range(2):
+        with pytest.raises(Conflict, match="a second time"):
+            world.do(c.AddUser(thief, "t-user"), SYSTEM)
+        world.machine = Machine.restore(world.machine.snapshot())
+    assert [(u.name, u.fingerprint) for u in world.machine.roster.users() if u.name == "carol"] == [("carol", b"")]
+    assert world.machine.roster.peer(b"") is None
+    assert world.do(c.RevokeUser("carol"), ADMIN, "r2").changed
     with pytest.raises(NotFound):
-        world.do(c.RevokeUser("carol"), ADMIN, "r2")
+        world.do(c.RevokeUser("carol"), ADMIN, "r3")
+    assert world.do(c.AddUser(thief, "t-user"), SYSTEM).changed
 
 
 def test_a_node_describes_itself_at_each_start() -> None:

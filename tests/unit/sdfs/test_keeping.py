@@ -100,10 +100,38 @@ def test_a_trash_of_many_is_emptied_in_parts_and_purged_by_itself_in_time() -> N
                 await client.delete(f"f{number}")
             assert world.machine.namespace.trash.versions == 1_500
             assert (await client.empty_trash("f1")).versions == 11 * 50
-            world.now_ms += 1_000_000
-            await world.put(b"x", "b")
+            world.now_ms += 1_000_000  # and nobody gives a command any more: machine time stands still
             await asyncio.sleep(130)
             assert world.machine.namespace.trash.versions == 0
+
+    run(story)
+
+
+def test_whoever_looks_through_the_trash_of_others_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idunno.sdfs.keeping.LOOKED_AT_MAX", 5)
+
+    async def story() -> None:
+        async with World(3) as world:
+            client = world.client()
+            for number in range(50):
+                await world.put(b"x", f"f{number:02}")
+                await client.delete(f"f{number:02}")
+            turns = 0
+
+            async def others() -> None:
+                nonlocal turns
+                while True:
+                    turns += 1
+                    await asyncio.sleep(0)
+
+            rest = asyncio.create_task(others())
+            before = turns
+            assert (await world.client(OTHER).empty_trash("")).versions == 0
+            assert turns - before >= 10
+            assert [row.name for row in await client.trash("f4")] == [f"f4{n}" for n in range(10)]
+            page = await world.client(OTHER).trash("f49")
+            assert [row.name for row in page] == ["f49"]
+            rest.cancel()
 
     run(story)
 

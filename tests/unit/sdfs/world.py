@@ -171,6 +171,9 @@ class Coordination:
     def machine(self) -> Machine:
         return self._world.machine
 
+    def now_ms(self) -> int:
+        return self._world.now_ms
+
     async def propose(self, command: Command, *, actor: Actor, request: str = "", timeout_s: float) -> tuple[Any, int]:
         await self._led(timeout_s)
         result = self._world.apply(command, actor, request)
