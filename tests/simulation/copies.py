@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 LOOK_S: Final = 0.25
+LATER_S: Final = 1.0
 WANTED: Final = 4
 MOMENT_S: Final = 1.0
 """Between the verification of four copies and the end of the fifth."""
@@ -37,6 +38,7 @@ class Copies:
         self._took: dict[BlockId, int] = {}
         self._took_when = -MOMENT_S
         self._present: deque[tuple[float, int]] = deque()
+        self._judge_later: deque[tuple[float, str, int]] = deque()
         promises.on_acknowledged.append(self._on_acknowledged)
         world.on_made.append(self._made)
 
@@ -70,15 +72,20 @@ class Copies:
     def _on_acknowledged(self, name: str, content: bytes, answer: PutAnswer) -> None:
         if len(content) <= SMALL_BYTES_MAX:
             return
-        least = min(WANTED, min((count for _, count in self._present), default=1))
-        if answer.copies < max(least, min(2, len(self.world.machines))):
-            self.world.found(f"{name} is acknowledged with {answer.copies} copies, {least} nodes or more were present")
+        self._judge_later.append((self.world.scheduler.now, name, answer.copies))
         for at in range(0, len(content), BLOCK_BYTES_MAX):
             piece = content[at : at + BLOCK_BYTES_MAX]
             block = BlockId(blake3(piece).hexdigest())
             self._promised[block] = (piece, max(answer.copies, self._promised.get(block, (b"", 0))[1]))
             self.acknowledged += 1
             self._check(block, f"{name} version {answer.version} is acknowledged")
+
+    def _judge_quorum(self, when: float, name: str, copies: int) -> None:
+        """By the fewest nodes that any node knew to be present while it was put, or heard of just after."""
+        fewest = [count for at, count in self._present if when - PUT_S - 1.0 < at < when + LATER_S]
+        least = min(WANTED, min(fewest, default=1))
+        if copies < max(least, min(2, len(self.world.machines))):
+            self.world.found(f"{name} is acknowledged with {copies} copies, {least} nodes or more were present")
 
     def _check(self, block: BlockId, why: str) -> None:
         content, promised = self._promised[block]
@@ -94,8 +101,10 @@ class Copies:
             rosters = [m.node.machine.roster for m in self.world.machines if m.serving and hasattr(m.node, "machine")]  # type: ignore[union-attr]
             counts = [roster.present for roster in rosters if roster.nodes()]
             self._present.append((now, min(counts, default=1)))
-            while self._present[0][0] < now - PUT_S - 1.0:
+            while self._present[0][0] < now - PUT_S - LATER_S - 2.0:
                 self._present.popleft()
+            while self._judge_later and self._judge_later[0][0] < now - LATER_S:
+                self._judge_quorum(*self._judge_later.popleft())
             for block in self._promised:
                 self._check(block, "it was acknowledged before")
 

@@ -1,8 +1,9 @@
 # tests/simulation/losses.py: machines are lost with their disks while files are put, the store repairs itself, and nothing that
 # was acknowledged is gone.
 #
-# Rule 1: a world is one of three kinds. `gone`: machines never return and are removed by an admin (7 nodes and more: the others
+# Rule 1: a world is one of four kinds. `gone`: machines never return and are removed by an admin (7 nodes and more: the others
 #         go on). `wiped`: they come back without their blocks. `away`: they come back hours later, by their clocks, with all.
+#         `rotten`: nobody is lost, and on three disks at once bits flip in every block.
 # Rule 2: before the loss the disks have every fault a disk can have; then all is mended and repaired. So at the moment of the
 #         loss each block has four good copies but for those that are being put, and three losses, rot included, leave one.
 # Rule 3: it is judged all along (copies.py), and then three times: by users who read everything back, by the bytes on the disks
@@ -30,7 +31,7 @@ from tests.simulation.machine import Machine
 from tests.simulation.scenario import Cluster, make
 from tests.simulation.world import ProcessDied, World
 
-KINDS: Final = ("gone", "wiped", "away")
+KINDS: Final = ("gone", "wiped", "away", "rotten")
 DISK_FAULTS: Final = ("kill", "power", "power_all", "disk_errors", "disk_full", "disk_slow")
 LOST: Final = 3
 """Copies of a block that may go at one moment: by machines that are lost, and one more by rot."""
@@ -86,12 +87,13 @@ class _Story:
         await self.faults.storm(STORM_S, list(DISK_FAULTS), EVERY_S)
         self.faults.end_all()
         await self.repaired("before the loss")
-        rotten = self.rng.choice([0, 0, 1])
+        rotten = LOST if self.told.kind == "rotten" else self.rng.choice([0, 0, 1])
         chosen = self.rng.sample(world.machines, LOST)
         # A put that is under way counts on the machines of its chain, and on nobody else's rot.
         for machine in chosen[:rotten]:
             self.rot(machine)
-        await self.lose(chosen[rotten:])
+        if lost := chosen[rotten:]:
+            await self.lose(lost)
         await asyncio.sleep(self.rng.random() * 2.0)
         await self.repaired("after the loss")
         await self.scrubbed()
@@ -150,7 +152,8 @@ class _Story:
 
     def rot(self, machine: Machine) -> None:
         paths = machine.disk.paths("blocks/")
-        for path in self.rng.sample(paths, min(FLIPS, len(paths))):
+        flips = len(paths) if self.told.kind == "rotten" else FLIPS
+        for path in self.rng.sample(paths, min(flips, len(paths))):
             machine.disk.rot(path, self.rng.randrange(max(1, machine.disk.written_bytes(path))))
             self.copies.took(path)
             self.told.dose["blocks rotten"] += 1

@@ -179,8 +179,8 @@ def _put_all_the_time(cluster: Cluster) -> None:
 MISTAKES: Final = {
     "acknowledged before sync": Mistake(_acknowledged_before_sync, _storm("power", "power_all"), 1),
     "name not synced": Mistake(_name_not_synced, _storm("power", "power_all"), 1),
-    "no barrier": Mistake(_no_barrier, _storm("delay", "freeze", "loss", "disorder", sweeps=True), 1),
-    "rotten counts": Mistake(_rotten_counts, lambda seed: losses(f"planted {seed}", nodes=5, kind="away"), 1),
+    "no barrier": Mistake(_no_barrier, _storm("delay", "freeze", "loss", "disorder", sweeps=True), 3),
+    "rotten counts": Mistake(_rotten_counts, lambda seed: losses(f"planted {seed}", nodes=5, kind="rotten"), 3),
     "below quorum": Mistake(_below_quorum, _storm("disk_errors", "disk_full"), 1),
 }
 
@@ -198,18 +198,21 @@ def trims_of_a_deposed_leader() -> None:
         client = cluster.clients[0]
         client.stopping = True
         await asyncio.sleep(4.0)
-        await client.inside(lambda: client.put("kept", client.rng.randbytes(50_000)))
+        for number in range(8):
+            await client.inside(lambda number=number: client.put(f"kept-{number}", client.rng.randbytes(50_000)))  # type: ignore[misc]
         leader = await world.has_leader()
-        (block,) = [block for block, (content, _) in copies._promised.items() if len(content) == 50_000]
-        away = next(m for m in copies.whole(block) if m is not leader)
+        blocks = [block for block, (content, _) in copies._promised.items() if len(content) == 50_000]
+        away = next(m for m in copies.whole(blocks[0]) if m is not leader)
         world.kill(away.name)
-        await world.until(lambda: len(copies.whole(block)) == 5, "a fifth copy", 20.0)
+        await world.until(
+            lambda: all(len([m for m in copies.whole(block) if m is not away]) == 4 for block in blocks), "copies", 20.0
+        )
         world.start(away.name)
         about_to_drop = world.loop.create_future()
 
         async def slow(self: Repairing, order: Any) -> bool:
             whole = await verified(self, order)
-            if order.block == block and not about_to_drop.done():
+            if order.block in blocks and order.drop != self._me and not about_to_drop.done():
                 world.loop.call_soon(lambda: about_to_drop.done() or about_to_drop.set_result(order))
                 await asyncio.sleep(0.05)
             return whole
@@ -229,7 +232,7 @@ def trims_of_a_deposed_leader() -> None:
             lost.disk.durable.pop(path, None)
             copies.took(path)
         await asyncio.sleep(MOMENT_S + 0.1)
-        late: Any = SimpleNamespace(request=Drop(block, term))  # the order was on its way all the time
+        late: Any = SimpleNamespace(request=Drop(order.block, term))  # the order was on its way all the time
         node = holder.node
         assert node is not None
         with contextlib.suppress(StaleTerm):

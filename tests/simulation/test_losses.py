@@ -7,7 +7,7 @@ import pytest
 
 from tests.simulation.losses import losses
 
-WORLDS = [(7, "gone", 1), (7, "gone", 2), (7, "wiped", 1), (5, "wiped", 1), (5, "away", 1)]
+WORLDS = [(7, "gone", 2), (7, "wiped", 1), (5, "wiped", 1), (5, "away", 1), (5, "rotten", 3)]
 
 _dose = Counter[str]()
 
@@ -24,6 +24,6 @@ def test_the_losses_hit_something() -> None:
         pytest.skip("none of the worlds was run")
     print(_dose)  # noqa: T201
     assert _dose["blocks checked"] > 20
-    assert _dose["copy made"] > 20
+    assert _dose["copy made"] > 10
     assert _dose["blocks rotten"]
     assert _dose["blocks wiped"]

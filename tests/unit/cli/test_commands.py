@@ -224,7 +224,7 @@ def test_tokens_and_users(idunno: Terminal) -> None:
     assert idunno.ok("token", "new", "--role", "node").out == "idunno-secret\n"
     assert idunno.ok("token", "ls", "--json").json[0]["state"] == "valid"
     assert idunno.ok("token", "revoke", "5f3a", "--json").json == {"id": "5f3a"}
-    assert idunno.ok("users", "--json").json == [{"name": "alice", "role": "admin", "since": CREATED}]
+    assert idunno.ok("users", "--json").json == [{"name": "alice", "role": "admin", "since": CREATED, "state": "valid"}]
     assert idunno.ok("users", "revoke", "alice", "--json").json == {"name": "alice"}
     assert idunno("token", "new", "--role", "king").status == 2
 
