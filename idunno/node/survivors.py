@@ -25,6 +25,7 @@ from idunno.node.config import load_config
 from idunno.node.disk import RealDisk, ThreadOffload
 from idunno.node.identity import BOOT_FILE, Identity, load_identity
 from idunno.node.looking import LookingDisk
+from idunno.node.outcast import QUARANTINE_PATH
 from idunno.sdfs.small import SmallStore
 
 BATCH_BYTES: Final = 1024 * 1024
@@ -64,6 +65,9 @@ async def look(directory: Path) -> Survivor:
     identity, config = load_identity(directory), load_config(directory)
     found = Survivor(directory, identity, config.name, config.address, _boot(directory))
     found.blocks = dict(blocks_of(directory))
+    if (directory / QUARANTINE_PATH).exists():
+        found.problem, found.use_log = "its machine differed from the others': its log and snapshot are not used", False
+        return found
     async with _looking(directory) as disk:
         head = await _head(disk, found)
         try:

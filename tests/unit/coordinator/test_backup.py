@@ -17,6 +17,11 @@ from tests.unit.coordinator.world import ADMIN, SYSTEM, World, token, user
 PASSPHRASE = "correct horse battery"
 
 
+@pytest.fixture(autouse=True)
+def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(b, "SCRYPT_N", 2**8)  # what is expensive on purpose is not what is tested here
+
+
 def a_world() -> World:
     world = World()
     world.do(c.AddUser(user("alice", i=60), "t-user"), SYSTEM)

@@ -295,6 +295,18 @@ def test_a_rotten_log_gives_way_to_its_snapshot_and_then_to_the_others(five: Rem
     assert recover([four, other], yes)["nodes"] == ["n4", "n5"]
 
 
+def test_a_machine_that_differed_from_the_others_is_not_gone_on_with(five: Remains) -> None:
+    four, other = five.directories[3:]
+    (four / "log" / "quarantine").write_bytes(b"its digest at entry 5 was another")
+    report = look([four, other])
+    assert (report.last.index, report.survivors[0].index) == (7, 0)
+    assert "differed" in report.survivors[0].problem
+    assert report.logs_not_seen == ["n1", "n2", "n3", "n4"]
+    recover([four, other], yes)
+    assert not (four / "log" / "quarantine").exists()
+    assert machine_of(four)[0].digest() == machine_of(other)[0].digest()
+
+
 def test_a_majority_of_the_logs_holds_everything(five: Remains) -> None:
     report = look(five.directories[1:4])
     assert (report.acknowledged, report.logs_not_seen) == ("all-there", ["n1", "n5"])

@@ -27,6 +27,7 @@ PASSPHRASE = "correct horse battery"
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     without_waiting(monkeypatch)
+    monkeypatch.setattr(b, "SCRYPT_N", 2**8)  # what is expensive on purpose is not what is tested here
 
 
 def written(machine: Machine, path: Path, *, passphrase: str | None = None) -> Path:
