@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Final
 
 BOUNDS_MS: Final = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1_000)
-BUSY_S: Final = 0.01
-"""Between two samples while blocks are under way: half of the stall that would be too long."""
+BUSY_S: Final = 0.02
+"""Between two samples while blocks are under way: each is as likely to meet a stall as anything else that happens."""
 IDLE_S: Final = 0.25
 """Between two samples otherwise, and the longest until a busy time is noticed: four wake-ups a second cost nothing."""
 
