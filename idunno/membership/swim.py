@@ -338,8 +338,8 @@ class Swim:
         if said > member.version or (said < member.version and far_above(member.version, said)):
             restarted = NEVER_HEARD[0] < member.version[0] < event.boot
             member.name, member.address = message.name, message.address
+            self._prober.drop(event.sender)  # what it did not answer before says nothing any more
             if restarted:
-                self._prober.drop(event.sender)  # what the process of before did not answer says nothing of this one
                 reason = f"restarted (boot {event.boot})"
             elif member.state is State.UNKNOWN:
                 reason = "answered"
@@ -413,6 +413,8 @@ class Swim:
             accusers = (event.sender,)
             if member.state is State.ACTIVE:  # it is told, and may answer, before this node believes it
                 state = State.SUSPICIOUS
+        if state is State.ACTIVE:  # it is restarted or has refuted: so it has heard somebody since it was asked
+            self._prober.drop(member.node)
         member.accusers = accusers
         # What a list told of somebody who was only a name is news to nobody else.
         tell = not (isinstance(event.message, WholeList) and member.state is State.UNKNOWN)

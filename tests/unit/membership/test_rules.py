@@ -249,12 +249,19 @@ def test_another_accuser_does_not_take_back_the_time_that_a_pause_has_given() ->
     assert node.state(2) is State.ACTIVE
 
 
-def test_a_probe_of_the_process_of_before_does_not_accuse_the_restarted_one() -> None:
-    node = Lone(others=1)
-    node.wait(500, answering=set())
+@pytest.mark.parametrize("news", ["restarted", "refuted", "restarted, says n3", "refuted, says n3"])
+def test_a_probe_that_began_before_a_restart_or_a_refutation_does_not_accuse(news: str) -> None:
+    node = Lone(others=2)
+    node.feed(Doubt(node_id(2)))
+    node.wait(300, answering=set())
     assert node_id(2) in node.core._prober.open
-    node.say(2, Gossip("n2", address(2)), boot=2)
+    boot, incarnation = (2, 0) if news.startswith("restarted") else (1, 1)
+    if news.endswith("n3"):
+        node.tell(3, rumor(2, State.ACTIVE, incarnation, boot))
+    else:
+        node.say(2, Gossip("n2", address(2), incarnation), boot=boot)
     assert node_id(2) not in node.core._prober.open
+    assert changes(node.wait(140, answering={3})) == []
 
 
 def test_the_rosters_old_address_does_not_replace_what_a_restarted_member_said() -> None:
