@@ -129,6 +129,19 @@ class Cluster:
     def down(self) -> Any:
         return self.json("down", "--dir", str(self.directory))
 
+    def start_node(self, name: str, release: Path = TOP) -> None:
+        """Start the process of one node, of this release or of one that is unpacked elsewhere."""
+        with open(self.directory / name / "logs" / "stderr.log", "ab") as output:
+            subprocess.Popen(
+                [sys.executable, "-m", "idunno.node", "--dir", str(self.directory / name)],
+                env={**self.environment(), "PYTHONPATH": str(release)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd=release,
+            )
+
     def pid(self, name: str) -> int:
         pid = running_pid(self.directory / name)
         assert pid is not None, f"{name} does not run"

@@ -76,16 +76,7 @@ class Mixed(Cluster):
         pid = self.pid(name)
         os.kill(pid, signal.SIGTERM)
         until(lambda: running_pid(self.directory / name) is None, f"the end of {name}")
-        with open(self.directory / name / "logs" / "stderr.log", "ab") as output:
-            subprocess.Popen(
-                [sys.executable, "-m", "idunno.node", "--dir", str(self.directory / name)],
-                env={**self.environment(), "PYTHONPATH": str(release)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                cwd=release,
-            )
+        self.start_node(name, release)
 
         def whole() -> bool:
             try:
