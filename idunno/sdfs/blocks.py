@@ -324,6 +324,7 @@ class BlockWriter:
         self._pieces_bytes = 0
         self._written = 0  # what was handed to the disk
         self._flushing: asyncio.Task[None] | None = None
+        self._publishing: asyncio.Task[None] | None = None
         self._state = "open"  # -> published | closed
 
     async def append(self, data: Buffer) -> None:
@@ -374,7 +375,10 @@ class BlockWriter:
             )
         try:
             await self._file.sync()
-            await self._store._publish(self)
+            # To its end, whoever waits: a file that has its name and is held by nobody would lie there until the next start.
+            self._publishing = asyncio.create_task(self._store._publish(self), name=f"publish {self.block[:16]}")
+            await asyncio.wait([self._publishing])
+            self._publishing.result()
         except DiskFailed as error:
             self._store._note(error)
             raise
@@ -385,6 +389,9 @@ class BlockWriter:
         if self._state == "closed":
             return
         published, self._state = self._state == "published", "closed"
+        if self._publishing is not None and not published:
+            await asyncio.wait([self._publishing])
+            published = not self._publishing.cancelled() and self._publishing.exception() is None
         self._store._end(self.block, self.size)
         self._store.buffered_bytes -= self._pieces_bytes
         self._pieces, self._pieces_bytes = [], 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Final
 
 from idunno.base.errors import WHEN_LOST, IdunnoError, InvalidArgument, NoQuorum, NotLeader, PermissionDenied
@@ -52,7 +53,16 @@ LEFT_OUT_TOLD_MAX: Final = 8
 class Leading:
     """Handlers `sdfs.*`. The node tells `role_changed` (RaftDriver.on_role)."""
 
-    def __init__(self, me: NodeId, coordinator: Coordination, peers: Peers, *, config: SdfsConfig) -> None:
+    def __init__(
+        self,
+        me: NodeId,
+        coordinator: Coordination,
+        peers: Peers,
+        *,
+        config: SdfsConfig,
+        is_small: Callable[[BlockId], bool],
+    ) -> None:
+        self._is_small = is_small  # whether a block is the content of a small file
         self._me, self._coordinator, self._peers, self._config = me, coordinator, peers, config
         self._locator: Locator | None = None  # only while leading
         self._repairing: Repairing | None = None  # likewise
@@ -86,7 +96,9 @@ class Leading:
         self._locator = self._repairing = None
         if is_leader:
             self._locator = Locator(term)
-            self._repairing = Repairing(self._me, self._coordinator, self._peers, self._locator, config=self._config)
+            self._repairing = Repairing(
+                self._me, self._coordinator, self._peers, self._locator, config=self._config, is_small=self._is_small
+            )
 
     def follow(self, effect: Effect) -> None:
         """What was applied here, in order."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from idunno.base.ids import BlockId, NodeId
-from idunno.coordinator.records import BLOCK_BYTES_MAX, COPIES_WANTED, SMALL_BYTES_MAX
+from idunno.coordinator.records import BLOCK_BYTES_MAX, COPIES_WANTED
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.placement import Candidate, rank, spread, unable
 
@@ -81,11 +81,17 @@ NOBODY: Final = Nodes((), frozenset(), frozenset(), 0, frozenset())
 
 
 class RepairCore:
-    """`size_of(block)`: its bytes, 0 when nothing refers to it. `holders(block)`: who is known to have it, counting or not."""
+    """`size_of(block)`: its bytes, 0 when nothing refers to it. `holders(block)`: who is known to have it, counting or not.
+    `is_small(block)`: whether it is the content of a small file, which all nodes have beside their blocks."""
 
     def __init__(
-        self, size_of: Callable[[BlockId], int], holders: Callable[[BlockId], list[NodeId]], config: SdfsConfig
+        self,
+        size_of: Callable[[BlockId], int],
+        holders: Callable[[BlockId], list[NodeId]],
+        config: SdfsConfig,
+        is_small: Callable[[BlockId], bool] = lambda block: False,
     ) -> None:
+        self._is_small = is_small
         self._size_of, self._holders, self._config = size_of, holders, config
         self._nodes, self._counting = NOBODY, NOBODY.counting
         self._dirty: dict[BlockId, None] = {}
@@ -179,7 +185,7 @@ class RepairCore:
         if missing <= 0:
             return None
         lost = not any(node in nodes.giving for node in holders)
-        if lost and size <= SMALL_BYTES_MAX:
+        if lost and self._is_small(block):
             return None  # the content of a small file that a model refers to: it is in every node's small store
         to_make = missing
         if copies > 2:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
 
 from idunno.base.errors import Conflict, IdunnoError, NotFound, Unavailable
@@ -47,11 +47,18 @@ DRAIN_SAY_S: Final = 10.0
 
 class Repairing:
     def __init__(
-        self, me: NodeId, coordinator: Coordination, peers: Peers, locator: Locator, *, config: SdfsConfig
+        self,
+        me: NodeId,
+        coordinator: Coordination,
+        peers: Peers,
+        locator: Locator,
+        *,
+        config: SdfsConfig,
+        is_small: Callable[[BlockId], bool],
     ) -> None:
         self._me, self._coordinator, self._peers, self._locator = me, coordinator, peers, locator
         self._config = config
-        self.core = RepairCore(self._size_of, locator.holders, config)
+        self.core = RepairCore(self._size_of, locator.holders, config, is_small)
         self.draining: set[NodeId] = set()
         self._drained_ms: dict[NodeId, int] = {}  # since when nothing is left on them that others lack
         self._counting: frozenset[NodeId] = frozenset()

@@ -76,7 +76,7 @@ class FileService:
         self._where = Where(me, coordinator, peers)
         self._views = Views(me, coordinator, blocks, small, peers, self._where)
         self.witness = Witness(me, blocks, peers)
-        self.leading = Leading(me, coordinator, peers, config=config)
+        self.leading = Leading(me, coordinator, peers, config=config, is_small=small.__contains__)
         self.orders = Orders(me, coordinator, blocks, peers, config=config)
         self.sweeper = Sweeper(coordinator, blocks, config=config)
         self.scrubber = Scrubber(blocks, rng, config=config)

@@ -18,7 +18,10 @@ class Store:
     def __init__(self, *, present: int = 8, zones: tuple[str, ...] = ("",) * 8, free: int = 10**12) -> None:
         self.size: dict[BlockId, int] = {}
         self.held: dict[BlockId, list[NodeId]] = {}
-        self.core = RepairCore(lambda block: self.size.get(block, 0), lambda block: self.held[block], CONFIG)
+        self.small: set[BlockId] = set()
+        self.core = RepairCore(
+            lambda block: self.size.get(block, 0), lambda block: self.held[block], CONFIG, self.small.__contains__
+        )
         self.candidates = tuple(
             Candidate(node, node[-2:], zone, "present", Space(free, 2 * free))
             for node, zone in zip(NODES[:present], zones, strict=False)
@@ -118,14 +121,16 @@ def test_what_is_being_drained_counts_not_but_gives() -> None:
     assert store.core.lost() == []
 
 
-def test_lost_is_what_nobody_can_give_but_not_a_models_small_file() -> None:
+def test_lost_is_what_nobody_can_give_the_short_end_of_a_file_too_but_not_a_models_small_file() -> None:
     store = Store()
     lost = store.add(1, [])
-    store.add(2, [], size=4096)
+    end = store.add(3, [], size=100)  # of a file of many blocks: nothing else has it
+    store.small.add(store.add(2, [], size=4096))
     assert store.next() == []
-    assert store.core.lost() == [lost]
-    assert store.core.missing == 4
-    store.held[lost] = NODES[:4]
+    assert store.core.lost() == [lost, end]
+    assert store.core.missing == 8
+    store.held[lost] = store.held[end] = NODES[:4]
+    store.core.touch([end])
     store.core.touch([lost])
     store.core.judge(0, 10)
     assert (store.core.lost(), store.core.missing) == ([], 0)
