@@ -73,6 +73,7 @@ from idunno.node.platform import Platform, real_platform
 from idunno.node.reach import Reach
 from idunno.node.seat import Seat
 from idunno.node.seed import ask_seed, ask_until_answered
+from idunno.node.vacant import Vacant
 from idunno.scheduler.config import SchedulerConfig
 from idunno.scheduler.service import SchedulerService
 from idunno.sdfs.blocks import BlockStore
@@ -100,6 +101,8 @@ STOP_S: Final = 9.0
 INTRODUCE_S: Final = 10.0
 LAST_WORD_S: Final = 3.0
 """Connections to a node that left are cut after this: it is told that it is out."""
+KEEP_CONNECTED_S: Final = 0.5
+"""Between looks at the connections to the voters; each waits longer for those that cannot be reached (peers.py)."""
 REFUSALS: Final = (Conflict, Incompatible, InvalidArgument, NotFound, PermissionDenied)
 """What the roster may answer to a node that it will never take as it is; anything else passes."""
 
@@ -113,6 +116,7 @@ class Node:
         self.disk = platform.disk
         self._tasks: set[asyncio.Task[None]] = set()
         self._members: set[NodeId] = set()
+        self._led: NodeId | None = None  # who led last, as far as this node heard
         self._stops: list[tuple[str, Callable[[], Awaitable[None]]]] = []
         self.problem = ""
         """Why this node cannot go on, "" while it can."""
@@ -199,11 +203,12 @@ class Node:
         self.departures = Departures(self.coordinator, self.elector, self.peers, self.server)
         Reach(self.server, coordination.check_token)
         self._make_files()
+        self.vacant = Vacant(self.membership.view, lambda: asyncio.get_running_loop().time())
         self.scheduler = SchedulerService(
             self.coordinator,
             self.server,
             me,
-            self.membership.view,
+            self.vacant.view,
             SchedulerConfig(scheduler_works=config.scheduler_works),
         )
         self.agent = Agent(
@@ -268,6 +273,8 @@ class Node:
         self.driver.on_log_lost.append(self.fail)
         self.peers.lost(self._peer_lost)
         self.peers.refused.append(self.lineage.refused)
+        self.peers.vacant.append(self._vacated)
+        self.peers.connected.append(self.vacant.connected)
         self.membership.subscribe(self._member_changed)
 
     # -- starting and stopping ------------------------------------------------------------------------------------
@@ -317,6 +324,7 @@ class Node:
         self._on_stop("files", self.files.stop)
         await self.agent.start()
         self.spawn(self._introduce(), "introduce")
+        self.spawn(self._keep_connected(), "keep connected")
         self._on_stop("tasks", self._cancel_tasks)
         # The socket comes last: who can connect to it finds a node that works.
         if self.platform.socket_path is not None:
@@ -424,6 +432,9 @@ class Node:
 
     def _leader_changed(self, leader: NodeId | None, term: Term) -> None:
         log.info("leader changed", extra={"leader": self.known.name(leader) if leader else None, "term": term})
+        if leader == self.me and self._led not in (None, self.me):
+            self.vacant.deposed(self._led)
+        self._led = leader or self._led
         self.datanode.leader_changed(leader, term)
         self.agent.leader_changed()
 
@@ -434,6 +445,19 @@ class Node:
 
     def _seed_members(self) -> None:
         self.membership.seeds(self.known.members())
+
+    def _vacated(self, node: NodeId) -> None:
+        if self.vacant.refused(node):
+            log.info("process has ended", extra={"member": self.known.name(node), "node_id": node})
+            self.scheduler.look_at_members()
+
+    async def _keep_connected(self) -> None:
+        """A vote or an answer for which a connection has to be made first is one that is lost: an election would wait for the
+        next."""
+        while True:
+            for node in self.driver.voters - {self.me}:
+                self.peers.keep_ready(node, Lane.CONSENSUS)
+            await asyncio.sleep(KEEP_CONNECTED_S)
 
     def _member_changed(self, changed: Changed) -> None:
         member = changed.member

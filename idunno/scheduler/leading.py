@@ -140,6 +140,10 @@ class Leading:
         self._rejudge = True
         self._soon_again()
 
+    def look_at_members(self) -> None:
+        self._rejudge = True
+        self._soon_again()
+
     def job_changed(self, job: str) -> None:
         record = self._cluster.machine.ledger.find(job)
         if record is None or record.state in FINISHED:

@@ -118,6 +118,11 @@ class SchedulerService:
             self._leading = Leading(self._cluster, self._me, term, self._members, self._config, self._machine_ms)
             self._leading.start()
 
+    def look_at_members(self) -> None:
+        """What `members` tells has changed."""
+        if self._leading is not None:
+            self._leading.look_at_members()
+
     def member_changed(self, changed: Changed) -> None:
         if self._leading is not None:
             self._leading.member_changed(changed)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -56,6 +57,10 @@ class PeerPool:
         self._lost: list[Callable[[NodeId, Lane], None]] = []
         self.refused: list[Callable[[NodeId], None]] = []
         """Told of a node that shows no certificate of ours, or does not know ours."""
+        self.vacant: list[Callable[[NodeId], None]] = []
+        """Told of a node where nothing listens: its machine refused the connection."""
+        self.connected: list[Callable[[NodeId], None]] = []
+        """Told of a node to which a connection was made."""
         self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -74,6 +79,13 @@ class PeerPool:
             line = self._lines.pop((node, lane), None)
             if line is not None:
                 line.drop()
+
+    def keep_ready(self, node: NodeId, lane: Lane) -> None:
+        """Begin to connect, unless connected or waiting for the next attempt: for what cannot wait for a handshake later."""
+        with contextlib.suppress(Unavailable):
+            line = self.line(node, lane)
+            if line.connection is None:
+                line.begin()
 
     async def close(self) -> None:
         """Close all connections; calls raise Unavailable from now on."""
@@ -130,9 +142,9 @@ class PeerPool:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("connecting failed", exc_info=error)
 
-    def tell_refused(self, node: NodeId) -> None:
+    def tell(self, callbacks: list[Callable[[NodeId], None]], node: NodeId) -> None:
         if not self._closed:
-            for callback in self.refused:
+            for callback in callbacks:
                 callback(node)
 
     def tell_lost(self, node: NodeId, lane: Lane) -> None:
@@ -188,7 +200,9 @@ class _Line:
             self._not_before = asyncio.get_running_loop().time() + self._backoff_s
             self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
             if isinstance(error, Unauthenticated):
-                self._pool.tell_refused(self._node)
+                self._pool.tell(self._pool.refused, self._node)
+            elif isinstance(error.__cause__, ConnectionRefusedError):
+                self._pool.tell(self._pool.vacant, self._node)
             log.info("no connection", extra={"node": self._node, "lane": self._lane.value, "error": str(error)})
         else:
             if connection.closed:
@@ -196,6 +210,7 @@ class _Line:
                 return
             self.connection, self._backoff_s = connection, BACKOFF_FIRST_S
             connection.on_lost.append(self._gone)
+            self._pool.tell(self._pool.connected, self._node)
         finally:
             self._attempt = None
 
