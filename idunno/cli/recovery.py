@@ -72,6 +72,8 @@ def _show(report: Report) -> None:
         "may-be-missing": "the last acknowledged entries MAY BE MISSING",
     }
     note(f"{words[report.acknowledged]}: {report.why}")
+    if report.acknowledged == "all-there":
+        note("these nodes are a majority: started, they go on as they are, and nobody has to log in again")
     if report.gone:
         note(f"out of the cluster: {', '.join(report.gone)}")
     if report.users:

@@ -43,7 +43,12 @@ def dialer(place: Place) -> Dial:
             context = client_context(
                 str(login / "client.pem"), str(login / "client.key"), (login / "ca.pem").read_bytes()
             )
-        return await connect_tcp(door.host, door.port, context, expect=None, timeout_s=timeout_s)
+        try:
+            return await connect_tcp(door.host, door.port, context, expect=None, timeout_s=timeout_s)
+        except Unauthenticated as error:
+            raise Unauthenticated(
+                f"{error}; if that cluster was recovered or made anew: `idunno login {door.host}:{door.port} --token TOKEN`"
+            ) from None
 
     return dial
 

@@ -257,9 +257,9 @@ def lost_versions(machine: Machine, held: set[BlockId], lost_smalls: set[BlockId
 
 
 async def check_gone(survey: Survey) -> None:
-    """Ask those that were not given. Raises Conflict when one of them lives."""
+    """Ask all of the roster: a directory that was given may be a copy of a running node's. Raises Conflict when one lives."""
     given = {survivor.identity.node for survivor in survey.survivors}
-    others = [node for node in survey.machine.roster.nodes() if node.node not in given]
+    others = survey.machine.roster.nodes()
     slots = asyncio.Semaphore(CALLS_AT_ONCE)
     context = client_context(None, None, None)
 
@@ -280,6 +280,10 @@ async def check_gone(survey: Survey) -> None:
     for node, answer in zip(others, await asyncio.gather(*(ask(node) for node in others)), strict=True):
         if answer is None:
             continue
+        if answer.cluster == cluster and node.node in given:
+            raise Conflict(
+                f"{node.name} is running at {node.address}, and its directory given here is a copy: stop it, copy it again"
+            )
         if answer.cluster == cluster:
             raise Conflict(
                 f"{node.name} at {node.address} is running as a node of this cluster: start the others too, or, if too many are "
