@@ -39,7 +39,7 @@ def test_a_backup_is_restored_into_a_new_cluster_and_the_old_node_brings_the_blo
         shutil.copytree(old, tmp_path / "copy", ignore=shutil.ignore_patterns("*.sock"))
         with pytest.raises(CommandFailed, match="this very cluster"):
             cluster.command("join", addresses[0], "--token", token, "--dir", str(tmp_path / "copy"), "--adopt")
-        with pytest.raises(CommandFailed, match="is running at .* is a copy: stop it"):
+        with pytest.raises(CommandFailed, match=r"is running at .* is a copy: stop it"):
             cluster.command("recover", "--yes", "--dir", str(tmp_path / "copy"))
         again = cluster.json("snapshot", str(backup), *keys, where=str(old))  # the token is in it
         assert again["index"] > taken["index"]
