@@ -281,8 +281,9 @@ class RaftDriver:
 
     @property
     def durable(self) -> tuple[Term, Index]:
-        """The term of the hard state on disk, and up to which entry the log is synced."""
-        return self._log.hard.term, self._core.synced
+        """The term, and up to which entry the log is synced. At the start both are as the disk has them; later the term is ahead
+        of it for as long as a flush takes, as is a cut of the log that comes with it."""
+        return self._core.term, self._core.synced
 
     # -- what the node tells it -------------------------------------------------------------------------------------
 

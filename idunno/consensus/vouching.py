@@ -281,10 +281,18 @@ class Vouching:
         while True:
             await asyncio.sleep(SPREAD_S)
             ticks += 1
-            self.witness.keep(self._members())
+            if self._claim is None and self._driver.leader is not None:
+                self.witness.keep({*self._members(), *self._driver.voters})
+                self._greet()
             self._tell(again=ticks % SPREAD_ALL_TICKS == 0)
             if self.witness.changed:
                 await self._save()
+
+    def _greet(self) -> None:
+        """Voters that have not heard of this process yet: what it says in the next election is not to be lost on them."""
+        for node in sorted(self._driver.voters - self._accepted - self._asking - {self._me}):
+            self._asking.add(node)
+            self._spawn(self._ask(node), f"ask {node}")
 
     def _tell(self, *, again: bool) -> None:
         """Of a leader."""

@@ -217,6 +217,19 @@ def test_members_and_status(idunno: Terminal) -> None:
     assert "members     1 active, 1 failed" in page
 
 
+def test_an_upgrade_that_not_all_are_ready_for_names_who_is_not(idunno: Terminal) -> None:
+    checked = idunno("upgrade", "--check", "--json")
+    assert (checked.status, checked.json["ready"], checked.json["version"], checked.json["next"]) == (1, False, 1, 2)
+    assert [(row["name"], row["supports"], row["why"]) for row in checked.json["nodes"]] == [
+        ("n1", 2, ""),
+        ("n2", 1, "upgrade it"),
+    ]
+    assert "n2: upgrade it" in checked.error
+    raised = idunno("upgrade")
+    assert (raised.status, raised.out) == (1, "")
+    assert "n2: upgrade it" in raised.error
+
+
 def test_tokens_and_users(idunno: Terminal) -> None:
     token = idunno.ok("token", "new", "--role", "user", "--ttl", "2h", "--json").json
     assert set(token) == {"id", "token", "role", "expires"}

@@ -302,6 +302,20 @@ STATUS = coordinator.StatusAnswer(
 )
 
 
+UPGRADE = coordinator.UpgradeAnswer(
+    1,
+    2,
+    False,
+    False,
+    "1 of 2 nodes are not ready for machine version 2: n2: upgrade it",
+    [coordinator.UpgradeNode("n1", N1, "0.2", 2, ""), coordinator.UpgradeNode("n2", N2, "0.1", 1, "upgrade it")],
+)
+
+
+def _upgrade() -> coordinator.UpgradeAnswer:
+    raise Conflict(UPGRADE.why)
+
+
 async def _grep(world: World, call: Call[grep.Query]) -> grep.QueryAnswer:
     for line in world.log_lines:
         await call.send(note=pack(grep.LineBatch([line])))
@@ -346,6 +360,8 @@ HANDLERS: list[tuple[Method[Any, Any], Callable[[World, Any], Any]]] = [
     ),
     (coordinator.MEMBERS, lambda world, call: coordinator.MembersAnswer(MEMBERS)),
     (coordinator.STATUS, lambda world, call: STATUS),
+    (coordinator.UPGRADE_CHECK, lambda world, call: UPGRADE),
+    (coordinator.UPGRADE, lambda world, call: _upgrade()),
     (
         coordinator.TOKEN_NEW,
         lambda world, call: coordinator.NewTokenAnswer("5f3a", "idunno-secret", call.request.role, CREATED),
