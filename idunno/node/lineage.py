@@ -65,6 +65,7 @@ class Lineage:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._asked_s: dict[NodeId, float] = {}  # of the members, so it is bounded
+        self._told: set[str] = set()  # successors that the log has been told of
 
     def refused(self, peer: NodeId) -> None:
         """A peer's certificate is not of our CA, or it does not know ours."""
@@ -102,6 +103,9 @@ class Lineage:
                 )
             return
         if self._node.driver.leader is not None:
+            if proved.successor in self._told:
+                return
+            self._told.add(proved.successor)  # proved ones only, so these are few
             log.error(
                 "this cluster was recovered as another one while it works",
                 extra={"successor": proved.successor, "address": address, "at": iso_time(proved.at_ms)},

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from idunno.base.errors import WHEN_LOST
 from idunno.base.ids import NodeId
 from idunno.coordinator.messages import StatusAnswer
 from idunno.coordinator.records import NodeRecord
@@ -62,7 +63,7 @@ WAITS = "it has just started, and 1 of 3 voters"
         (three_of_four(), "1 member is failed: n4"),
         (
             seen(record(1), record(2, "failed"), record(3, "failed"), leader=None),
-            "no quorum: 1 of 3 voters are active, 2",
+            f"no quorum: 1 of 3 voters are active, 2 are needed; start the others; {WHEN_LOST}",
         ),
         (seen(record(1), record(2), record(3), leader=None), "no scheduler is elected yet"),
         (seen(record(1)), "one voter"),
