@@ -95,9 +95,10 @@ class Raft:
         self.synced = terms.last  # how far this node's own log is durable
         self.halted = False
         self.lost = False  # what it acknowledged is not in its log: for good
-        # A start may be one with an older disk: until a leader has vouched for this log, or nobody has objected for as long as
-        # an election takes at least, it gives no vote (see _appended). Nobody could object to a voter that is alone.
-        self._votes_from_ms = now_ms if self.voters == {me} else now_ms + config.election_timeout_ms
+        # A start may be one with an older disk: until a leader has vouched for this log (see _appended), or the others have had
+        # the time to elect one, it gives no vote. A new cluster has nothing to lose, and nobody could object to a lone voter.
+        new = terms.last <= 1 and hard.term <= 1
+        self._votes_from_ms = now_ms if new or self.voters == {me} else now_ms + config.election_ms_max
         self._rng, self._now, self._out = rng, now_ms, list[Output]()
         self._heard_ms = now_ms  # when the leader was last heard
         self._votes: set[NodeId] = set()

@@ -22,9 +22,10 @@ from tests.simulation.world import World
 
 @dataclass(slots=True)
 class Synced:
-    """One machine's log as it certainly is on its disk: behind `base` (a snapshot covers it) the terms of its entries."""
+    """One machine's log as it certainly is on its disk: behind `base` the terms of its entries; `snapshot`: what one covers."""
 
     base: int = 0
+    snapshot: int = 0
     terms: list[int] = field(default_factory=lambda: [1])  # a voter's genesis; of no account on a learner
     waiting: list[Persist] = field(default_factory=list)
 
@@ -39,7 +40,7 @@ class Synced:
 
     def holds(self, index: int, term: int) -> bool:
         at = index - 1 - self.base
-        return at < 0 or (at < len(self.terms) and self.terms[at] == term)
+        return at < 0 or index <= self.snapshot or (at < len(self.terms) and self.terms[at] == term)
 
 
 @dataclass(slots=True)
@@ -73,6 +74,7 @@ class RaftChecks:
         def carried_out(output: Output) -> None:
             if isinstance(output, Persist):
                 synced.waiting.append(output)
+                synced.snapshot = max(synced.snapshot, output.anew or 0)  # it was renamed before
                 self._staged(machine, driver, output)
             elif isinstance(output, RoleChanged) and output.role is RaftRole.LEADER:
                 self._elected(machine, driver, output)

@@ -494,22 +494,22 @@ def restarted(*log_terms: int) -> Raft:
 
 
 def test_who_has_just_started_gives_no_vote_for_as_long_as_a_leader_needs_to_object() -> None:
-    raft = restarted(1)
+    raft = restarted(1, 1)
     asked = VoteRequest(Term(2), Index(9), Term(1))
     assert raft.handle(e.Received(A, asked), LATE + 900) == []
     assert raft.handle(e.Received(A, TimeoutNow(Term(1))), LATE + 950) == []
-    [persist] = of(e.Persist, raft.handle(e.Received(A, asked), LATE + CONFIG.election_timeout_ms))
+    [persist] = of(e.Persist, raft.handle(e.Received(A, asked), LATE + CONFIG.election_ms_max))
     assert isinstance(persist, e.Persist)
     assert persist.then == (e.Send(A, VoteAnswer(Term(2), True)),)
 
 
 def test_a_leader_whose_own_entry_is_committed_vouches_for_the_log() -> None:
-    raft = restarted(1)
-    raft.handle(e.Received(A, append(2, (1, 1), 2)), LATE + 10)
+    raft = restarted(1, 1)
+    raft.handle(e.Received(A, append(2, (2, 1), 2)), LATE + 10)
     sync(raft, LATE + 20)
     stand = e.Received(B, VoteRequest(Term(3), Index(9), Term(2), transfer=True))
     assert raft.handle(stand, LATE + 30) == []  # its entry is here, and perhaps nowhere else
-    raft.handle(e.Received(A, append(2, (2, 2), commit=2)), LATE + 40)
+    raft.handle(e.Received(A, append(2, (3, 2), commit=3)), LATE + 40)
     [persist] = of(e.Persist, raft.handle(stand, LATE + 50))
     assert isinstance(persist, e.Persist)
     assert persist.then == (e.Send(B, VoteAnswer(Term(3), True)),)

@@ -112,6 +112,7 @@ class World:
         names = [NodeId(f"n{i}") for i in range(1, voters + learners + 1)]
         self.voters, self.learners = names[:voters], names[voters:]  # at first
         self.nodes = {name: Node(name) for name in names}
+        self.frozen: dict[NodeId, list[Callable[[], None]]] = {}  # with what they have yet to do
         self.cut: set[tuple[NodeId, NodeId]] = set()  # from, to: what is sent there is lost
         self.swallows: Callable[[NodeId, RaftMessage], bool] = lambda sender, message: False
         self.sent: list[tuple[NodeId, NodeId, RaftMessage]] = []
@@ -119,6 +120,7 @@ class World:
         self.leaders: dict[Term, NodeId] = {}
         self.chosen: list[Entry] = []  # what any node ever applied, by index
         self.dose: dict[str, int] = {}
+        self._entries: dict[tuple[int, Term], tuple[Entry, Term]] = {}  # (index, term) -> it, and the term before
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
         self._serial = self._reads = 0
         self._offers: dict[tuple[NodeId, Index], Snapshot] = {}
@@ -179,11 +181,32 @@ class World:
     def crash(self, name: NodeId) -> None:
         node = self.nodes[name]
         self.count("unsynced lost", len(node.waiting))
+        self.frozen.pop(name, None)
         node.core = None
         node.waiting.clear()
 
+    def freeze(self, name: NodeId) -> None:
+        """It does nothing and hears later."""
+        if self.nodes[name].core is not None and name not in self.frozen:
+            self.frozen[name] = []
+            self.count("freezes")
+
+    def thaw(self, name: NodeId) -> None:
+        for do in self.frozen.pop(name, []):
+            do()
+
+    def awake(self, name: NodeId, do: Callable[[], None]) -> None:
+        """Now, or when it thaws."""
+        if name in self.frozen:
+            self.frozen[name].append(do)
+        else:
+            do()
+
     def step(self, name: NodeId, event: e.Input) -> None:
         node = self.nodes[name]
+        if name in self.frozen:
+            self.frozen[name].append(lambda: self.step(name, event))
+            return
         if node.core is None:
             return
         for output in node.core.handle(event, self.now_ms):
@@ -220,6 +243,7 @@ class World:
                 if output.entries:
                     del node.live[output.first - 1 - node.base :]
                     node.live.extend(output.entries)
+                    self._match(node, output)
                 if not self.sync_first:
                     for send in output.then:
                         self._send(node.name, send.to, send.message)
@@ -236,6 +260,7 @@ class World:
                     f"seed {self.seed}: two leaders in term {term}"
                 )
                 self.count("leaders")
+                self._complete(node, term)
             case e.ReadReady(reads, index):
                 for read in reads:
                     self.reads[read] = index
@@ -249,6 +274,9 @@ class World:
 
         def synced() -> None:
             if node.boot != boot or node.core is None:
+                return
+            if node.name in self.frozen:  # nobody takes the disk's answer
+                self.at(50, synced)
                 return
             node.syncing = False
             done = [node.waiting.popleft() for _ in range(count)]
@@ -391,6 +419,25 @@ class World:
             else:
                 self.chosen.append(entry)
             node.applied.append(entry)
+
+    def _match(self, node: Node, persist: e.Persist) -> None:
+        """Log matching: index and term say what an entry holds, and with the term before it all that lies before."""
+        at = persist.first - 2 - node.base
+        before = node.live[at].term if at >= 0 else Term(-1)
+        for index, entry in enumerate(persist.entries, persist.first):
+            known, known_before = self._entries.setdefault((index, entry.term), (entry, before))
+            same = known == entry and (before == known_before or -1 in (before, known_before))
+            assert same, f"seed {self.seed}: logs differ: {node.name} has another entry {index} of term {entry.term}"
+            before = entry.term
+
+    def _complete(self, node: Node, term: Term) -> None:
+        """Leader completeness: what any node applied is in the log of every later leader."""
+        for index in range(node.base, len(self.chosen)):
+            entry = self.chosen[index]
+            held = node.live[index - node.base] if index - node.base < len(node.live) else None
+            assert entry.term >= term or held == entry, (
+                f"seed {self.seed}: {node.name} leads term {term} without entry {index + 1}, which was applied"
+            )
 
     def chosen_voters(self) -> frozenset[NodeId]:
         """The voters as of all that was ever applied."""
