@@ -32,7 +32,7 @@ from tests.simulation.linearizable import (
 )
 from tests.unit.consensus.world import Node, World
 
-KEYS: Final = 3
+KEYS: Final = 2
 USERS: Final = 6
 DEADLINE_MS: Final = 4_000
 SIZES: Final = (3, 5, 7, 10)
@@ -247,7 +247,7 @@ def storm(seed: int, nodes: int, *, operations: int = 1_000, **planted: Any) -> 
     world.begin(operations)
     end = world.now_ms + 20_000
     while world.now_ms < end:
-        world.run(rng.randint(20, 200))
+        world.run(rng.randint(50, 400))
         _strike(world, rng)
     _mend(world)
     world.run(12_000)
@@ -270,44 +270,53 @@ def _strike(world: Registers, rng: random.Random) -> None:
     if rng.random() < 0.02 and len(names) > 3:
         for name in [name for name in names if name in world.up()]:
             world.change_voters(name, world.core(name).voters ^ {rng.choice(names)})
-    if dice < 0.08:  # often the leader in the smaller part
-        rng.shuffle(names)
-        leader = world.leader()
-        if leader in names and leader is not None and rng.random() < 0.6:
-            names.remove(leader)
-            names.insert(0, leader)
-        at = rng.randint(1, len(names) // 2)
-        world.split(names[:at], names[at:])
-        if leader == names[0] and rng.random() < 0.5:
-            for name in names[at:]:  # connections are closed: another is elected at once, and the old one does not know
-                world.step(name, e.PeerLost(leader))
-    elif dice < 0.10:
+    if dice < 0.12:
+        _split(world, rng, names)
+    elif dice < 0.16:
         a, b = rng.sample(names, 2)
         world.cut |= {(a, b)}
-    elif dice < 0.16:
-        world.heal()
-    elif dice < 0.20:
-        world.crash(rng.choice(names))
+        world.at(rng.randint(200, 2_000), world.heal)
+    elif dice < 0.22:
+        name = rng.choice(names)
+        world.crash(name)
         world.count("crashes")
-    elif dice < 0.30:
-        down = [name for name in names if world.nodes[name].core is None]
-        if down:
-            world.start(rng.choice(down))
-    elif dice < 0.31:
+        world.at(rng.randint(100, 3_000), lambda: _start(world, name))
+    elif dice < 0.24:
         for name in names:
             world.crash(name)
         for name in names:
             world.start(name)
         world.count("power losses")
-    elif dice < 0.33:
+    elif dice < 0.28:
         leader = world.leader()
         if leader in names and leader is not None:
             world.step(leader, e.Transfer())
             world.count("transfers")
-    elif dice < 0.345:
+    elif dice < 0.32:
         name = world.leader() or rng.choice(names)
         world.freeze(name)
         world.at(rng.randint(200, 4_000), lambda: world.thaw(name))
+
+
+def _split(world: Registers, rng: random.Random, names: list[NodeId]) -> None:
+    """Often with the leader in the smaller part; and often the connections to it are closed, so that the others elect another
+    at once, while the old one does not know."""
+    rng.shuffle(names)
+    leader = world.leader()
+    if leader in names and leader is not None and rng.random() < 0.7:
+        names.remove(leader)
+        names.insert(0, leader)
+    at = rng.randint(1, len(names) // 2)
+    world.split(names[:at], names[at:])
+    world.at(rng.randint(300, 3_000), world.heal)
+    if leader == names[0] and rng.random() < 0.6:
+        for name in names[at:]:
+            world.step(name, e.PeerLost(leader))
+
+
+def _start(world: Registers, name: NodeId) -> None:
+    if world.nodes[name].core is None:
+        world.start(name)
 
 
 def _mend(world: Registers) -> None:
