@@ -17,10 +17,8 @@ from typing import Any, Final
 from idunno.base.disk import Disk
 from idunno.base.errors import (
     Conflict,
-    Corrupt,
     DeadlineExceeded,
     DiskFailed,
-    IdunnoError,
     Unconfirmed,
 )
 from idunno.base.ids import Index, NodeId, Term
@@ -34,7 +32,6 @@ from idunno.consensus.events import (
     HardState,
     Input,
     InstallAnswered,
-    LogLost,
     Output,
     PeerLost,
     Persist,
@@ -107,8 +104,6 @@ class RaftDriver:
         """Told (True, term) when this node leads and has applied the no-op of its term, (False, term) when it leads no more."""
         self.on_leader: list[Callable[[NodeId | None, Term], None]] = []
         """Told whenever this node's role, its term or the leader it knows are others than before."""
-        self.on_log_lost: list[Callable[[IdunnoError], None]] = []
-        """Told when this node's log lacks what it acknowledged: it can only go on as a new node."""
         self._disk, self._send, self._rng = disk, send, rng
         self._first_voters, self._members = frozenset(voters), frozenset(members)
         # Until `start` opens the log: a core that knows nothing and is asked nothing.
@@ -414,8 +409,6 @@ class RaftDriver:
                 if output.anew is not None:
                     self._begin_anew(output.anew)
                 self._durability.persist(output)
-            case LogLost(floor):
-                self._log_lost(floor)
             case Committed():
                 self._applying.committed()
             case ReadReady(reads, index):
@@ -429,15 +422,6 @@ class RaftDriver:
                     self._loop.call_soon(callback, leader, term)
                 if not self._core.is_leader:
                     self._lost_leadership()
-
-    def _log_lost(self, floor: Index) -> None:
-        lost = Corrupt(
-            f"the log of {self.me} ends at entry {self.last_index}, but it had acknowledged entry {floor}: its disk was "
-            "replaced by an older image, or lost what was synced; join with an empty directory instead"
-        )
-        self._health.broken(str(lost), lost)
-        for tell in self.on_log_lost:
-            self._loop.call_soon(tell, lost)
 
     def _begin_anew(self, index: Index) -> None:
         """A snapshot took the place of this node's log and machine."""

@@ -192,14 +192,6 @@ class InstallAnswered:
 
 
 @dataclass(frozen=True, slots=True)
-class LogLost:
-    """The leader knows that this node had acknowledged the log up to `floor`; it has less: its disk is an older one. It is
-    halted, and must not come back with this log."""
-
-    floor: Index
-
-
-@dataclass(frozen=True, slots=True)
 class Committed:
     """Entries up to `index` are committed: apply them in order."""
 
@@ -235,7 +227,6 @@ Output: TypeAlias = (
     | TakeInstall
     | InstallAnswered
     | Persist
-    | LogLost
     | Committed
     | RoleChanged
     | ReadReady

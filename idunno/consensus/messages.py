@@ -56,10 +56,8 @@ class VoteAnswer(msgspec.Struct, frozen=True, tag="voted"):
 
 
 class Append(msgspec.Struct, frozen=True, tag="append"):
-    """AppendEntries (3.5); without entries a heartbeat. `round` counts the leader's rounds for ReadIndex (6.4). `floor`: what
-    the receiver acknowledged in this term and what is committed, so what its log can only lack if its disk lost it.
-    `notice`: it only says what is committed; who has nothing to object need not answer.
-    """
+    """AppendEntries (3.5); without entries a heartbeat. `round` counts the leader's rounds for ReadIndex (6.4). `notice`: it
+    only says what is committed; who has nothing to object need not answer."""
 
     term: Term
     prev_index: Index
@@ -67,7 +65,6 @@ class Append(msgspec.Struct, frozen=True, tag="append"):
     commit: Index
     round: int
     entries: tuple[Entry, ...] = ()
-    floor: Index = Index(0)
     notice: bool = False
 
 

@@ -25,7 +25,6 @@ from idunno.consensus.events import (
     Input,
     InstallAnswered,
     Installed,
-    LogLost,
     Output,
     PeerLost,
     Persist,
@@ -94,11 +93,6 @@ class Raft:
         self.peers: dict[NodeId, Progress] = {}  # of a leader: every other voter and learner
         self.synced = terms.last  # how far this node's own log is durable
         self.halted = False
-        self.lost = False  # what it acknowledged is not in its log: for good
-        # A start may be one with an older disk: until a leader has vouched for this log (see _appended), or the others have had
-        # the time to elect one, it gives no vote. A new cluster has nothing to lose, and nobody could object to a lone voter.
-        new = terms.last <= 1 and hard.term <= 1
-        self._votes_from_ms = now_ms if new or self.voters == {me} else now_ms + config.election_ms_max
         self._rng, self._now, self._out = rng, now_ms, list[Output]()
         self._heard_ms = now_ms  # when the leader was last heard
         self._votes: set[NodeId] = set()
@@ -282,10 +276,7 @@ class Raft:
         """4.2.2: also a voter whose removal is not known committed: perhaps no other has that entry, and waits for it. It
         does not count its own vote then."""
         leaving = self.named.index > self.commit and self.me in self.named.before
-        return (self.me in self.voters or leaving) and self._may_vote()
-
-    def _may_vote(self) -> bool:
-        return not self.halted and not self.lost and self._now >= self._votes_from_ms
+        return (self.me in self.voters or leaving) and not self.halted
 
     def _hears_leader(self) -> bool:
         if self.is_leader:
@@ -301,8 +292,6 @@ class Raft:
         self._restart_election_timer()
         self.leader = None
         if not self._may_stand():
-            if self._now < self._votes_from_ms:
-                self._election_ms = self._votes_from_ms + self._rng.randrange(self.config.lost_leader_spread_ms)
             return
         # Asked again soon: it changes nothing at others, and they may just be connecting, or about to miss the leader too.
         self._election_ms = self._now + self.config.heartbeat_ms + self._rng.randrange(self.config.heartbeat_ms)
@@ -339,7 +328,7 @@ class Raft:
     def _asked_for_vote(self, sender: NodeId, request: VoteRequest) -> None:
         # 4.2.2: also of and by nodes that are no voters here: the asker's log may be ahead with a change of voters, and it
         # counts the votes. That it is not behind is what is checked.
-        if not self._may_vote():
+        if self.halted:
             return
         if self._hears_leader() and not request.transfer:
             return  # 4.2.3: a node that hears a leader takes no part in another's election, nor its term
@@ -428,8 +417,7 @@ class Raft:
         prev_term = self.terms.term(prev)
         assert prev_term is not None
         p.commit_sent = max(p.commit_sent, min(self.commit, p.next - 1))
-        floor = Index(min(p.match, self.commit))
-        append = Append(self.term, Index(prev), prev_term, self.commit, self._round, floor=floor, notice=notice)
+        append = Append(self.term, Index(prev), prev_term, self.commit, self._round, notice=notice)
         self._out.append(Send(node, append))
 
     def _heartbeat_all(self) -> None:
@@ -499,12 +487,9 @@ class Raft:
             self._follow(self.term, sender)
         self.leader, self._heard_ms = sender, self._now
         self._restart_election_timer()
-        if append.floor > self.terms.last and not self.lost:  # committed entries are never cut from a log
-            self.lost = True
-            self._out.append(LogLost(append.floor))
         append = self._behind_base(append)
         agrees = self.terms.term(append.prev_index) == append.prev_term
-        if self.halted or self.lost:  # goes on learning and applying what it has, and acknowledges nothing
+        if self.halted:  # goes on learning and applying what it has, and acknowledges nothing
             if agrees:
                 self._commit_to(min(append.commit, append.prev_index))
             return
@@ -523,9 +508,6 @@ class Raft:
         elif not append.notice:
             self._answer(sender, AppendAnswer(self.term, True, Index(min(last, self.synced)), append.round))
         self._commit_to(min(append.commit, last))
-        if self.synced >= self.commit and self.terms.term(self.commit) == self.term:
-            # An entry of this leader's own is committed and here: with it all that was ever committed before (3.6.3).
-            self._votes_from_ms = self._now
 
     def _behind_base(self, append: Append) -> Append:
         """An append that came late, without what a snapshot covers: that is committed, so every leader's log agrees there."""
@@ -568,7 +550,7 @@ class Raft:
             self._follow(self.term, sender)
         self.leader, self._heard_ms = sender, self._now
         self._restart_election_timer()
-        if self.halted or self.lost:
+        if self.halted:
             return
         if offer.index <= self.commit:
             self._answer(sender, InstallAnswer(self.term, Index(min(offer.index, self.synced)), offer.size, True))

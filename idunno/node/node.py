@@ -270,7 +270,6 @@ class Node:
         applier.subscribe(self.digests.follow, DigestDue, DigestTold)
         self.driver.on_role.append(self._role_changed)
         self.driver.on_leader.append(self._leader_changed)
-        self.driver.on_log_lost.append(self.fail)
         self.peers.lost(self._peer_lost)
         self.peers.refused.append(self.lineage.refused)
         self.peers.vacant.append(self._vacated)

@@ -7,7 +7,6 @@
 # Rule 3: users ask deposed leaders too.
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -327,35 +326,3 @@ def _mend(world: Registers) -> None:
     for name in world.nodes:
         if world.nodes[name].core is None:
             world.start(name)
-
-
-def old_image(seed: int, *, maker: Callable[..., Raft] = Raft) -> Registers:
-    """Five nodes. Two are cut off, the other three commit on. Then one of the three is started with its disk of some seconds
-    ago, the leader is killed, and the two are back: with the old one's vote they are a majority, and lack what was committed."""
-    rng = random.Random(seed ^ 0x01D)
-    world = Registers(5, seed, loss=rng.choice([0.0, 0.05]), sync_ms=rng.choice([2, 20]), maker=maker)
-    world.begin(200)
-    leader = world.elect()
-    world.run(rng.randint(500, 2_000))
-    old, up, *away = rng.sample([name for name in world.voters if name != leader], 4)
-    image = copy.deepcopy(world.nodes[old].store)
-    world.split([leader, old, up], away)
-    world.run(rng.randint(1_000, 4_000))
-    world.crash(old)
-    world.nodes[old].store, world.wanted = image, 0  # what it had acknowledged may be answered for yet
-    world.heal()
-    if world.core(leader).is_leader and rng.random() < 0.8:
-        world.crash(leader)
-        for name in world.up():  # its connections are closed
-            world.step(name, e.PeerLost(leader))
-        world.at(4_000, lambda: world.start(leader))
-    world.start(old)
-    world.run(12_000)
-    for name in world.nodes:
-        if world.nodes[name].core is not None and world.core(name).lost:
-            world.crash(name)  # it says so, and ends: it may only come back as another
-            world.count("told that its disk is old")
-    world.elect()
-    world.run(3_000)
-    world.judge()
-    return world

@@ -481,61 +481,6 @@ def test_promises_that_wait_for_a_dead_disk_are_bounded() -> None:
     assert raft._seq - raft._saved_seq <= CONFIG.persists_max + 1
 
 
-# -- a node whose disk may be an older one ---------------------------------------------------------------------------------
-
-
-def restarted(*log_terms: int) -> Raft:
-    """Just now, at LATE, with this log."""
-    terms = Terms()
-    for t in log_terms:
-        terms.append(Term(t), 10)
-    hard = e.HardState(Term(max(log_terms)))
-    return Raft(ME, Voters((ME, A, B)), {ME, A, B}, terms, hard, CONFIG, random.Random(1), LATE)
-
-
-def test_who_has_just_started_gives_no_vote_for_as_long_as_a_leader_needs_to_object() -> None:
-    raft = restarted(1, 1)
-    asked = VoteRequest(Term(2), Index(9), Term(1))
-    assert raft.handle(e.Received(A, asked), LATE + 900) == []
-    assert raft.handle(e.Received(A, TimeoutNow(Term(1))), LATE + 950) == []
-    [persist] = of(e.Persist, raft.handle(e.Received(A, asked), LATE + CONFIG.election_ms_max))
-    assert isinstance(persist, e.Persist)
-    assert persist.then == (e.Send(A, VoteAnswer(Term(2), True)),)
-
-
-def test_a_leader_whose_own_entry_is_committed_vouches_for_the_log() -> None:
-    raft = restarted(1, 1)
-    raft.handle(e.Received(A, append(2, (2, 1), 2)), LATE + 10)
-    sync(raft, LATE + 20)
-    stand = e.Received(B, VoteRequest(Term(3), Index(9), Term(2), transfer=True))
-    assert raft.handle(stand, LATE + 30) == []  # its entry is here, and perhaps nowhere else
-    raft.handle(e.Received(A, append(2, (3, 2), commit=3)), LATE + 40)
-    [persist] = of(e.Persist, raft.handle(stand, LATE + 50))
-    assert isinstance(persist, e.Persist)
-    assert persist.then == (e.Send(B, VoteAnswer(Term(3), True)),)
-
-
-def test_who_lacks_what_it_acknowledged_is_told_so_by_the_next_heartbeat_and_promises_nothing_more() -> None:
-    leader = core(1)
-    lead(leader)
-    sync(leader)
-    for index in (2, 3):
-        ack(leader, A, index)
-        leader.handle(e.Propose((b"x",)), LATE)
-    heartbeat = next(o.message for o in leader.handle(e.Tick(), LATE + 150) if isinstance(o, e.Send) and o.to == A)
-    assert isinstance(heartbeat, Append)
-    assert heartbeat.floor == 2  # acknowledged, and committed
-    old = restarted(1)
-    heard = old.handle(e.Received(B, heartbeat), LATE + 200)
-    assert of(e.LogLost, heard) == [e.LogLost(Index(2))]
-    assert of(e.Send, heard) == []
-    assert of(e.LogLost, old.handle(e.Received(B, heartbeat), LATE + 350)) == []
-    caught_up = old.handle(e.Received(B, append(2, (1, 1), 2)), LATE + 400)
-    assert of(e.Send, caught_up) == []
-    assert all(o.then == () for o in caught_up if isinstance(o, e.Persist))
-    assert old.handle(e.Received(A, VoteRequest(Term(9), Index(9), Term(8))), 2 * LATE) == []
-
-
 # -- the small rules -----------------------------------------------------------------------------------------------------
 
 

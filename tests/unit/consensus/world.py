@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from idunno.base.ids import Index, NodeId, Term
 from idunno.consensus import events as e
 from idunno.consensus.config import RaftConfig
-from idunno.consensus.messages import Append, Entry, Install, RaftMessage
+from idunno.consensus.messages import Append, AppendAnswer, Entry, Install, RaftMessage, VoteAnswer
 from idunno.consensus.raft import Raft
 from idunno.consensus.terms import Terms
 from idunno.consensus.voters import Voters, decode_voters, names_voters
@@ -344,6 +344,7 @@ class World:
         self.at(self.rng.randint(1, 100), durable)
 
     def _send(self, sender: NodeId, to: NodeId, message: RaftMessage) -> None:
+        self._check_promise(self.nodes[sender], to, message)
         self.sent.append((sender, to, message))
         if (sender, to) in self.cut or self.swallows(sender, message) or self.rng.random() < self.loss:
             return
@@ -351,6 +352,17 @@ class World:
         for _ in range(copies):
             delay = self.rng.randint(1, 60 if self.rng.random() < self.loss else 5)
             self.at(delay, lambda: self.step(to, e.Received(sender, message)))
+
+    def _check_promise(self, node: Node, to: NodeId, message: RaftMessage) -> None:
+        """What a message promises is on its sender's disk (3.8)."""
+        store, core = node.store, node.core
+        match message:
+            case VoteAnswer(term, True, False):
+                kept = (store.hard.term, store.hard.voted_for) == (term, to) or store.hard.term > term
+                assert kept, f"seed {self.seed}: {node.name} votes for {to} in term {term}, its disk says {store.hard}"
+            case AppendAnswer(term, True, index) if core is not None and term == core.term:
+                end = max(store.base + len(store.entries), store.snapshot.index if store.snapshot is not None else 0)
+                assert index <= end, f"seed {self.seed}: {node.name} acknowledges {index}, synced up to {end}"
 
     # -- what a test does -------------------------------------------------------------------------------------------
 
