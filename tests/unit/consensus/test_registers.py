@@ -61,9 +61,13 @@ PLANTED: dict[
 }
 
 
+def storms(seeds: range, nodes: int, planted: dict[str, Any]) -> None:
+    for seed in seeds:
+        storm(seed, nodes, **planted)
+
+
 @pytest.mark.parametrize("what", PLANTED)
 def test_a_planted_mistake_is_seen(what: str) -> None:
     planted, nodes, first, match = PLANTED[what]
     with pytest.raises(AssertionError, match=match):
-        for seed in range(first, first + WORLDS_MAX):
-            storm(seed, nodes, **planted)
+        storms(range(first, first + WORLDS_MAX), nodes, planted)
