@@ -49,6 +49,25 @@ def test_swim_3_1_a_missed_ack_leads_to_k_indirect_probes() -> None:
     assert {o.message.target for o in asked if isinstance(o.message, PingReq)} == {node_id(2)}
 
 
+def test_swim_3_1_the_period_is_at_least_three_round_trips() -> None:
+    """A round trip is taken to be over after `retry_ms`: what is not answered by then is asked again."""
+    assert SwimConfig().period_ms >= 3 * SwimConfig().retry_ms
+
+
+def test_swim_3_2_a_failed_direct_ping_costs_a_few_messages_whatever_the_size() -> None:
+    """At most 4k more in the whole group: to each of k helpers, from it to the target, and both ways back."""
+    for others in (6, 40):
+        node = settled(others)
+        probe_of(node, 2)
+        out = [o for o in node.wait(480, answering=set(range(3, others + 2))) if isinstance(o, Send)]
+        more = [
+            o
+            for o in out
+            if isinstance(o.message, PingReq) or (isinstance(o.message, Ping) and o.address == address(2))
+        ]
+        assert 2 * len(more) <= 4 * SwimConfig().helpers  # half of it is sent by others
+
+
 def test_swim_3_1_a_helper_pings_the_target_and_passes_its_ack_on() -> None:
     helper = settled()
     out = helper.say(3, PingReq(77, node_id(2), "n3", address(3)))
