@@ -1,7 +1,9 @@
 """How fast and how truthful the failure detector is, beside its bounds. From the repository's top:
 
-python -m bench.membership [--kills 30] [--minutes 60] [--large 1000] [--only simulated|real] [--seed 1] [--port 28400]
+python -m bench.membership [--kills 30] [--minutes 60] [--large 1000] [--only simulated|real|beside] [--seed 1] [--port 28400]
+    [--beside DIR] [--adapter serf.json] [--lock FILE]
 
+`--beside DIR`: DIR holds a peer's harness, membership.py, and its adapters/; ours and the peer are measured by it in turns.
 `simulated`: the shipped core in one process on a virtual clock (tests/unit/membership/net.py is the network). `real`: ten
 processes on loopback, killed with SIGKILL one after the other; times are those of the log lines.
 """
@@ -26,6 +28,7 @@ from datetime import datetime
 from itertools import combinations
 from pathlib import Path
 
+from bench.beside import beside
 from idunno.base.ids import NodeId
 from idunno.membership.config import SwimConfig
 from idunno.membership.events import Seed, Self
@@ -347,15 +350,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=60.0, help="length of the simulated worlds of ten")
     parser.add_argument("--large", type=int, default=1_000, help="nodes of the large simulated world")
-    parser.add_argument("--only", choices=("simulated", "real"))
+    parser.add_argument("--only", choices=("simulated", "real", "beside"))
+    parser.add_argument("--beside", type=Path, metavar="DIR", help="a peer's harness, run over it and over ours")
+    parser.add_argument("--adapter", default="serf.json", help="of the peer, in DIR/adapters")
+    parser.add_argument("--lock", type=Path, metavar="FILE", help="held during each piece of the measurement")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--port", type=int, default=28_400)
     wanted = parser.parse_args()
     table = Table()
-    if wanted.only != "real":
+    if wanted.only in (None, "simulated"):
         simulated(table, wanted.minutes, wanted.large, wanted.seed)
-    if wanted.only != "simulated":
+    if wanted.only in (None, "real"):
         real(table, wanted.kills, wanted.port, wanted.seed)
+    if wanted.beside is not None:
+        table.missed += not beside(wanted.beside, wanted.adapter, wanted.kills, wanted.lock)
     if table.missed:
         raise SystemExit(f"{table.missed} figures miss their bound")
 

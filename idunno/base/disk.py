@@ -33,6 +33,10 @@ class File(Protocol):
         """Up to `length` bytes from `offset`; fewer only at the end of the file."""
         ...
 
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        """Exactly these bytes, if the system has them in memory; None when it does not, or cannot tell: `read` them then."""
+        ...
+
     async def write(
         self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
     ) -> None:

@@ -149,6 +149,9 @@ class Session:
 
     async def _link(self, end_s: float) -> Link:
         """A living connection. Raises Unavailable when no door opens, or none before `end_s`."""
+        link = self._links.get(self._now)
+        if link is not None and not link.closed:
+            return link
         try:
             async with asyncio.timeout_at(end_s), self._lock:
                 return await self._open_door()

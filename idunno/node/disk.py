@@ -25,6 +25,9 @@ BUFFERS_MAX: Final = 512
 """Buffers a single pwritev takes; Linux allows 1,024 (IOV_MAX)."""
 
 
+_RWF_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
+
+
 class ThreadOffload:
     """Runs functions in a pool: `await offload(function, *arguments)`."""
 
@@ -89,6 +92,18 @@ class RealFile:
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self._do("read", lambda: _read(self._descriptor, offset, length))
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        if not _RWF_NOWAIT or not self._in_use.acquire(blocking=False):
+            return None
+        try:
+            room = bytearray(length)
+            got = os.preadv(self._descriptor, [room], offset, _RWF_NOWAIT)
+            return bytes(room) if got == length else None
+        except OSError:  # it would have to wait (EAGAIN), or the file system cannot tell; what is wrong, `read` says
+            return None
+        finally:
+            self._in_use.release()
 
     async def write(
         self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None

@@ -54,6 +54,9 @@ class LookingFile:
     async def read(self, offset: int, length: int) -> bytes:
         return await self._file.read(offset, length) if self._file is not None else b""
 
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        return None
+
     async def write(
         self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
     ) -> None: ...

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Final
@@ -38,6 +39,8 @@ GATHER_S: Final = 0.05
 """How long what is queued may wait for more: nothing depends on it being on the disk (rule 1), and a write costs two hand-overs
 to a thread, however little it holds."""
 RETRY_S: Final = 1.0
+READERS_MAX: Final = 8
+"""Segments kept open: half a gigabyte of small files that are read without opening anything."""
 EMPTY: Final = block_id(b"")
 """An empty file's content takes no record."""
 
@@ -58,6 +61,7 @@ class SmallStore:
         self._wake = asyncio.Event()
         self._full = asyncio.Event()  # enough is queued for a batch, or this is closing
         self._closing = False
+        self._readers = _Readers(disk)
         self._task: asyncio.Task[None] | None = None
         self.dropped = 0
         """Contents that did not fit the queue, since the start."""
@@ -110,11 +114,7 @@ class SmallStore:
             return None
         segment, offset, length = place
         try:
-            file = await self._disk.open(_path(segment))
-            try:
-                content = await file.read(offset, length)
-            finally:
-                await file.close()
+            content = await self._readers.read(segment, offset, length)
         except (DiskFailed, NotFound) as error:
             log.error("small content unreadable", extra={"block": block, "error": str(error)})
             return None
@@ -144,6 +144,7 @@ class SmallStore:
         try:
             await self.flush()
         finally:
+            await self._readers.close()
             if self._file is not None:
                 await self._file.close()
                 self._file = None
@@ -242,6 +243,50 @@ class SmallStore:
                 offset += used
             return offset
         finally:
+            await file.close()
+
+
+class _Readers:
+    """Segments that are kept open for reading, the one used last at the end."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._files: dict[int, File] = {}
+        self._users: Counter[int] = Counter()  # reads under way: such a file is not closed
+
+    async def read(self, segment: int, offset: int, length: int) -> bytes:
+        """Raises DiskFailed, NotFound. What the system has in memory costs no thread."""
+        self._users[segment] += 1
+        try:
+            file = self._files.pop(segment, None)
+            if file is None:
+                file = await self._disk.open(_path(segment))
+            if (other := self._files.pop(segment, None)) is not None:  # somebody else was as fast
+                await file.close()
+                file = other
+            self._files[segment] = file
+            found = file.read_now(offset, length)
+            return found if found is not None else await file.read(offset, length)
+        except DiskFailed:
+            await self._drop(segment)
+            raise
+        finally:
+            self._users[segment] -= 1
+            if not self._users[segment]:
+                del self._users[segment]
+            if len(self._files) > READERS_MAX:
+                idle = next((number for number in self._files if number not in self._users), None)
+                if idle is not None:
+                    await self._files.pop(idle).close()
+
+    async def _drop(self, segment: int) -> None:
+        """What failed once is opened anew the next time."""
+        if self._users[segment] == 1 and (file := self._files.pop(segment, None)) is not None:
+            await file.close()
+
+    async def close(self) -> None:
+        files, self._files = self._files, {}
+        for file in files.values():
             await file.close()
 
 

@@ -386,6 +386,9 @@ class SimFile:
         found: bytes = await self._view.do(self._path, ("read", takes, lambda: inode.read(offset, length)))
         return found
 
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        return None
+
     async def write(
         self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
     ) -> None:

@@ -77,6 +77,9 @@ class _MemoryFile:
         self._check("read")
         return bytes(self._inode.live[offset : offset + length])
 
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        return None
+
     async def write(
         self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
     ) -> None:

@@ -133,6 +133,30 @@ def test_a_full_disk_fills_the_queue_to_its_bound_and_no_further() -> None:
     run(story)
 
 
+def test_few_segments_are_open_at_once_and_each_is_opened_once_while_it_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("idunno.sdfs.small.SEGMENT_BYTES_MAX", 10_000)
+    monkeypatch.setattr("idunno.sdfs.small.BATCH_BYTES", 5_000)
+    monkeypatch.setattr("idunno.sdfs.small.READERS_MAX", 2)
+
+    async def story() -> None:
+        disk, all_of = ToldDisk(), contents(200, 600)
+        store = await opened(disk)
+        keep_all(store, all_of)
+        await store.flush()
+        disk.story.clear()
+        assert await missing(store, all_of) == []  # in the order in which they were written
+        assert disk.story.count(("open", FIRST)) == 1
+        assert len(store._readers._files) == 2
+        both = await asyncio.gather(store.get(block_id(all_of[0])), store.get(block_id(all_of[1])))
+        assert list(both) == all_of[:2]
+        assert len(store._readers._files) == 2
+        await store.close()
+
+    run(story)
+
+
 def test_segments_roll_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("idunno.sdfs.small.SEGMENT_BYTES_MAX", 10_000)
     monkeypatch.setattr("idunno.sdfs.small.BATCH_BYTES", 5_000)
