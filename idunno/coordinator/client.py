@@ -21,10 +21,13 @@ from idunno.base.errors import (
     DeadlineExceeded,
     Exhausted,
     IdunnoError,
+    Incompatible,
     InternalError,
     NoQuorum,
     NotLeader,
+    NotReady,
     PermissionDenied,
+    Unauthenticated,
     Unavailable,
     Unconfirmed,
 )
@@ -47,6 +50,11 @@ NEEDS_REQUEST: Final = (c.DeleteFile, c.Deploy, c.Undeploy, c.ForgetJob, c.Revok
 
 BEGINS: Final = (c.BeginPut, c.PutSmall, c.Deploy, c.SubmitJob, c.AddNode, c.AddUser, c.AddToken)
 """Commands that begin something new: refused while the leader lives on its log's reserve."""
+
+
+UNDECIDED: Final = (Exhausted, Unauthenticated, Incompatible, NotReady)
+"""Refusals before anything is proposed: they say nothing of what became of an earlier attempt. What the machine refuses it
+refuses behind that attempt, and knows what became of it."""
 
 
 class Driver(Protocol):
@@ -192,6 +200,10 @@ class Coordinator:
                 if not again:
                     raise
                 last, unsure = error, True
+            except UNDECIDED as error:
+                if not unsure:
+                    raise
+                raise DeadlineExceeded(f"{method.name} was sent, its answer was lost; asked again: {error}") from error
             if self.driver.leader == leader:
                 await self._change(min(pause_s, end_s - _now_s()))
                 pause_s = min(2 * pause_s, PAUSE_MAX_S)

@@ -15,8 +15,11 @@ from idunno.base.errors import (
     DeadlineExceeded,
     DecodeError,
     Exhausted,
+    IdunnoError,
+    Incompatible,
     InvalidArgument,
     NoQuorum,
+    NotReady,
     PermissionDenied,
     Unavailable,
     Unconfirmed,
@@ -190,6 +193,18 @@ def test_giving_up_says_why_and_whether_it_may_have_happened() -> None:
         world.trouble = [ConnectionLost("cut in the middle")] * 100
         with pytest.raises(DeadlineExceeded, match="cut in the middle"):
             await node.propose(small(), actor=ALICE, timeout_s=0.02)
+
+    run(story())
+
+
+@pytest.mark.parametrize("second", [Exhausted("queue is full"), NotReady("starting"), Incompatible("old")])
+def test_a_refusal_of_the_second_try_says_nothing_of_the_first(second: IdunnoError) -> None:
+    async def story() -> None:
+        world = cluster()
+        world.trouble = [ConnectionLost("cut"), second]
+        with pytest.raises(DeadlineExceeded, match=f"its answer was lost; asked again: {second}"):
+            await world.nodes[N2].coordinator.propose(small(), actor=ALICE, timeout_s=5)
+        assert world.nodes[N1].driver.machine.namespace.latest("a").version == 1  # it did happen
 
     run(story())
 
