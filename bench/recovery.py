@@ -71,7 +71,7 @@ def main() -> None:
         began = time.process_time()
         read_backup(path, None)
         print(
-            f"read and checked: {time.process_time() - began:.1f} s of a core, {resident_mb():.0f} MB resident at most"
+            f"read and checked: {time.process_time() - began:.1f} s, {resident_mb():.0f} MB resident at most"
         )
         if sys.argv[2:] == ["snapshot"]:
             return
