@@ -70,9 +70,7 @@ def main() -> None:
         del machine
         began = time.process_time()
         read_backup(path, None)
-        print(
-            f"read and checked: {time.process_time() - began:.1f} s, {resident_mb():.0f} MB resident at most"
-        )
+        print(f"read and checked: {time.process_time() - began:.1f} s, {resident_mb():.0f} MB resident at most")
         if sys.argv[2:] == ["snapshot"]:
             return
         began = time.process_time()
