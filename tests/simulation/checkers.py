@@ -86,10 +86,10 @@ class Checkers:
             return
         fields = vars(record)
         term, role = int(fields["term"]), str(fields["role"])
-        known = self._terms.get(f"{machine.name}.{machine.boot}", self._terms.get(machine.name, 0))
+        known = self._terms.get(f"{machine.name}.{machine.starts}", self._terms.get(machine.name, 0))
         if term < known:
             self.world.found(f"the term of {machine.name} goes back from {known} to {term}")
-        self._terms[f"{machine.name}.{machine.boot}"] = term
+        self._terms[f"{machine.name}.{machine.starts}"] = term
         if role == "leader":
             self._terms[machine.name] = term  # it asked for votes, so the term was on its disk before
             first = self._leaders.setdefault(term, machine.name)
