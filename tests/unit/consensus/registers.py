@@ -70,6 +70,7 @@ class Registers(World):
         maker: Callable[..., Raft] = Raft,
         copies: int | None = None,
         once: bool = True,
+        voters: int = 0,
         **options: Any,
     ) -> None:
         self.operations: dict[int, list[Operation]] = {key: [] for key in range(KEYS)}
@@ -78,9 +79,10 @@ class Registers(World):
         self._waiting: dict[tuple[NodeId, int], list[tuple[Index, Term, Asking]]] = {}  # (node, its boot)
         self._readers: dict[int, Asking] = {}
         self._machines: dict[NodeId, Machine] = {}
+        self.think_ms = 60.0
         self._asking: dict[int, Asking] = {}  # of each user, the last
         self._numbers = 0
-        voters = voters_of(nodes)
+        voters = voters or voters_of(nodes)
         super().__init__(voters, seed, learners=nodes - voters, maker=maker, **options)
         self.people = random.Random(seed ^ 0xB0B)
 
@@ -92,7 +94,7 @@ class Registers(World):
 
     def _soon(self, user: int, left: int) -> None:
         if left:
-            self.at(int(self.people.expovariate(1 / 60.0)), lambda: self._ask(user, left))
+            self.at(int(self.people.expovariate(1 / self.think_ms)), lambda: self._ask(user, left))
 
     def _ask(self, user: int, left: int) -> None:
         self._numbers += 1
