@@ -136,11 +136,12 @@ class HelloAnswer(msgspec.Struct, frozen=True):
 
 
 class Marks(msgspec.Struct, frozen=True):
-    """From a leader of `term`: how far each voter, itself included, has acknowledged its log."""
+    """From a leader of `term`: how far each voter, itself included, has acknowledged its log, and which run of it said so."""
 
     run: int
     term: Term
     marks: dict[NodeId, Index]
+    runs: dict[NodeId, int] = {}
 
 
 RAFT: Final = Method("raft", RaftEnvelope, Empty, Role.NODE)

@@ -9,7 +9,10 @@
 # Rule 2: a *run* is one start of one process: boot number and 32 bits by chance. A boot number below one that was seen, or the
 #         same one with other bits, is a copy or an old image.
 # Rule 3: a node is heard only after it has shown its claim, and the claim is not below the mark. What it shows is what its disk
-#         held at its start until a majority has accepted that, for by then its disk may hold what others sent it since.
+#         held at its start, whenever it shows it, for by then its disk may hold what others sent it since.
+# Rule 4: so a claim is held against what *earlier* runs said. What the run itself said may reach a witness before its claim does,
+#         by way of the leader, and proves nothing against it. A leader that names a run as the one that said something has
+#         accepted that run's claim, so what it holds of earlier runs under that name is not above the claim.
 from __future__ import annotations
 
 import zlib
@@ -54,11 +57,30 @@ class Claim(msgspec.Struct, frozen=True, order=True):
 
 
 class _Known(msgspec.Struct, frozen=True):
-    """Of one node: its mark, and the last run of it that was accepted."""
+    """Of one node: its mark of all runs but the newest that said something, that of the newest, and the run that is heard."""
 
     term: Term = Term(0)
     index: Index = Index(0)
     run: int = 0
+    newest: int = 0
+    newest_term: Term = Term(0)
+    newest_index: Index = Index(0)
+
+    def mark(self, but: int = -1) -> Claim:
+        """Of all its runs, or of all but one."""
+        before = Claim(self.term, self.index)
+        return before if but == self.newest else max(before, Claim(self.newest_term, self.newest_index))
+
+    def raised(self, said: Claim, run: int) -> _Known:
+        """This, and what `run` of it said."""
+        if run == self.newest:
+            mark = max(said, Claim(self.newest_term, self.newest_index))
+            return _Known(self.term, self.index, self.run, run, mark.term, mark.index)
+        if Run.of(run).boot > Run.of(self.newest).boot:
+            before = self.mark()
+            return _Known(before.term, before.index, self.run, run, said.term, said.index)
+        before = max(said, Claim(self.term, self.index))
+        return _Known(before.term, before.index, self.run, self.newest, self.newest_term, self.newest_index)
 
 
 class _Saved(msgspec.Struct, frozen=True):
@@ -84,19 +106,15 @@ class Witness:
             case VoteAnswer(term=term, granted=True, pre=False) | VoteRequest(term=term, pre=False) | Append(term=term):
                 self.learn(node, term, Index(0))
 
-    def learn(self, node: NodeId, term: Term, index: Index) -> None:
-        known = self._known.get(node)
-        if known is None:
-            self._known[node] = _Known(term, index)
-        elif term > known.term or (term == known.term and index > known.index):
-            self._known[node] = _Known(term, index, known.run)
-        else:
-            return
-        self.changed = True
+    def learn(self, node: NodeId, term: Term, index: Index, run: int | None = None) -> None:
+        """`run` of it said so; None: the one that is heard."""
+        known = self._known.get(node, _Known())
+        raised = known.raised(Claim(term, index), known.run if run is None else run)
+        if raised != known:
+            self._known[node], self.changed = raised, True
 
     def mark(self, node: NodeId) -> Claim:
-        known = self._known.get(node, _Known())
-        return Claim(known.term, known.index)
+        return self._known.get(node, _Known()).mark()
 
     # -- judging ------------------------------------------------------------------------------------------------------
 
@@ -122,10 +140,11 @@ class Witness:
                 f"boot {run.boot} of it was seen as another process: its data directory is a copy, or was restored from an "
                 f"old image"
             )
-        if claim < Claim(known.term, known.index):
+        mark = known.mark(but=run.number)
+        if claim < mark:
             return (
-                f"its log ends at entry {claim.index} in term {claim.term}, but it had acknowledged entry {known.index} in "
-                f"term {known.term}: it was restored from an old image, or lost what it had synced"
+                f"its log ends at entry {claim.index} in term {claim.term}, but it had acknowledged entry {mark.index} in "
+                f"term {mark.term}: it was restored from an old image, or lost what it had synced"
             )
         return self.believe(node, run)
 

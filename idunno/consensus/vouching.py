@@ -75,7 +75,8 @@ class Vouching:
         self._boot_seen, self._name, self._refused = boot_seen, name, refused
         self.witness = Witness()
         self._started = False
-        self._claim: Claim | None = None  # what is claimed until it is accepted
+        self._claim = Claim(Term(0), Index(0))  # as the disk held it at the start
+        self._proving = True  # the claim is on the disk, and not accepted yet
         self._why = ""  # refused
         self._accepted: set[NodeId] = set()
         self._met: frozenset[NodeId] = frozenset()  # who sent something before this process was proved
@@ -83,7 +84,7 @@ class Vouching:
         self._answered = asyncio.Event()
         self._heard_voters: tuple[Index, frozenset[NodeId]] = (Index(0), frozenset())
         self._asked_who: dict[NodeId, float] = {}
-        self._told: tuple[Term, dict[NodeId, Index]] | None = None
+        self._told: Marks | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         server.listen(RAFT, self._receive)
         server.register(HELLO, self._hello)
@@ -140,8 +141,7 @@ class Vouching:
                 await self._disk.replace(CLAIM_PATH, sealed(self._claim))
 
     def _hello_message(self) -> Hello:
-        claim = self._claim if self._claim is not None else Claim(*self._driver.durable)
-        return Hello(self._run, claim.term, claim.index)
+        return Hello(self._run, self._claim.term, self._claim.index)
 
     def _voters(self) -> frozenset[NodeId]:
         """By the newest word that was heard: this log may be of a time when others voted, who are gone."""
@@ -200,7 +200,7 @@ class Vouching:
             except IdunnoError as error:
                 self._driver.unproved(f"its disk refuses: {error}")
                 await asyncio.sleep(ASK_AGAIN_S)
-        self._claim = None
+        self._proving = False
 
     async def _ask(self, node: NodeId) -> None:
         try:
@@ -240,7 +240,7 @@ class Vouching:
         sender = peer.node
         if sender is None:
             raise Conflict("raft messages come from nodes only")
-        if self._claim is not None and sender not in self._met:
+        if self._proving and sender not in self._met:
             self._met |= {sender}
         if self._hears(sender, envelope.run):
             self.witness.heard(sender, envelope.message)
@@ -273,7 +273,7 @@ class Vouching:
         if sender is not None and self._hears(sender, told.run):
             for node, index in told.marks.items():
                 if node != self._me:
-                    self.witness.learn(node, told.term, index)
+                    self.witness.learn(node, told.term, index, told.runs.get(node, 0))
         return Empty()
 
     async def _spread(self) -> None:
@@ -281,7 +281,7 @@ class Vouching:
         while True:
             await asyncio.sleep(SPREAD_S)
             ticks += 1
-            if self._claim is None and self._driver.leader is not None:
+            if not self._proving and self._driver.leader is not None:
                 self.witness.keep({*self._members(), *self._driver.voters})
                 self._greet()
             self._tell(again=ticks % SPREAD_ALL_TICKS == 0)
@@ -308,10 +308,11 @@ class Vouching:
         for node, index in marks.items():
             if node != self._me:
                 self.witness.learn(node, driver.term, index)
-        if (driver.term, marks) == self._told and not again:
+        runs = {node: self._run if node == self._me else self.witness.accepted(node) for node in marks}
+        message = Marks(self._run, driver.term, marks, runs)
+        if message == self._told and not again:
             return
-        self._told = (driver.term, marks)
-        message = Marks(self._run, driver.term, marks)
+        self._told = message
         for node in seen:
             self._peers.to(node, Lane.CONSENSUS).notify(MARKS, message)
 

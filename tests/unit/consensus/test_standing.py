@@ -48,6 +48,28 @@ def test_a_boot_number_counts_once_and_never_goes_back(run: Run, heard: bool) ->
     assert witness.accepted(X) == (run.number if heard else Run(5, 1).number)
 
 
+def test_what_a_run_said_before_its_claim_arrived_is_not_held_against_it() -> None:
+    """Others proved it, it acknowledged more, and the leader told of that before its hello got here."""
+    witness = acknowledged(3, 10)
+    witness.learn(X, Term(3), Index(15), Run(2, 7).number)
+    assert "entry 10" in witness.judge(X, Run(2, 7), claim(3, 9))  # what the run before it said is
+    assert witness.judge(X, Run(2, 7), claim(3, 12)) == ""
+    assert "entry 15" in witness.judge(X, Run(3, 8), claim(3, 14))
+    assert witness.mark(X) == claim(3, 15)
+
+
+def test_late_word_of_an_older_run_counts_against_the_newer_ones() -> None:
+    witness = Witness()
+    witness.learn(X, Term(4), Index(2), Run(3, 1).number)
+    witness.learn(X, Term(3), Index(20), Run(2, 1).number)
+    witness.learn(X, Term(3), Index(5), Run(1, 1).number)
+    assert "entry 20 in term 3" in witness.judge(X, Run(3, 1), claim(3, 19))
+    assert "entry 2 in term 4" in witness.judge(X, Run(4, 1), claim(3, 30))
+    again = Witness()
+    again.load(witness.encode("c1"), "c1", "log/marks")
+    assert again.judge(X, Run(3, 1), claim(3, 20)) == ""
+
+
 def test_the_boot_in_the_roster_counts_too() -> None:
     assert "boot 9 of it was seen" in Witness().judge(X, Run(8, 1), claim(1, 1), boot_seen=9)
 
