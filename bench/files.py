@@ -33,6 +33,8 @@ from idunno.node.local import down, existing_nodes, up
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 LOST_BYTES = 40_000_000
+SMALL_S = 5.0
+"""For one run of small puts or gets, if it does not come to its end sooner."""
 CLIENT = Path(__file__).with_name("files_client.py")
 
 
@@ -212,6 +214,7 @@ def small(cluster: Cluster, runs: int) -> None:
         with client(cluster.directory / entry) as one:
             one("puts", name=f"warm-{entry}/", count=200, in_flight=16)
             pids = [*cluster.pids().values(), one.pid]
+            put: dict[int, int] = {}  # how many of the first run, by how many were in flight
             for what, in_flight, count, bound in (
                 ("puts", 1, 1_000, 1_000),
                 ("puts", 64, 6_000, 6_000),
@@ -220,12 +223,17 @@ def small(cluster: Cluster, runs: int) -> None:
             ):
                 rates, cpu = [], []
                 for run in range(runs):
-                    name = f"small-{entry}-{in_flight}-{run if what == 'puts' else 0}/"
-                    known = {1: 1_000, 64: 6_000}[in_flight]
                     before = sum(map(processor_s, pids))
-                    took = one(what, name=name, count=count, known=known, in_flight=in_flight)["seconds"]
-                    cpu.append((sum(map(processor_s, pids)) - before) / count * 1e6)
-                    rates.append(count / took)
+                    if what == "puts":
+                        answer = one(
+                            what, name=f"{entry}-{in_flight}-{run}/", count=count, in_flight=in_flight, seconds=SMALL_S
+                        )
+                        put[in_flight] = answer["done"] if run == 0 else put[in_flight]
+                    else:
+                        name, known = f"{entry}-{in_flight}-0/", max(1, put[in_flight] - in_flight)
+                        answer = one(what, name=name, count=count, known=known, in_flight=in_flight, seconds=SMALL_S)
+                    cpu.append((sum(map(processor_s, pids)) - before) / answer["done"] * 1e6)
+                    rates.append(answer["done"] / answer["seconds"])
                 print(
                     f"{what} of 4 KB, {in_flight} in flight: {statistics.median(rates):,.0f}/s "
                     f"({min(rates):,.0f}-{max(rates):,.0f}), {statistics.median(cpu):,.0f} us of processor each, {which}"

@@ -13,21 +13,30 @@ from typing import Any
 import idunno
 from idunno.client.api import Cluster
 from idunno.node.lifecycle import run_async
+from idunno.sdfs.client import source_of
 
 SMALL_BYTES = 4096
 
 
-async def each(count: int, in_flight: int, one: Callable[[int], Coroutine[Any, Any, None]]) -> None:
-    """Run `one(0)` ... `one(count - 1)`, so many at a time."""
-    numbers = iter(range(count))
+async def each(
+    count: int, in_flight: int, seconds: float, one: Callable[[int], Coroutine[Any, Any, None]]
+) -> dict[str, Any]:
+    """Run `one(0)` ... `one(count - 1)`, so many at a time, as far as it gets in the time. How many, and how long it took."""
+    numbers, done = iter(range(count)), 0
+    began = time.perf_counter()
 
     async def worker() -> None:
+        nonlocal done
         for number in numbers:
             await one(number)
+            done += 1
+            if time.perf_counter() - began > seconds:
+                return
 
     async with asyncio.TaskGroup() as group:
         for _ in range(in_flight):
             group.create_task(worker())
+    return {"done": done, "seconds": time.perf_counter() - began}
 
 
 class Orders:
@@ -45,20 +54,16 @@ class Orders:
         await self.cluster.get(name, path)
         return {"seconds": time.perf_counter() - began}
 
-    async def puts(self, name: str, count: int, in_flight: int, known: int = 0) -> dict[str, Any]:
+    async def puts(self, name: str, count: int, in_flight: int, seconds: float = 60.0) -> dict[str, Any]:
         client = self.cluster.file_client
-        from idunno.sdfs.client import source_of
-
         contents = [os.urandom(SMALL_BYTES) for _ in range(count)]
 
         async def one(number: int) -> None:
             await client.put(source_of(contents[number]), f"{name}{number}", size=SMALL_BYTES)
 
-        began = time.perf_counter()
-        await each(count, in_flight, one)
-        return {"seconds": time.perf_counter() - began}
+        return await each(count, in_flight, seconds, one)
 
-    async def gets(self, name: str, count: int, in_flight: int, known: int) -> dict[str, Any]:
+    async def gets(self, name: str, count: int, in_flight: int, known: int, seconds: float = 60.0) -> dict[str, Any]:
         client = self.cluster.file_client
         got = 0
 
@@ -69,10 +74,9 @@ class Orders:
         async def one(number: int) -> None:
             await client.get(f"{name}{number % known}", sink)
 
-        began = time.perf_counter()
-        await each(count, in_flight, one)
-        assert got == count * SMALL_BYTES
-        return {"seconds": time.perf_counter() - began}
+        answer = await each(count, in_flight, seconds, one)
+        assert got == answer["done"] * SMALL_BYTES
+        return answer
 
     async def late(self) -> dict[str, int]:
         return dict((await self.cluster.status()).loop_late)
