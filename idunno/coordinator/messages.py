@@ -94,6 +94,12 @@ class MemberAddress(msgspec.Struct, frozen=True):
     voter: bool = False
 
 
+class KnownMembers(msgspec.Struct, frozen=True):
+    """The members as the answering node knows them, with the fingerprints of their certificates."""
+
+    members: list[MemberAddress]
+
+
 class CheckAddress(msgspec.Struct, frozen=True):
     """Call back to the address a newcomer will advertise, where it listens for the nonce now, over TCP and UDP."""
 
@@ -256,6 +262,7 @@ UPGRADE_CHECK: Final = Method("cluster.upgrade-check", Upgrade, UpgradeAnswer, R
 UPGRADE: Final = Method("cluster.upgrade", Upgrade, UpgradeAnswer, Role.ADMIN)
 MEMBERS: Final = Method("cluster.members", Members, MembersAnswer, Role.READER)
 MEMBER_EVENTS: Final = Method("cluster.member-events", Empty, MemberEvents, Role.READER)
+KNOWN_MEMBERS: Final = Method("cluster.known-members", Empty, KnownMembers, Role.NODE)
 STATUS: Final = Method("cluster.status", Status, StatusAnswer, Role.READER)
 
 # -- backups ----------------------------------------------------------------------------------------------------------

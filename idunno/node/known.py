@@ -77,6 +77,15 @@ class Known:
             if member.node in self._remembered:
                 self._remembered[member.node] = member
 
+    def meet_newcomers(self, members: list[MemberAddress]) -> bool:
+        """Who joined while this node was away, as another member says. The leader may be one of them: its log would tell of it,
+        but whose certificate is not known is not heard. Whether there were any; counts only until this node has caught up."""
+        new = [m for m in members if not self.is_member(m.node)] if not self._caught_up else []
+        for member in new:
+            self._remembered[member.node] = member
+            self._by_fingerprint[member.fingerprint] = member.node
+        return bool(new)
+
     def name(self, node: NodeId) -> str:
         record = self._roster().find(node)
         if record is not None:

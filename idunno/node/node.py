@@ -72,7 +72,7 @@ from idunno.node.outcast import Outcast
 from idunno.node.platform import Platform, real_platform
 from idunno.node.reach import Reach
 from idunno.node.seat import Seat
-from idunno.node.seed import ask_seed, ask_until_answered
+from idunno.node.seed import ask_seed, ask_until_answered, meet_newcomers
 from idunno.node.vacant import Vacant
 from idunno.scheduler.config import SchedulerConfig
 from idunno.scheduler.service import SchedulerService
@@ -323,6 +323,7 @@ class Node:
         self._on_stop("files", self.files.stop)
         await self.agent.start()
         self.spawn(self._introduce(), "introduce")
+        self.spawn(meet_newcomers(self.me, self.peers, self.known, self._seed_members), "meet")
         self.spawn(self._keep_connected(), "keep connected")
         self._on_stop("tasks", self._cancel_tasks)
         # The socket comes last: who can connect to it finds a node that works.

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Final
 
 from idunno.base.errors import IdunnoError
 from idunno.coordinator.messages import (
+    KNOWN_MEMBERS,
     MEMBER_EVENTS,
     MEMBERS,
     STATUS,
+    KnownMembers,
     MemberEvent,
     MemberEvents,
     Members,
@@ -36,6 +38,7 @@ class Seat:
         node.server.register(MEMBERS, self._members)
         node.server.register(MEMBER_EVENTS, self._events)
         node.server.register(STATUS, self._status)
+        node.server.register(KNOWN_MEMBERS, self._known_members)
 
     def own_status(self) -> StatusAnswer:
         """What this node knows by itself."""
@@ -48,6 +51,9 @@ class Seat:
 
     async def _members(self, call: Call[Members]) -> MembersAnswer:
         return self.own_members()
+
+    async def _known_members(self, call: Call[Empty]) -> KnownMembers:
+        return KnownMembers(self._node.known.members())
 
     async def _events(self, call: Call[Empty]) -> MemberEvents:
         return self.own_events()

@@ -2,7 +2,8 @@
 #
 # Rule 1: whoever shows a member's certificate at the seed's address is that member, and there it is now. What it knows of others
 #         comes on top: it may have started a moment ago itself, and gossip brings the rest.
-# Rule 2: the seed is asked until it has answered once: it may start after this node.
+# Rule 2: who joined while a node was away is told to it by the members that it knows (`meet_newcomers`).
+# Rule 3: the seed is asked until it has answered once: it may start after this node.
 from __future__ import annotations
 
 import asyncio
@@ -14,14 +15,18 @@ from typing import Final
 import msgspec
 
 from idunno.base.errors import IdunnoError
-from idunno.coordinator.messages import MEMBERS, MemberAddress, Members
+from idunno.base.ids import NodeId
+from idunno.coordinator.messages import KNOWN_MEMBERS, MEMBERS, MemberAddress, Members
 from idunno.node.config import parse_address
 from idunno.node.known import Known
+from idunno.wire.calls import Empty, Peers
 from idunno.wire.rpc import connect_tcp
 
 log = logging.getLogger("idunno.node")
 
 SEED_S: Final = 5.0
+MEET_S: Final = 2.0
+"""Who starts has usually caught up within this, and asks nobody."""
 AGAIN_S: Final = 1.0
 """Between two attempts: a process takes seconds to start."""
 
@@ -35,6 +40,23 @@ async def ask_until_answered(
         if await ask_seed(seed, client_tls, known):
             learned()
             return
+
+
+async def meet_newcomers(me: NodeId, peers: Peers, known: Known, learned: Callable[[], None]) -> None:
+    """Ask the members that are known for those that are not, until this node has caught up with the roster itself."""
+    while not known.is_caught_up:
+        await asyncio.sleep(MEET_S)
+        for member in known.members():
+            if member.node == me or known.is_caught_up:
+                continue
+            try:
+                answer = await peers.to(member.node).call(KNOWN_MEMBERS, Empty(), timeout_s=MEET_S)
+            except IdunnoError as error:
+                log.debug("did not tell its members", extra={"node_id": member.node, "error": str(error)})
+                continue
+            if known.meet_newcomers(answer.members):
+                log.info("newcomers met", extra={"told_by": member.name})
+                learned()
 
 
 async def ask_seed(seed: str, client_tls: SSLContext | None, known: Known) -> bool:

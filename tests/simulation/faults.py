@@ -52,22 +52,27 @@ class Faults:
         """Faults of these kinds, one after another and over each other, for so long."""
         end = self.world.scheduler.now + seconds
         bag: list[str] = []
+        missed: list[str] = []
         self._take_image()
         while self.world.scheduler.now < end:
             await asyncio.sleep(self.rng.expovariate(1.0 / every_s))
             if not bag:  # each kind once before any comes again, so that few worlds miss one
-                bag = kinds[:]
+                bag, missed = kinds + missed, []
                 self.rng.shuffle(bag)
-            self.strike(bag.pop())
+            kind = bag.pop()
+            if not self.strike(kind) and kind in WEAR:
+                missed.append(kind)  # there was nothing to destroy yet, or nothing again: it comes twice next time
 
-    def strike(self, kind: str, *machines: str) -> None:
-        """Let it happen now, to these machines or to some drawn by chance."""
+    def strike(self, kind: str, *machines: str) -> bool:
+        """Let it happen now, to these machines or to some drawn by chance. Whether it did."""
         chosen = [self.world.machine(name) for name in machines]
         if len(self.world.machines) < NODES_LEAST.get(kind, 1):
-            return
+            return False
         stages = stages_now(self.world, self.promises)
-        if KINDS[kind](self, chosen):
+        struck = KINDS[kind](self, chosen)
+        if struck:
             self.dose.strike(kind, stages)
+        return struck
 
     def lasts(self, seconds: float, end: Callable[[], None], machines: list[Machine], slack_s: float = 8.0) -> None:
         """`end` is called after so many seconds, or by `end_all`."""
@@ -414,5 +419,7 @@ KINDS: Final[dict[str, Callable[[Faults, list[Machine]], bool]]] = {
     "log_rot": Faults.log_rot,
     "old_image": Faults.old_image,
 }
+WEAR: Final = ("rot", "log_rot", "old_image")
+"""What destroys something that was written and synced: rule 3."""
 NODES_LEAST: Final = {"partition": 2, "one_way": 2, "protocol": 2, "rot": 2, "log_rot": 4, "old_image": 4}
 """What needs others: to be cut off from, or to hold the other copies of what is lost, and to go on without the machine."""

@@ -425,3 +425,35 @@ def test_status_names_the_two_of_ten_between_whom_udp_is_blocked_and_events_tell
 
     cluster = make("status of blocked udp", nodes=10, clients=1)
     cluster.world.run(story)
+
+
+def test_who_was_away_while_a_newcomer_became_the_leader_follows_it() -> None:
+    """Its log would tell of the newcomer, but comes from the newcomer, whose certificate it does not know yet."""
+
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        await cluster.clients[0].finish()
+        away = world.machine(others(cluster, await world.has_leader())[0])
+        world.kill(away.name)
+        newcomer = await grow(world)
+        leader = await world.has_leader()
+        assert leader.node is not None
+        driver = leader.node.driver
+        await world.until(lambda: newcomer.id in driver.voters, "the newcomer votes", 120)
+        for _ in range(20):  # whoever else is elected is frozen until the newcomer leads
+            if world.leader() is newcomer:
+                break
+            first = await world.has_leader()
+            if first is not newcomer:
+                world.freeze(first.name)
+                await asyncio.sleep(3.0)
+                world.thaw(first.name)
+                await asyncio.sleep(1.0)
+        assert world.leader() is newcomer
+        world.start(away.name)
+        await world.until(cluster.one, "one cluster again", 20)
+        assert world.leader() is newcomer
+
+    cluster = make("led by a newcomer", nodes=3, clients=1)
+    cluster.checkers.disturb(0.0, 1_000.0)
+    cluster.world.run(story)
