@@ -10,7 +10,7 @@ import pytest
 from idunno.base.errors import NotLeader, StaleTerm, Unavailable
 from idunno.base.ids import BlockId, NodeId, Term
 from idunno.sdfs.hashing import block_id
-from idunno.sdfs.messages import DROP, HAVE_BLOCK, REPAIR, Drop, HaveBlock, Repair, RepairAnswer
+from idunno.sdfs.messages import DROP, HAVE_BLOCK, REPAIR, Copy, Drop, HaveBlock, Repair, RepairAnswer
 from idunno.sdfs.orders import Orders
 from idunno.wire.calls import Actor, Peer, Role
 from tests.unit.sdfs.world import MB, USER, Node, World, content_of, run, until
@@ -72,6 +72,28 @@ def test_a_killed_nodes_copies_are_made_again_within_seconds(leader: bool) -> No
             await asyncio.sleep(3)
             assert world.leading.copies_missing == 0
             assert await world.get("f", entry=3) == CONTENT
+
+    run(story)
+
+
+def test_the_first_copies_are_made_at_once_and_then_a_node_rests_so_that_users_keep_the_link() -> None:
+    """Each copy takes a tenth of a second here, so at 30 % of the time three are made in a second."""
+
+    async def story() -> None:
+        async with World(5) as world:
+            orders, began_s = world.node(5).files.orders, asyncio.get_running_loop().time()
+            made: list[float] = []
+
+            async def slow(source: NodeId, request: Copy) -> None:
+                await asyncio.sleep(0.1)
+
+            orders._copy_from = slow  # type: ignore[method-assign]
+            for _ in range(40):
+                await orders._rest()
+                assert (await orders._copy(Copy(BLOCKS[0], 8 * MB, [world.node(1).id], world.term))).made
+                made.append(asyncio.get_running_loop().time() - began_s)
+            assert made[7] < 0.9  # nobody waits for the repair of a few
+            assert 2.9 < (made[39] - made[19]) / (20 * 0.1) < 3.6
 
     run(story)
 
