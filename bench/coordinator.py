@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -137,6 +138,7 @@ def main() -> None:
     asked = parser.parse_args()
     if unknown := [row for row in asked.rows if row not in ROWS]:
         parser.error(f"no such row: {', '.join(unknown)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended all the same
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(measure(asked))
 

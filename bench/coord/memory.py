@@ -30,7 +30,7 @@ def measure(files: int) -> list[tuple[str, str, str]]:
         (f"memory, {files:,} files of one version, as built", f"{made['mb']:,.0f} MB", "<= 1.2 GB"),
         ("- restored", f"{restored['mb']:,.0f} MB", "<= 1.2 GB"),
         ("- at most during the restore", f"{restored['peak_mb']:,.0f} MB", "<= 1.2 GB"),
-        ("- seconds to restore", f"{restored['seconds']:.1f} s", "<= 20 s"),
+        ("- to restore", f"{restored['seconds']:.1f} s, {restored['cpu_s']:.1f} s of a processor", "<= 20 s"),
         ("- the loop stands still: capture", f"{made['capture_ms']:.0f} ms", "<= 50 ms"),
         ("- the loop stands still: longest piece", f"{made['piece_ms']:.1f} ms", "<= 50 ms"),
     ]
@@ -80,11 +80,11 @@ def _restore(path: str) -> dict[str, float]:
         while piece := file.read(PIECE_BYTES):
             reader.feed(piece)
     machine = Machine.restored(reader)
-    seconds = time.perf_counter() - begun
+    seconds, used_s = time.perf_counter() - begun, time.process_time()
     del reader
     assert machine.namespace.files > 0
     pid = os.getpid()
-    return {"mb": memory_mb(pid), "peak_mb": memory_mb(pid, "VmHWM"), "seconds": seconds}
+    return {"mb": memory_mb(pid), "peak_mb": memory_mb(pid, "VmHWM"), "seconds": seconds, "cpu_s": used_s}
 
 
 if __name__ == "__main__":
