@@ -34,6 +34,7 @@ from idunno.membership.config import SwimConfig
 from idunno.membership.events import Seed, Self
 from idunno.membership.messages import State
 from idunno.membership.transport import Membership
+from idunno.node import lifecycle
 from idunno.node.identity import running_pid
 from idunno.node.local import down, existing_nodes, up
 from idunno.wire.sealed import Opener, Sealer
@@ -243,6 +244,30 @@ def kill_and_restart(directory: Path, victim: Path) -> tuple[float, float]:
     return failed, joined
 
 
+def newcomer(table: Table, directory: Path, port: int) -> None:
+    """A machine that was in no cluster: `idunno join`, then its first start, until all others see it."""
+    words = [sys.executable, "-m", "idunno", "token", "new", "--role", "node", "--json"]
+    environment = {**os.environ, "IDUNNO_CLUSTER": str(directory)}
+    told = json.loads(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
+    nodes = existing_nodes(directory)
+    new = directory.parent / "newcomer"
+    began_s = time.time()
+    lifecycle.join(f"127.0.0.1:{port}", told["token"], new, f"127.0.0.1:{port + 200}", "newcomer")
+    table.row("real: a brand-new member: idunno join", time.time() - began_s, None, " s")
+    logs = {node.name: Log(node) for node in nodes}
+    (new / "logs").mkdir(exist_ok=True)
+    started_s = time.time()
+    process = subprocess.Popen([sys.executable, "-m", "idunno.node", "--dir", str(new)], stdin=subprocess.DEVNULL)
+    try:
+        last_s = started_s + max(wait_all(logs, "newcomer", "active", started_s, 60).values())
+        up_s = at_s(next(line for line in Log(new).new() if line["text"] == "membership started"))
+        table.row("           from the start of its process until all see it", last_s - started_s, None, " s")
+        table.row("           from the moment its detector is up until all see it", last_s - up_s, 0.40, " s")
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def real(table: Table, kills: int, port: int, seed: int) -> None:
     asyncio.run(idle_bytes(table))
     rng = random.Random(seed)
@@ -272,6 +297,7 @@ def real(table: Table, kills: int, port: int, seed: int) -> None:
             table.row(
                 "           false failures meanwhile", count(directory, "failed") - kills * (NODES - 1), 0, digits=0
             )
+            newcomer(table, directory, port)
             busy(table, directory)
         finally:
             down(directory)
