@@ -8,6 +8,7 @@ import pytest
 
 from idunno.base.errors import Conflict, IdunnoError
 from idunno.base.ids import NodeId
+from idunno.consensus.messages import TimeoutNow
 from idunno.coordinator.commands import RaiseVersion
 from idunno.coordinator.messages import UpgradeAnswer
 from idunno.node.node import Node
@@ -24,10 +25,15 @@ def node_of(machine: Machine) -> Node:
 
 
 async def lead(world: World, machine: Machine) -> None:
-    """Leadership goes to this one, however often it must be handed over."""
-    while (leader := await world.has_leader()) is not machine:
-        node = node_of(leader)
-        await world.inside(leader.name, lambda node=node: node.driver.hand_over(5.0))  # type: ignore[misc]
+    """Leadership goes to this one, as if the leader had handed it over (which chooses by itself)."""
+    node = node_of(machine)
+
+    async def stand() -> None:
+        if node.driver.leader is not None:
+            node.driver.receive(node.driver.leader, TimeoutNow(node.driver.term))
+
+    while await world.has_leader() is not machine:
+        await world.inside(machine.name, stand)
         await asyncio.sleep(0.3)
 
 
