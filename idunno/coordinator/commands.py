@@ -304,7 +304,9 @@ Command: TypeAlias = (
 
 SINCE: Final[dict[type[Any], int]] = {RaiseVersion: 2, TakeDigest: 2, ConfirmDigest: 2}
 """The machine version that brought a command; all others were there from the beginning. A machine that knows fewer stops at it,
-and until the cluster's version is raised it is refused by all alike; RaiseVersion itself is what raises it."""
+and until the cluster's version is raised it is refused by all alike; RaiseVersion itself is what raises it.
+
+A command that does something else than it did is a new version too: what it did stays for clusters whose version is older."""
 
 
 class Entry(Record, frozen=True):

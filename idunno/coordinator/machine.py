@@ -171,7 +171,7 @@ class Machine:
         machine = cls(supports)
         machine.index, machine.now_ms = Index(reader.head.index), reader.head.now_ms
         machine.roster = Roster(reader.roster())
-        machine.namespace = Namespace(reader.namespace())
+        machine.namespace = Namespace(reader.namespace(), machine.roster.machine_version)
         machine.registry = Registry(reader.registry())
         machine.ledger = Ledger(reader.ledger())
         machine._recent = Recent(reader.recent())
@@ -206,7 +206,9 @@ class Machine:
     # -- roster -------------------------------------------------------------------------------------------------------
 
     def _genesis(self, command: c.Genesis, asked: _Asked) -> Done:
-        return self._told(self.roster.begin(command, self.now_ms), e.RosterChanged())
+        done = self.roster.begin(command, self.now_ms)
+        self.namespace.raise_version(self.roster.machine_version)
+        return self._told(done, e.RosterChanged())
 
     def _add_node(self, command: c.AddNode, asked: _Asked) -> msgspec.Struct:
         return self._told(self.roster.add_node(command.node, command.token, self.now_ms), e.RosterChanged())
@@ -232,7 +234,9 @@ class Machine:
         return self._told(self.roster.renew_key(command.cluster_key), e.RosterChanged())
 
     def _raise_version(self, command: c.RaiseVersion, asked: _Asked) -> Done:
-        return self._told(self.roster.raise_version(command.version), e.RosterChanged())
+        done = self.roster.raise_version(command.version)
+        self.namespace.raise_version(self.roster.machine_version)
+        return self._told(done, e.RosterChanged())
 
     def _take_digest(self, command: c.TakeDigest, asked: _Asked) -> Done:
         self._tell(e.DigestDue())
@@ -288,14 +292,15 @@ class Machine:
         before = self.namespace.deleted_by(command.name, asked.request)
         if before is not None:
             return before
-        kind = type(command).__name__
-        if self._recent.answered(kind, command.name, "", asked.request):
+        kind, version = type(command).__name__, self.roster.machine_version
+        if version >= 2 and self._recent.answered(kind, command.name, "", asked.request):
             return FileGone(
                 command.name, 0
             )  # the file was put and deleted again since: how many there were is not known
         earlier = self.namespace.last_deletion(command.name)
         done, versions, gone = self.namespace.delete(command.name, asked.request, asked.actor.name, self.now_ms)
-        self._recent.keep(kind, command.name, "", earlier)
+        if version >= 2:
+            self._recent.keep(kind, command.name, "", earlier)
         self._tell(e.FileDeleted(command.name, versions))
         self._unrefer(gone, command.name)
         return done
@@ -308,7 +313,10 @@ class Machine:
             command,
             command.prefix,
             asked,
-            lambda: self._told(self.namespace.retention.set(rule), e.RetentionChanged()),
+            lambda: self._told(
+                self.namespace.retention.set(rule, self.roster.machine_version), e.RetentionChanged()
+            ),
+            since=2,
         )
 
     def _expire(self, command: c.Expire, asked: _Asked) -> Done:
@@ -391,6 +399,7 @@ class Machine:
             model,
             asked,
             lambda: self._told(self.registry.set_batch_size(model, command.batch_size), e.ModelChanged(model)),
+            since=2,
         )
 
     # -- ledger -------------------------------------------------------------------------------------------------------
@@ -472,8 +481,11 @@ class Machine:
             self._tell(effect)
         return done
 
-    def _once(self, command: c.Command, what: str, asked: _Asked, do: Callable[[], Done]) -> Done:
-        """`do()`, or, when this very request did it before, the same answer."""
+    def _once(self, command: c.Command, what: str, asked: _Asked, do: Callable[[], Done], *, since: int = 1) -> Done:
+        """`do()`, or, when this very request did it before, the same answer. `since`: the machine version that brought this
+        for the command; in an older one it is done each time."""
+        if self.roster.machine_version < since:
+            return do()
         kind = type(command).__name__
         if self._recent.answered(kind, what, asked.actor.name, asked.request):
             return Done(changed=False)

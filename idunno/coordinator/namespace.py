@@ -6,6 +6,7 @@
 # Rule 3: an open put ends by commit or by an ordered abort, nothing else; after that a commit is refused.
 # Rule 4: what is deleted lies in the trash (trash.py) until it is purged, but for the system's own names: these are gone at once.
 # Rule 5: every method either raises and has changed nothing, or has done all of it.
+# Rule 6: until the cluster's machine version is raised everything is done as its version does it: releases side by side must agree.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
@@ -79,8 +80,10 @@ class _File:
 
 
 class Namespace:
-    def __init__(self, state: NamespaceState | None = None) -> None:
+    def __init__(self, state: NamespaceState | None = None, version: int = 1) -> None:
+        """`version`: the cluster's machine version."""
         state = state if state is not None else NamespaceState()
+        self._version = 1
         self._captures = 0
         self._files: dict[str, _File] = {}
         self._tombstones: dict[str, _File] = {}
@@ -101,12 +104,18 @@ class Namespace:
                     self._made[record.request] = (file.name, record.version)
                 for before in file.deletion.puts if file.deletion is not None else ():
                     self._made[before.put] = (file.name, before.version)
-        for entry in state.trash:
-            for record in entry.versions if entry.expired else ():
-                self._made[record.request] = (entry.name, record.version)
         self._made.pop("", None)
+        self.raise_version(version)
         # Files outside .idunno/
         self.files = sum(not name.startswith(SYSTEM) for name in self._names)
+
+    def raise_version(self, version: int) -> None:
+        """Do as this machine version does from now on."""
+        if self._version < 2 <= version:
+            expired = [entry for entry in self.trash.entries.values() if entry.expired]
+            made = {r.request: (entry.name, r.version) for entry in expired for r in entry.versions if r.request}
+            self._made = made | self._made  # version 1 forgot them, so a retry may have made a newer one: that one counts
+        self._version = max(self._version, version)
 
     def state(self) -> NamespaceState:
         def record(name: str, file: _File) -> FileState:
@@ -244,7 +253,7 @@ class Namespace:
         self._check_expected(command.name, command.if_version)
         if len(self._puts) >= OPEN_PUTS_MAX:
             raise Exhausted(f"{OPEN_PUTS_MAX} puts are open, the bound; try again when some have ended")
-        if self._puts_of.get(owner, 0) >= OPEN_PUTS_OF_ONE_MAX:
+        if self._version >= 2 and self._puts_of.get(owner, 0) >= OPEN_PUTS_OF_ONE_MAX:
             raise Exhausted(
                 f"{OPEN_PUTS_OF_ONE_MAX} puts of {owner} are open, the most of one user; end some, or wait: those that nobody "
                 "goes on with are aborted after an hour"
@@ -398,6 +407,9 @@ class Namespace:
             return Done(changed=False), []
         file = self._own(self._files, name)
         file.versions = [*(r for r in file.versions[:-1] if r.version not in wanted), file.versions[-1]]
+        if self._version < 2:
+            for record in gone:
+                self._made.pop(record.request, None)
         self.trash.put(name, gone, now_ms, by, expired=True)
         return Done(), self._gone(self.trash.overflow())
 
@@ -443,7 +455,8 @@ class Namespace:
         """These entries have left the trash for good; their versions."""
         for entry in entries:
             for record in entry.versions if entry.expired else ():
-                self._made.pop(record.request, None)
+                if self._made.get(record.request) == (entry.name, record.version):
+                    del self._made[record.request]
         return _versions(entries)
 
     def below(self, prefix: str) -> list[str]:

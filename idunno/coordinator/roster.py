@@ -307,12 +307,13 @@ class Roster:
 
     def revoke_user(self, name: str, now_ms: int) -> Done:
         """End the certificate. The name stays taken, with what it owns, until it is revoked a second time: nobody else gets
-        somebody's files by logging in under a name that has become free."""
+        somebody's files by logging in under a name that has become free. In machine version 1 the name is free at once."""
         user = self._users.get(name)
         if user is None:
             raise NotFound(f"no user {name[:80]}; see `idunno users`")
         if user.fingerprint:
             del self._by_fingerprint[user.fingerprint]
+        if user.fingerprint and self.machine_version >= 2:
             self._users[name] = UserRecord(name, user.role, b"", now_ms)
         else:
             del self._users[name]

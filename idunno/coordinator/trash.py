@@ -88,8 +88,8 @@ class Retention:
         """As set."""
         return tuple(self._rules.values())
 
-    def set(self, rule: RetentionRule) -> Done:
-        """Set, replace, or (both limits 0) remove a rule."""
+    def set(self, rule: RetentionRule, version: int) -> Done:
+        """Set, replace, or (both limits 0) remove a rule, as machine version `version` does."""
         if len(rule.prefix.encode()) > PREFIX_BYTES_MAX:
             raise InvalidArgument(f"a prefix has at most {PREFIX_BYTES_MAX} bytes")
         if rule.versions < 0 or not 0 <= rule.age_ms <= AGE_MS_MAX:
@@ -100,7 +100,7 @@ class Retention:
         if not rule.versions and not rule.age_ms:
             return Done(changed=self._rules.pop(key, None) is not None)
         of_one = sum(owner == rule.owner for _, owner in self._rules)
-        if key not in self._rules and rule.owner and of_one >= RULES_OF_ONE_MAX:
+        if version >= 2 and key not in self._rules and rule.owner and of_one >= RULES_OF_ONE_MAX:
             raise Exhausted(
                 f"{rule.owner} has {RULES_OF_ONE_MAX} retention rules, the most of one user; `idunno retain PREFIX --none` "
                 "removes one"
