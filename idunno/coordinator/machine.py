@@ -313,9 +313,7 @@ class Machine:
             command,
             command.prefix,
             asked,
-            lambda: self._told(
-                self.namespace.retention.set(rule, self.roster.machine_version), e.RetentionChanged()
-            ),
+            lambda: self._told(self.namespace.retention.set(rule, self.roster.machine_version), e.RetentionChanged()),
             since=2,
         )
 

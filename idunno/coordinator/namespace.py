@@ -6,7 +6,7 @@
 # Rule 3: an open put ends by commit or by an ordered abort, nothing else; after that a commit is refused.
 # Rule 4: what is deleted lies in the trash (trash.py) until it is purged, but for the system's own names: these are gone at once.
 # Rule 5: every method either raises and has changed nothing, or has done all of it.
-# Rule 6: until the cluster's machine version is raised everything is done as its version does it: releases side by side must agree.
+# Rule 6: until the cluster's machine version is raised everything is done as its version does it: releases side by side agree.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
@@ -114,7 +114,8 @@ class Namespace:
         if self._version < 2 <= version:
             expired = [entry for entry in self.trash.entries.values() if entry.expired]
             made = {r.request: (entry.name, r.version) for entry in expired for r in entry.versions if r.request}
-            self._made = made | self._made  # version 1 forgot them, so a retry may have made a newer one: that one counts
+            # Version 1 forgot them, so a retry may have made a newer one: that one counts.
+            self._made = made | self._made
         self._version = max(self._version, version)
 
     def state(self) -> NamespaceState:
