@@ -76,7 +76,7 @@ def test_versions_go_on_after_a_delete() -> None:
 
 
 def test_a_retried_put_whose_version_has_expired_is_not_done_again() -> None:
-    world = World()
+    world = World.newest()
     first = world.do(small("p1", "a"))
     world.put("a")
     world.do(c.Expire("a", (1,)), SYSTEM)
@@ -93,7 +93,7 @@ def test_a_retried_put_whose_version_has_expired_is_not_done_again() -> None:
 
 
 def test_a_delete_that_is_retried_after_a_later_delete_spares_what_came_after_both() -> None:
-    world = World()
+    world = World.newest()
     for request in ("r1", "r2"):
         world.put("a")
         world.do(c.DeleteFile("a"), request=request)
@@ -104,7 +104,7 @@ def test_a_delete_that_is_retried_after_a_later_delete_spares_what_came_after_bo
 
 
 def test_a_retried_setting_does_not_undo_what_another_set_in_between() -> None:
-    world = World()
+    world = World.newest()
     world.do(c.SetRetention("a", 5), request="r1")
     world.do(c.SetRetention("a", 6), BOB, request="r2")
     world.do(c.SetRetention("a", 5), request="r1")
@@ -245,7 +245,7 @@ def test_open_puts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_takes_the_open_puts_or_rules_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ns, "OPEN_PUTS_OF_ONE_MAX", 2)
     monkeypatch.setattr("idunno.coordinator.trash.RULES_OF_ONE_MAX", 2)
-    world = World()
+    world = World.newest()
     for number in range(2):
         world.do(c.BeginPut(f"p{number}", "a"))
         world.do(c.SetRetention(f"a{number}", 1, 0))

@@ -166,7 +166,7 @@ def test_users_come_and_go() -> None:
 
 
 def test_a_revoked_name_and_its_files_are_nobody_elses_until_it_is_freed() -> None:
-    world = World()
+    world = World.newest()
     world.do(c.AddUser(user("carol"), "t-user"), SYSTEM)
     world.do(c.RevokeUser("carol"), ADMIN, "r1")
     thief = msgspec.structs.replace(user("carol", i=51), key=b"t" * 32)

@@ -9,7 +9,15 @@ from blake3 import blake3
 from idunno.base.ids import BlockId, Index, NodeId
 from idunno.coordinator import commands as c
 from idunno.coordinator.machine import Applied, Machine
-from idunno.coordinator.records import Block, ModelFile, NodeRecord, Timing, TokenRecord, UserRecord
+from idunno.coordinator.records import (
+    MACHINE_VERSION,
+    Block,
+    ModelFile,
+    NodeRecord,
+    Timing,
+    TokenRecord,
+    UserRecord,
+)
 from idunno.coordinator.timing import timing_of
 from idunno.wire.calls import Actor, Role
 
@@ -57,6 +65,13 @@ class World:
         self.now_ms = 1_000
         if begun:
             self.do(genesis(), SYSTEM)
+
+    @classmethod
+    def newest(cls) -> World:
+        """Of the newest machine version, as every cluster is in the end."""
+        world = cls()
+        world.do(c.RaiseVersion(MACHINE_VERSION), ADMIN)
+        return world
 
     def apply(self, command: c.Command, actor: Actor = ALICE, request: str = "") -> Applied:
         entry = c.Entry(c.FORMAT, self.now_ms, actor.name, actor.role.value, request, command)
