@@ -60,8 +60,11 @@ def test_with_all_disks_full_deleting_works_and_with_space_again_everything(tmp_
             for name in ("one", "two"):
                 client.put(tmp_path / "large", name)
             fill(cluster.directory / "filler")
-            with pytest.raises(IdunnoError) as caught:
-                client.put(tmp_path / "other", "three")
+            with (
+                idunno.connect(str(cluster.directory), timeout_s=4.0) as hasty,
+                pytest.raises(IdunnoError) as caught,
+            ):
+                hasty.put(tmp_path / "other", "three")
             assert caught.value.code in ("exhausted", "disk-failed", "deadline-exceeded"), caught.value
             assert any(word in str(caught.value) for word in ("free", "space", "full")), caught.value
             assert client.delete("one").versions == 1
