@@ -6,11 +6,14 @@ import contextlib
 
 import pytest
 
-from idunno.base.errors import Conflict, IdunnoError
+from idunno.base.errors import Conflict, Exhausted, IdunnoError
 from idunno.base.ids import NodeId
+from idunno.client.base import new_request
 from idunno.consensus.messages import TimeoutNow
-from idunno.coordinator.commands import RaiseVersion
+from idunno.coordinator import trash
+from idunno.coordinator.commands import AddUser, Command, RaiseVersion, RevokeUser, SetRetention
 from idunno.coordinator.messages import UpgradeAnswer
+from idunno.coordinator.records import UserRecord
 from idunno.node.node import Node
 from idunno.wire.calls import Actor, Role
 from tests.simulation.machine import Machine
@@ -60,6 +63,30 @@ async def compare(world: World) -> bool:
     return await world.inside(leader.name, node.digests.check)
 
 
+async def revoke_and_let_in(world: World) -> bytes:
+    """A user is revoked and comes again, and an owner wants one retention rule too many. What is then his fingerprint."""
+    leader = await world.has_leader()
+    node = node_of(leader)
+    system, admin = Actor(node.me, Role.NODE), Actor(NodeId("root"), Role.ADMIN)
+    token = next(t.token for t in node.machine.roster.tokens() if t.role == Role.ADMIN.value)
+    steps: list[tuple[Command, Actor]] = [
+        (AddUser(UserRecord("eve", "admin", bytes([7]) * 32), token), system),
+        (RevokeUser("eve"), admin),
+        (AddUser(UserRecord("eve", "admin", bytes([8]) * 32), token), system),
+        *((SetRetention(f"{i}/", 5, 0), Actor("eve", Role.USER)) for i in range(3)),
+    ]
+
+    async def work() -> None:
+        for command, actor in steps:
+            with contextlib.suppress(Conflict, Exhausted):
+                await node.coordinator.propose(command, actor=actor, request=new_request(), timeout_s=10.0)
+
+    await world.inside(leader.name, work)
+    eve = node.machine.roster.user("eve")
+    assert eve is not None
+    return eve.fingerprint
+
+
 async def restart(world: World, machine: Machine, supports: int) -> None:
     await world.stop(machine.name)
     machine.supports = supports
@@ -70,8 +97,9 @@ async def restart(world: World, machine: Machine, supports: int) -> None:
     )
 
 
-def test_a_cluster_is_upgraded_node_by_node_and_back_and_each_side_leads() -> None:
+def test_a_cluster_is_upgraded_node_by_node_and_back_and_each_side_leads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Old, old and new with each leading, new, one back to old, new again; then the version is raised."""
+    monkeypatch.setattr(trash, "RULES_OF_ONE_MAX", 2)
 
     async def story(world: World) -> None:
         for machine in world.machines:
@@ -89,6 +117,7 @@ def test_a_cluster_is_upgraded_node_by_node_and_back_and_each_side_leads() -> No
         for machine in world.machines[:2]:
             await restart(world, machine, 2)
         await everybody_leads()
+        assert await revoke_and_let_in(world) == bytes([8]) * 32  # as the first release does
         found = await look(world)
         assert (found.version, found.next, found.ready) == (1, 2, False)
         assert [row.name for row in found.nodes if row.why] == ["n3"]
@@ -111,6 +140,10 @@ def test_a_cluster_is_upgraded_node_by_node_and_back_and_each_side_leads() -> No
         assert (await look(world)).version == 2
         assert await compare(world)
         await everybody_leads()
+        assert await revoke_and_let_in(world) == b""  # the name stays taken
+        assert await compare(world)
+        await asyncio.sleep(2)
+        assert all(node_of(m).driver.problem is None for m in world.machines)
         await cluster.end()
 
     cluster = make("node by node", nodes=3, clients=1, machine_version=1)

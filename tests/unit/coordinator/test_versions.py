@@ -7,11 +7,17 @@ import pytest
 from idunno.base.errors import Conflict, Incompatible
 from idunno.base.ids import Index
 from idunno.coordinator import commands as c
+from idunno.coordinator import namespace as ns
 from idunno.coordinator.effects import DigestDue, DigestTold, RosterChanged
 from idunno.coordinator.machine import Machine
+from idunno.coordinator.namespace import small_block
 from idunno.coordinator.roster import RosterState
 from idunno.coordinator.snapshot import Reader
-from tests.unit.coordinator.world import ADMIN, SYSTEM, World
+from idunno.coordinator.trash import RULES_OF_ONE_MAX
+from idunno.wire.calls import Actor
+from tests.unit.coordinator.world import ADMIN, ALICE, BOB, SYSTEM, World, user
+
+FIRST = "7984087adde103f7e43fe7ef0416ce6358d00fa80046c96eda361a26aad50549"
 
 
 def test_what_came_later_is_refused_until_the_version_is_raised() -> None:
@@ -69,3 +75,74 @@ def test_every_command_that_is_newer_than_the_first_is_known_as_such() -> None:
     """Commands of machine version 1 are fixed: whoever adds one says in SINCE which version brought it."""
     first = {kind.__name__ for kind in c.Command.__args__} - {kind.__name__ for kind in c.SINCE}
     assert len(first) == 31, sorted(first)
+
+
+def _what_releases_do_differently(world: World) -> None:
+    """Every command that the second machine version does in another way than the first."""
+
+    def put(request: str, content: bytes, name: str = "f") -> c.PutSmall:
+        return c.PutSmall(request, name, small_block(content).block, content)
+
+    steps: list[tuple[c.Command, Actor, str]] = [
+        (c.AddUser(user("carol", i=50), "t-user"), SYSTEM, ""),
+        (c.RevokeUser("carol"), ADMIN, ""),
+        (c.AddUser(user("carol", i=51), "t-user"), SYSTEM, ""),
+        *((c.SetRetention(f"p{i}/", 1, 0), ALICE, "") for i in range(RULES_OF_ONE_MAX + 1)),
+        *((c.BeginPut(f"open-{i}", "o"), ALICE, "") for i in range(ns.OPEN_PUTS_OF_ONE_MAX + 1)),
+        (c.SetRetention("q/", 1, 0), ADMIN, "set"),
+        (c.SetRetention("q/", 2, 0), ADMIN, ""),
+        (c.SetRetention("q/", 1, 0), ADMIN, "set"),
+        (put("p1", b"1"), BOB, ""),
+        (put("p2", b"2"), BOB, ""),
+        (c.Expire("f", (1,)), SYSTEM, ""),
+        (put("p1", b"1"), BOB, ""),
+        (put("p3", b"3"), BOB, ""),
+        (c.Purge((1,)), ADMIN, ""),
+        (c.BeginPut("p1", "f"), BOB, ""),
+        (c.Expire("f", (3,)), SYSTEM, ""),
+        (c.BeginPut("p1", "f"), BOB, ""),
+        (put("g1", b"1", "g"), BOB, ""),
+        (c.DeleteFile("g"), BOB, "first"),
+        (put("g2", b"2", "g"), BOB, ""),
+        (c.DeleteFile("g"), BOB, "second"),
+        (put("g3", b"3", "g"), BOB, ""),
+        (c.DeleteFile("g"), BOB, "first"),
+    ]
+    world.deployed(actor=ADMIN)
+    for size, request in ((3, "size"), (4, ""), (3, "size")):
+        steps.append((c.SetBatchSize("digits", size), ADMIN, request))
+    for command, actor, request in steps:
+        world.now_ms += 1
+        world.apply(command, actor, request)
+
+
+def test_until_the_version_is_raised_everything_is_done_as_the_first_release_did_it() -> None:
+    """Releases side by side, and a log that another release applied: they must agree. The first release computed this digest."""
+    first, second = World(), World.newest()
+    for world in (first, second):
+        _what_releases_do_differently(world)
+    assert first.machine.digest().hex() == FIRST
+    roster, namespace = first.machine.roster, first.machine.namespace
+    carol = roster.user("carol")
+    assert carol is not None
+    assert carol.fingerprint == bytes([51]) * 32
+    assert len(namespace.retention.rules()) == RULES_OF_ONE_MAX + 2
+    assert namespace.open_put(f"open-{ns.OPEN_PUTS_OF_ONE_MAX}") is not None
+
+    revoked = second.machine.roster.user("carol")
+    assert revoked is not None
+    assert revoked.fingerprint == b""
+    assert len(second.machine.namespace.retention.rules()) == RULES_OF_ONE_MAX + 1
+    assert second.machine.namespace.open_put(f"open-{ns.OPEN_PUTS_OF_ONE_MAX}") is None
+
+
+def test_who_replayed_the_raise_and_who_has_a_snapshot_from_behind_it_agree() -> None:
+    world = World()
+    _what_releases_do_differently(world)
+    world.do(c.RaiseVersion(2), ADMIN)
+    at = len(world.log)
+    restored = Machine.restore(world.machine.snapshot())
+    _what_releases_do_differently(world)
+    for index, payload in enumerate(world.log[at:], at + 1):
+        restored.apply(Index(index), payload)
+    assert restored.digest() == world.machine.digest()
