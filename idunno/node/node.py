@@ -257,6 +257,7 @@ class Node:
             locate=self.files.locate,
             report=self.files.report,
             heard=self.files.witness.heard,
+            must_show=self.files.must_show,
         )
         self.files.register(self.server)
         self.datanode.register(self.server)

@@ -28,6 +28,8 @@ log = logging.getLogger("idunno.sdfs")
 
 WRITE_BYTES: Final = 1024 * 1024
 """Written, read and hashed in pieces of this size: large enough that a system call and a hand-over cost nothing beside."""
+BUFFERED_BYTES_MAX: Final = 16 * 1024 * 1024
+"""In all writers together: with slow disks and 40 blocks coming, the node stays below 160 MB."""
 PIECES_MAX: Final = 256
 """Pieces gathered for one write, however small they are: each costs memory beside its bytes."""
 QUARANTINE_FILES_MAX: Final = 64
@@ -313,7 +315,8 @@ class BlockStore:
 class BlockWriter:
     """One block on its way to the disk. `append` its bytes in order, then `finish`; whatever happens, `close` it.
 
-    While one batch is hashed and written, the next is gathered: 2 * WRITE_BYTES are held at most.
+    While one batch is hashed and written, the next is gathered: 2 * WRITE_BYTES are held at most, and half of that when all
+    writers together hold more than BUFFERED_BYTES_MAX.
     """
 
     def __init__(self, store: BlockStore, block: BlockId, size: int, serial: int, path: str, file: File) -> None:
@@ -338,6 +341,8 @@ class BlockWriter:
         if self._pieces_bytes >= WRITE_BYTES or len(self._pieces) >= PIECES_MAX:
             await self._settled()
             self._begin_flush()
+            if self._store.buffered_bytes > BUFFERED_BYTES_MAX:
+                await self._settled()
 
     def _begin_flush(self) -> None:
         pieces, self._pieces = self._pieces, []

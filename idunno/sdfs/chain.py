@@ -50,7 +50,7 @@ class LocalCopy:
     async def begin(self) -> None:
         block, size, put = self._request.block, self._request.size, self._request.put
         try:
-            if await self._have(block, size, put):
+            if not self._request.whole and await self._have(block, size, put):
                 self._held = True
             else:
                 self._writer = await self._blocks.begin(block, size, put)

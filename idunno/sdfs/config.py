@@ -19,7 +19,7 @@ class SdfsConfig:
     floor_bytes: int = 2_000_000_000
     """... and below this. On a small disk the percentage alone would be too little for one model's files."""
     writes_max: int = 8
-    """Blocks from clients that one node takes at once. Each holds at most the stream's credit and a 1 MiB write buffer."""
+    """Blocks from clients that one node takes at once. Each holds at most the stream's credit and two batches of 1 MiB."""
     writes_waiting_max: int = 16
     """Clients' blocks that wait for one of those; one more is refused at once."""
     forwards_max: int = 32

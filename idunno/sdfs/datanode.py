@@ -14,6 +14,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, TypeVar
 
+import msgspec
+
 from idunno.base.errors import (
     Corrupt,
     DeadlineExceeded,
@@ -78,9 +80,11 @@ class DataNode:
         locate: Callable[[BlockId], Awaitable[list[NodeId]]],
         report: Report,
         heard: Callable[[str, BlockId, int, Sequence[NodeId]], None] = lambda put, block, size, stored: None,
+        must_show: Callable[[BlockId, Actor], bool] = lambda block, actor: False,
     ) -> None:
         self._me, self._blocks, self._small, self._peers, self._config = me, blocks, small, peers, config
         self._may_write, self._may_read, self._locate, self._heard = may_write, may_read, locate, heard
+        self._must_show = must_show
         self._reporter = Reporter(me, blocks, report, config)
         self._term = Term(0)
         self._writes = asyncio.Semaphore(config.writes_max)
@@ -170,11 +174,13 @@ class DataNode:
     async def _take(self, call: Call[WriteBlock]) -> WriteBlockAnswer:
         """Receive the block into every copy at once; the answer is the sum of theirs."""
         request = call.request
+        if call.peer.node is None or call.peer.node == self._me:
+            request = msgspec.structs.replace(request, whole=self._must_show(request.block, call.actor))
         copies: list[Copy] = []
         if self._me in request.chain:
             copies.append(LocalCopy(self._me, self._blocks, request))
         if rest := [node for node in request.chain if node != self._me]:
-            onward = WriteBlock(request.put, request.block, request.size, rest, request.term)
+            onward = msgspec.structs.replace(request, chain=rest)
             # A second less than we have ourselves, so that the answer about them still gets back.
             timeout_s = max(0.1, call.remaining_s() - 1.0)
             copies.append(RemoteCopies(self._peers, onward, self._config, timeout_s))

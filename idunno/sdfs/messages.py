@@ -56,6 +56,7 @@ class WriteBlock(msgspec.Struct, frozen=True):
     size: int
     chain: list[NodeId]
     term: int
+    whole: bool = False  # set by entry nodes: nobody "has it already", for the sender must show that he has its bytes
 
 
 class CopyFailure(msgspec.Struct, frozen=True):

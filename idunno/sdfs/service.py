@@ -134,9 +134,17 @@ class FileService:
         machine = await self._coordinator.read(5.0)  # this node may be behind the one that named the block
         if machine.references.is_for(block, user.name):
             return
-        if block not in machine.references and any(put.owner == user.name for put in machine.namespace.open_puts()):
-            return  # read back before a commit that needs more copies: nobody else knows its name yet
+        # Read back before a commit that needs more copies: he has sent it, or nobody else knows its name yet.
+        mine = [put.put for put in machine.namespace.open_puts() if put.owner == user.name]
+        unknown = block not in machine.references and block not in self._small  # small ones come with `stat`
+        if (mine and unknown) or any(self.witness.knows(put, block) for put in mine):
+            return
         raise PermissionDenied(f"block {block[:16]} is of no file that {user.name} may look at; see `idunno ls`")
+
+    def must_show(self, block: BlockId, actor: Actor) -> bool:
+        """Whether the name of a block is not enough to make it part of a file of this actor: it is not for his eyes."""
+        references = self._coordinator.machine.references
+        return actor.role is Role.USER and block in references and not references.is_for(block, actor.name)
 
     async def locate(self, block: BlockId) -> list[NodeId]:
         return await self._where.locate(block)
@@ -165,7 +173,14 @@ class FileService:
         proven: list[BlockCopies] = []
         if request.claimed:
             roster = self._coordinator.machine.roster
-            found = await self.witness.proven(request.put, request.claimed, roster, len(roster.nodes()), _left_s(call))
+            found = await self.witness.proven(
+                request.put,
+                request.claimed,
+                roster,
+                len(roster.nodes()),
+                _left_s(call) / 2,
+                heard_only={b.block for b in request.claimed if self.must_show(b.block, call.actor)},
+            )
             proven = [BlockCopies(b.block, b.size, found[b.block]) for b in request.claimed]
         return BeginAnswer(
             placed.quorum, placed.replicas, placed.spares, placed.term, left_out=placed.left_out, proven=proven
@@ -183,7 +198,14 @@ class FileService:
         if machine.namespace.open_put(request.put) is None and not made_before:
             raise Conflict(f"put {request.put[:80]} is not open: it was aborted, or never begun")
         if not made_before:
-            copies = await self.witness.proven(request.put, request.blocks, machine.roster, needed, _left_s(call))
+            copies = await self.witness.proven(
+                request.put,
+                request.blocks,
+                machine.roster,
+                needed,
+                _left_s(call) / 2,  # the command needs some of it, and the refusal its way back
+                heard_only={b.block for b in request.blocks if self.must_show(b.block, call.actor)},
+            )
             fewest = _fewest(copies)
             if fewest < needed:
                 raise NotReady(f"{request.name}: a block has {fewest} copies, {needed} are needed: begin the put again")

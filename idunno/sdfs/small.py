@@ -261,10 +261,11 @@ class _Readers:
             file = self._files.pop(segment, None)
             if file is None:
                 file = await self._disk.open(_path(segment))
-            if (other := self._files.pop(segment, None)) is not None:  # somebody else was as fast
+            other = self._files.pop(segment, None)
+            self._files[segment] = other or file  # before any await: whoever comes meanwhile finds it
+            if other is not None:  # somebody else was as fast
                 await file.close()
                 file = other
-            self._files[segment] = file
             found = file.read_now(offset, length)
             return found if found is not None else await file.read(offset, length)
         except DiskFailed:

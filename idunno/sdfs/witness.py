@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Final
 
 from idunno.base.errors import IdunnoError, InvalidArgument
 from idunno.base.ids import BlockId, NodeId
+from idunno.coordinator.namespace import BLOCKS_MAX
 from idunno.coordinator.roster import Roster
 from idunno.sdfs.blocks import BlockStore
 from idunno.sdfs.hashing import check_block_id
@@ -48,17 +49,30 @@ class Witness:
         blocks = self._puts.pop(put, {})
         self._puts[put] = blocks
         if block not in blocks:
+            if len(blocks) >= BLOCKS_MAX:
+                return  # no commit can name so many
             self._count += 1
             blocks[block] = (size, {})
         blocks[block][1].update(dict.fromkeys(stored))
         while self._count > REMEMBERED_MAX and len(self._puts) > 1:
             self.forget(next(iter(self._puts)))
 
+    def knows(self, put: str, block: BlockId) -> bool:
+        """Whether a client's block of that put was stored through this node."""
+        return block in self._puts.get(put, ())
+
     def forget(self, put: str) -> None:
         self._count -= len(self._puts.pop(put, ()))
 
     async def proven(
-        self, put: str, claimed: Sequence[BlockCopies], roster: Roster, needed: int, timeout_s: float
+        self,
+        put: str,
+        claimed: Sequence[BlockCopies],
+        roster: Roster,
+        needed: int,
+        timeout_s: float,
+        *,
+        heard_only: Container[BlockId] = (),
     ) -> dict[BlockId, list[NodeId]]:
         """For each block the nodes of the roster that have it, as they say themselves, of those claimed or heard of.
 
@@ -73,7 +87,7 @@ class Witness:
             size, nodes = heard.get(block, (0, {}))
             known = found.setdefault(block, {node: None for node in nodes if roster.find(node) is not None})
             sizes[block] = size
-            if len(known) < needed:
+            if len(known) < needed and block not in heard_only:
                 for node in copies.nodes[:ATTEST_BLOCKS_MAX]:
                     if node not in known and roster.find(node) is not None:
                         to_ask.setdefault(node, {})[block] = None
@@ -121,12 +135,13 @@ class Witness:
         sizes: list[int] = []
         checked = 0
         for block in map(check_block_id, asked.blocks):
-            if block in self._blocks:
+            whole = block in self._blocks
+            if whole:
                 self._blocks.pins.take(block, asked.put)  # before it is said: somebody will count on it
                 if not self._blocks.was_written_here(block):
                     if checked == CHECKED_MAX:
                         break
                     checked += 1
-                    await self._blocks.verify(block)
-            sizes.append(self._blocks.size(block) if block in self._blocks else 0)
+                    whole = await self._blocks.verify(block)  # False also for one that is held and cannot be read
+            sizes.append(self._blocks.size(block) if whole and block in self._blocks else 0)
         return AttestAnswer(sizes)

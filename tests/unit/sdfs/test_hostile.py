@@ -15,6 +15,7 @@ from idunno.base.errors import (
     ConnectionLost,
     Corrupt,
     DeadlineExceeded,
+    DiskFailed,
     Exhausted,
     IdunnoError,
     InvalidArgument,
@@ -43,7 +44,7 @@ from idunno.sdfs.messages import (
     WriteBlock,
 )
 from idunno.wire.calls import Actor, Caller, Peer, Role
-from tests.unit.sdfs.world import CONFIG, MB, OTHER, USER, ToldDisk, World, content_of, inline, run
+from tests.unit.sdfs.world import CONFIG, MB, OTHER, USER, Node, ToldDisk, World, content_of, inline, run
 
 
 class Died(Exception):
@@ -243,6 +244,68 @@ def test_a_commit_through_another_node_asks_the_holders_and_a_rotten_copy_does_n
             weaker = Commit("p1", "f", len(content), [copies], write_quorum=3)
             assert (await caller.call(COMMIT, weaker, timeout_s=5)).copies == 3
             assert (await caller.call(COMMIT, weaker, timeout_s=5)).version == 1  # its answer was lost
+
+    run(story)
+
+
+def test_a_copy_that_cannot_be_read_any_more_does_not_count() -> None:
+    async def story() -> None:
+        async with World(5) as world:
+            content = content_of(50_000)
+            _, copies = await _begun(world, content, holders=4)
+            world.kill(world.node(2))
+            await world.restart(world.node(2))
+            path = f"blocks/{copies.block[:2]}/{copies.block}"
+
+            def before(node: Node, doing: str, where: str) -> None:
+                if node.name == "n2" and doing == "read" and where == path:
+                    raise DiskFailed("input/output error")
+
+            world.before = before
+            caller = world.caller(world.node(5).id, Peer(USER))
+            with pytest.raises(NotReady, match="a block has 3 copies, 4 are needed"):
+                await caller.call(COMMIT, Commit("p1", "f", len(content), [copies]), timeout_s=5)
+
+    run(story)
+
+
+def test_who_only_knows_the_name_of_anothers_block_does_not_get_it_into_a_file_of_his() -> None:
+    async def story() -> None:
+        async with World(4) as world:
+            content = content_of(50_000)
+            await world.put(content, ".idunno/jobs/j1/input", system=True)
+            caller = world.caller(world.node(2).id, Peer(OTHER))
+            await caller.call(BEGIN, Begin("p9", "stolen"), timeout_s=5)
+            everybody = [node.id for node in world.nodes.values()]
+            commit = Commit("p9", "stolen", len(content), [BlockCopies(block_id(content), len(content), everybody)])
+            with pytest.raises(NotReady):
+                await caller.call(COMMIT, commit, timeout_s=5)
+            request = WriteBlock("p9", block_id(content), len(content), everybody, world.term)
+
+            async def without_bytes() -> None:
+                async with caller.open(WRITE_BLOCK, request, timeout_s=5) as stream:
+                    await stream.end()
+                    await stream.answer()
+
+            with pytest.raises(InvalidArgument, match="ended after 0 of 50000 bytes"):  # nobody "has it already"
+                await without_bytes()
+            with pytest.raises(NotReady):
+                await caller.call(COMMIT, commit, timeout_s=5)
+            await world.client(OTHER).put(source_of(content), "the-same")  # who has the bytes may store them
+            assert await _read_block(world, OTHER, content) == content
+
+    run(story)
+
+
+def test_a_small_content_is_not_read_by_its_name_while_some_put_is_open() -> None:
+    async def story() -> None:
+        async with World(4) as world:
+            content = content_of(500)
+            await world.put(content, ".idunno/jobs/j1/input", system=True)
+            caller = world.caller(world.node(2).id, Peer(OTHER))
+            await caller.call(BEGIN, Begin("p9", "any"), timeout_s=5)
+            with pytest.raises(PermissionDenied):
+                await _read_block(world, OTHER, content)
 
     run(story)
 

@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idunno.base.errors import Exhausted
+from idunno.node.disk import RealDisk, ThreadOffload
 from idunno.sdfs.hashing import block_id
 from idunno.sdfs.small import QUEUE_BYTES_MAX, SEGMENT_MAGIC, SmallStore
 from tests.unit.sdfs.world import ToldDisk, inline, run, until
@@ -155,6 +158,33 @@ def test_few_segments_are_open_at_once_and_each_is_opened_once_while_it_is_used(
         await store.close()
 
     run(story)
+
+
+def test_many_readers_of_a_segment_at_once_leave_one_descriptor_open(tmp_path: Path) -> None:
+    def descriptors() -> int:
+        links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+        return sum(str(tmp_path) in os.path.realpath(link) for link in links)
+
+    async def story() -> None:
+        offload = ThreadOffload(4, "readers")
+        disk = RealDisk(str(tmp_path), offload)
+        store = SmallStore(disk, offload)
+        await store.open()
+        contents = [b"content %d" % number for number in range(64)]
+        for content in contents:
+            store.keep(block_id(content), content)
+        await store.flush()
+        await store.close()
+        store = SmallStore(disk, offload)
+        await store.open()
+        before = descriptors()
+        assert await asyncio.gather(*(store.get(block_id(content)) for content in contents)) == contents
+        assert descriptors() <= before + 1
+        await store.close()
+        assert descriptors() == 0
+        offload.close()
+
+    asyncio.run(story())
 
 
 def test_segments_roll_over(monkeypatch: pytest.MonkeyPatch) -> None:

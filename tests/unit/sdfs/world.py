@@ -259,6 +259,7 @@ class Node:
             locate=self.files.locate,
             report=self.files.report,
             heard=self.files.witness.heard,
+            must_show=self.files.must_show,
         )
         self.files.register(_Registrar(self))
         self.data.register(_Registrar(self))
