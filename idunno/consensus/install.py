@@ -280,8 +280,8 @@ class Snapshots:
                     await self._take_piece(order)
                 except IdunnoError as error:
                     self._not_before_s = asyncio.get_running_loop().time() + RETRY_S
-                    await self._drop_part()
                     log.warning("snapshot not taken in", extra={"from": order.sender, "problem": str(error)})
+                    await self._drop_part_if_possible()
                     if isinstance(error, DiskFailed):
                         await self._log.use_reserve()
         finally:
@@ -294,6 +294,7 @@ class Snapshots:
                 await self._drop_part()
                 file = await self._disk.open(files.PART_PATH, create=True)
                 self._part = _Part(order, file)
+                await file.truncate(0)  # what could not be removed
             else:
                 self._answer(order, 0)
                 return
@@ -315,6 +316,12 @@ class Snapshots:
             part, self._part = self._part, None
             await part.file.close()
             await files.clear(self._disk, [files.PART_PATH])
+
+    async def _drop_part_if_possible(self) -> None:
+        try:
+            await self._drop_part()
+        except IdunnoError as error:  # the next part is written over it
+            log.warning("part of a snapshot not removed", extra={"problem": str(error)})
 
     async def _take_whole(self, order: TakeInstall) -> None:
         """The file is here: check it, get what it refers to, put it in place."""

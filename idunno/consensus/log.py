@@ -344,11 +344,19 @@ class Log:
             await self._make_segment(segment, first, anew)
 
     async def use_reserve(self) -> bool:
-        """Give the reserve's space free, if there is one: what is to be written next frees more."""
+        """Give the reserve's space free, if there is one: what is to be written next frees more. Whether it is free now."""
         if not self._reserved:
             return False
-        await self._disk.remove(RESERVE_PATH)
-        self._reserved, self.short = False, True
+        self._reserved = False  # before the wait: a segment and a snapshot may want it at once
+        try:
+            await self._disk.remove(RESERVE_PATH)
+        except NotFound:
+            pass  # somebody needed the space: free it is
+        except DiskFailed as error:
+            self._reserved = True
+            log.warning("reserve of the log not given free", extra={"problem": str(error)})
+            return False
+        self.short = True
         log.error("reserve of the log is used: its disk is full")
         return True
 

@@ -306,6 +306,47 @@ def test_a_full_disk_takes_no_snapshot_and_tries_again(monkeypatch: pytest.Monke
     story(work, voters=1)
 
 
+def test_a_disk_that_refuses_everything_for_a_moment_ends_no_taking_and_no_taking_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The file cannot be written, and then what is there of it and the reserve cannot be removed either."""
+    monkeypatch.setattr("idunno.consensus.install.RETRY_S", 0.02)
+    monkeypatch.setattr("idunno.consensus.install.RESEND_S", 0.02)
+
+    async def taking(cluster: Snapshotting) -> None:
+        name = NodeId("n1")
+        cluster.disks[name].faults.update(rename="Input/output error", remove="Input/output error")
+        await cluster.fill(60)
+        await until(lambda: cluster.holders[name].captured)
+        await asyncio.sleep(0.05)
+        cluster.disks[name].faults.clear()
+        await until(lambda: cluster.drivers[name].problem is None)
+        async with asyncio.timeout(WAIT_S):
+            while cluster.drivers[name].snapshot_index == 0:
+                await cluster.fill(1)
+
+    async def taking_in(cluster: Snapshotting) -> None:
+        late = await cluster.left_behind()
+        tried = 0
+
+        def refuse(to: NodeId, message: RaftMessage) -> bool:
+            nonlocal tried
+            if to == late and isinstance(message, Install) and not tried:
+                cluster.disks[late].faults.update(rename="Input/output error", remove="Input/output error")
+            tried += isinstance(message, Install)
+            return False
+
+        cluster.swallows = refuse
+        await cluster.start(late)
+        await until(lambda: tried > 20)
+        cluster.disks[late].faults.clear()
+        await until(lambda: cluster.holders[late].restored)
+        await cluster.same(late)
+
+    story(taking, voters=1)
+    story(taking_in)
+
+
 def test_the_log_does_not_grow_from_snapshot_to_snapshot_when_bytes_make_them_due() -> None:
     config = replace(CONFIG, snapshot_entries=1_000_000, snapshot_bytes=400_000)
 

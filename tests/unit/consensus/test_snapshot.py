@@ -267,6 +267,31 @@ def test_a_log_that_was_short_of_space_is_not_when_there_is_space_again_although
     run(story())
 
 
+def test_the_reserve_is_given_free_once_and_stays_the_reserve_when_the_disk_refuses_that_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story() -> None:
+        disk, log = await filled(40)
+        assert await log.keep_reserve()
+        disk.faults["remove"] = "Input/output error"
+        assert (await log.use_reserve(), log.short) == (False, False)
+        disk.faults.clear()
+        remove = disk.remove
+
+        async def slowly(path: str) -> None:
+            await asyncio.sleep(0)
+            await remove(path)
+
+        monkeypatch.setattr(disk, "remove", slowly)
+        assert sorted(await asyncio.gather(log.use_reserve(), log.use_reserve())) == [False, True]
+        assert log.short
+        await log.regain_reserve()
+        await disk.remove(RESERVE_PATH)  # by somebody who needed the space
+        assert await log.use_reserve()
+
+    run(story())
+
+
 def test_on_a_full_disk_the_reserve_takes_the_next_segment_and_a_cut_gives_it_back() -> None:
     async def story() -> None:
         disk, log = await filled(40)
