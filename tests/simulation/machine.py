@@ -181,7 +181,7 @@ class Machine:
     def _platform(self) -> Platform:
         loop = self.loop
         assert loop is not None
-        rng = random.Random(f"{self._seed} node {self.number} boot {self.boot}")
+        rng = random.Random(f"{self._seed} node {self.number} boot {self.starts}")  # a set-back disk repeats its boot
         disk = DiskView(self.disk, serial=False)
         cluster_key = bytes.fromhex(self.disk.content("cluster.key").decode())
         ca_key = self.disk.content("ca.key") if "ca.key" in self.disk.names else None
