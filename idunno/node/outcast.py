@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import TYPE_CHECKING, Final
 
 from idunno.base.errors import Conflict, Corrupt, IdunnoError, NotFound
 from idunno.base.ids import NodeId
+from idunno.node.identity import BOOT_FILE
 
 if TYPE_CHECKING:
     from idunno.node.node import Node
@@ -22,14 +24,36 @@ WHY_BYTES_MAX: Final = 4096
 WRITE_AGAIN_S: Final = 1.0
 
 
+def replaced(name: str) -> str:
+    return f"run `idunno remove {name}` on another node while this one is down, then join again with an empty directory"
+
+
+def replaced_or_recovered(name: str) -> str:
+    """The next step of who knows no leader: many may be refused at once, and their logs are all that there is."""
+    return (
+        "this node knows no leader: if the others have none either (`idunno status` there), remove nothing, stop all and run "
+        f"`idunno recover --dir DIR --dir DIR ...` with all nodes' directories; if they have one, {replaced(name)}"
+    )
+
+
+def _boot_file(why: str) -> str:
+    """What may be done first when only the boot number is too low."""
+    seen = re.search(r"\bbut boot (\d+) of it was seen\b", why)
+    return (
+        f"if this is its newest disk, write {seen[1]} into the file `{BOOT_FILE}` and start again; else "
+        if seen
+        else ""
+    )
+
+
 class Outcast:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._writing: asyncio.Task[None] | None = None
 
     def _next_step(self) -> str:
-        name = self._node.config.name
-        return f"run `idunno remove {name}` on another node while this one is down, then join again with an empty directory"
+        name, driver = self._node.config.name, self._node.driver
+        return replaced(name) if driver.leader not in (None, self._node.me) else replaced_or_recovered(name)
 
     def boot_seen(self, node: NodeId) -> int:
         """As the roster has it."""
@@ -39,11 +63,14 @@ class Outcast:
     def not_heard(self, why: str) -> None:
         node = self._node
         node.fail(
-            Conflict(f"the others do not hear node {node.config.name} ({node.me}) any more: {why}; {self._next_step()}")
+            Conflict(
+                f"the others do not hear node {node.config.name} ({node.me}) any more: {why}; "
+                f"{_boot_file(why)}{self._next_step()}"
+            )
         )
 
     def differs(self, why: str) -> None:
-        text = f"{why}; {self._next_step()}"
+        text = f"{why}; {replaced(self._node.config.name)}"
         log.error("node is in quarantine", extra={"node_id": self._node.me, "problem": text})
         self._node.applier.refused = text
         self._node.driver.refuse(text)
