@@ -3,7 +3,8 @@
 # Rule 1: log matching: an entry is known by index and term, for ever: what it holds, and which term the entry before it has.
 # Rule 2: leader completeness: what is committed in a term is in the log of every leader of a later one.
 # Rule 3: an answer goes out only when its entry is synced on as many nodes as it says, and on as many as the roster asks for.
-#         What is synced is taken from the flushes that ended, not from what anybody says of it.
+#         What is synced is taken from the flushes that ended, not from what anybody says of it: a flush of the log, and that
+#         of what was found on the disk at a start, where what a crash left unsynced may have survived.
 # Rule 4: election safety and state machine safety are in checkers.py.
 from __future__ import annotations
 
@@ -38,6 +39,11 @@ class Synced:
                 del self.terms[max(0, order.first - 1 - self.base) :]
                 self.terms += [entry.term for entry in order.entries]
 
+    def opened(self, driver: RaftDriver) -> None:
+        terms = driver._core.terms
+        self.base, self.snapshot, self.waiting = int(terms.base), int(terms.base), []
+        self.terms = [int(terms.term(Index(index)) or 0) for index in range(terms.base + 1, terms.last + 1)]
+
     def holds(self, index: int, term: int) -> bool:
         at = index - 1 - self.base
         return at < 0 or index <= self.snapshot or (at < len(self.terms) and self.terms[at] == term)
@@ -65,11 +71,14 @@ class RaftChecks:
         world.on_applied.append(self._applied)
 
     def _made(self, machine: Machine, node: Node) -> None:
-        """Around three of the driver's methods: what the core says, what it hears, what callers are answered."""
+        """Around four of the driver's methods: what it opened, what the core says, what it hears, what callers are answered."""
         driver = node.driver
-        carry_out, step, propose = driver._carry_out, driver._step, driver.propose
+        start, carry_out, step, propose = driver.start, driver._carry_out, driver._step, driver.propose
         synced = self._synced.setdefault(machine.name, Synced())
-        synced.waiting.clear()
+
+        async def started() -> None:
+            await start()
+            synced.opened(driver)
 
         def carried_out(output: Output) -> None:
             if isinstance(output, Persist):
@@ -90,7 +99,7 @@ class RaftChecks:
             self._answered(machine, driver, index, copies)
             return index, copies, value
 
-        vars(driver).update(_carry_out=carried_out, _step=stepped, propose=proposed)
+        vars(driver).update(start=started, _carry_out=carried_out, _step=stepped, propose=proposed)
 
     # -- logs -----------------------------------------------------------------------------------------------------
 
