@@ -2,7 +2,8 @@
 #
 # Rule 1: reply rule, write quorum and workers count what the roster holds present; gossip is only heard here, by the leader.
 # Rule 2: bad news at once, good news after STEADY_MS: a node that comes and goes must not fill the log.
-# Rule 3: a verdict is about one process (boot). One about an older process than the roster's is no news.
+# Rule 3: a verdict is about one process (boot). One about an older process than the roster's is no news of the roster's, which
+#         stays unseen: after all have lost power, an old image of a disk may be all that the detector ever hears of.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,8 @@ from idunno.membership.events import MemberView
 STEADY_MS: Final = 500
 """One protocol period of the detector: whoever is back has answered a ping by then."""
 UNSEEN_MS: Final = 10_000
-"""A node the roster calls present, and the detector has never seen, is failed after this: gossip needs a few periods at most."""
+"""A node the roster calls present, and of which the detector has never seen this boot, is failed after this: gossip needs a few
+periods at most."""
 
 
 class Presence:
@@ -37,6 +39,8 @@ class Presence:
             state, boot = (
                 (member.state, member.boot) if member is not None and member.boot >= 0 else ("unseen", record.boot)
             )
+            if boot < record.boot:
+                state, boot = "older", record.boot
             if record.node == self._me:  # who decides here is alive
                 state, boot = "active", record.boot
             before = self._seen_since.get(record.node)
@@ -52,8 +56,6 @@ class Presence:
 
 def _verdict(record: NodeRecord, state: str, boot: int, for_ms: int, reason: str) -> SetPresence | None:
     """What to write about a node that has been in `state` for `for_ms`. A table, in order."""
-    if boot < record.boot:
-        return None
     wanted, needs_ms, why = {
         "active": ("present", 0 if record.presence == "present" else STEADY_MS, "answers again"),
         "failed": ("failed", 0, reason or "does not answer"),
@@ -61,9 +63,10 @@ def _verdict(record: NodeRecord, state: str, boot: int, for_ms: int, reason: str
         "stopped": ("stopped", 0, reason or "was stopped"),
         "left": ("stopped", 0, reason or "is leaving"),
         "unseen": ("failed", UNSEEN_MS, "has not been heard of since this leader took over"),
+        "older": ("failed", UNSEEN_MS, "only an older boot of it was heard: its data directory may be an old image"),
     }.get(state, (record.presence, 0, ""))  # suspicious: not a verdict yet
     if record.presence == wanted or for_ms < needs_ms:
         return None
-    if state == "unseen" and record.presence != "present":
+    if state in ("unseen", "older") and record.presence != "present":
         return None
     return SetPresence(node=record.node, presence=wanted, boot=boot, reason=why)

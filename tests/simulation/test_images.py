@@ -133,3 +133,31 @@ def test_all_lose_power_while_one_is_restored_and_the_others_still_elect() -> No
 
     cluster = left_alone("dark, and one restored")
     cluster.world.run(story)
+
+
+def test_an_old_image_that_is_all_that_is_heard_of_a_node_can_be_removed() -> None:
+    """All lose power, so that only rosters know of its newest boot; the detectors hear the old one first, and see it die."""
+
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        await asyncio.sleep(2)
+        machine = world.machine(others(cluster, await world.has_leader())[0])
+        image = machine.disk.image()
+        for _ in range(2):
+            world.kill(machine.name)
+            world.start(machine.name)
+            await asyncio.sleep(3)
+        assert (await world.has_leader()).node.machine.roster.find(machine.id).boot == 3  # type: ignore[union-attr]
+        names = [one.name for one in world.machines]
+        for name in names:
+            world.lose_power(name)
+        machine.disk.restore(image)
+        cluster.checkers.forget_terms(machine)
+        world.start(*(name for name in names if name != machine.name))
+        await asyncio.sleep(0.05)
+        world.start(machine.name)
+        await world.until(lambda: cluster.admin.replaced == 1, "another is in its place", 60)
+        await cluster.end()
+
+    cluster = make("removed image")
+    cluster.world.run(story)

@@ -72,6 +72,25 @@ def test_a_node_nobody_has_seen_is_failed_after_a_while() -> None:
     assert say(presence, roster("stopped"), [], 2 * UNSEEN_MS) == []  # stopped stays stopped
 
 
+def test_a_node_of_which_only_an_older_process_is_heard_is_failed_after_a_while() -> None:
+    """All lost power, its disk came from an image: nobody hears it, and nobody has seen the process that the roster knows."""
+    presence = Presence(ME)
+    assert say(presence, roster(boot=4), view("active", boot=3), 0) == []
+    assert say(presence, roster(boot=4), view("failed", boot=3), UNSEEN_MS - 1) == []
+    [(node, state, boot, reason)] = say(presence, roster(boot=4), view("failed", boot=3), UNSEEN_MS)
+    assert (node, state, boot) == ("n2", "failed", 4)
+    assert "older boot" in reason
+    for old in ("failed", "stopped"):
+        assert (
+            say(presence, roster(old, boot=4), view("active", boot=3), 2 * UNSEEN_MS) == []
+        )  # and it does not come back
+    assert say(presence, roster("failed", boot=4), view("active", boot=4), 3 * UNSEEN_MS) == []
+    steady = 3 * UNSEEN_MS + STEADY_MS
+    assert say(presence, roster("failed", boot=4), view("active", boot=4), steady) == [
+        ("n2", "present", 4, "answers again")
+    ]
+
+
 def test_the_leader_is_present_whatever_is_said_of_it() -> None:
     gone = [NodeRecord(node=ME, name="n1", address="h:1", fingerprint=b"", presence="failed", boot=1)]
     rumour = [MemberView(ME, "n1", "h:1", "failed", 1, 1, 0, "late")]
