@@ -1,7 +1,7 @@
 # tests/simulation/copies.py: the copies on the disks, held against what was promised of them, at every moment of a world.
 #
-# Rule 1: at an acknowledgement as many disks as it says have the block whole, so that no loss of power takes it away; and it
-#         says no fewer than the nodes that were present could have had.
+# Rule 1: at an acknowledgement as many disks as it says have the block whole, so that no loss of power takes it away, and none
+#         that was removed would have to bring it back; and it says no fewer than the nodes that were present could have had.
 # Rule 2: after that the store itself never makes them fewer: what the world takes away by hand (`took`) is not held against it.
 # Rule 3: a node that lets its copy of something that is referred to go leaves as many others as there are to be.
 from __future__ import annotations
@@ -55,10 +55,12 @@ class Copies:
     # -- what is checked ------------------------------------------------------------------------------------------
 
     def whole(self, block: BlockId, content: bytes | None = None) -> list[Machine]:
-        """The machines whose disk would have the block after a loss of power."""
+        """The machines whose disk has the block, and would have it after a loss of power."""
         path, found = f"blocks/{block[:2]}/{block}", []
         for machine in self.world.machines:
             inode = machine.disk.durable.get(path)
+            if path not in machine.disk.names:
+                continue  # removed; that its name would come back is luck
             if inode is None or (content is not None and inode.synced_size != len(content)):
                 continue
             if content is not None and inode.synced == content:
