@@ -149,7 +149,11 @@ class FileClient:
             return answer
         begin = Begin(put, name, if_version, size, system)
         upload = Upload(asker, begin, self._offload, write_quorum=write_quorum, sent=_counter(progress, size or 0))
-        placed = await upload.begin()
+        try:
+            placed = await upload.begin()
+        except Exhausted as error:  # of who can take it; the put was opened before that was asked
+            await self._abort(put, str(error))
+            raise
         if (done := placed.committed) is not None:  # an earlier try of the caller got that far
             return await asker.ask(COMMIT, Commit(put, name, done.size, done.blocks, write_quorum, if_version))
         able = len(placed.replicas) + len(placed.spares)
@@ -161,6 +165,12 @@ class FileClient:
             )
         try:
             await upload.send(first, source)
+        except (
+            Exception
+        ) as error:  # out of time as well: nothing was committed yet, so nobody waits for what becomes of it
+            await self._abort(put, str(error))
+            raise
+        try:
             return await self._commit(asker, upload, begin, write_quorum)
         except Exception as error:
             if not (isinstance(error, IdunnoError) and error.may_have_happened):

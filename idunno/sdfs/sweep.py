@@ -110,6 +110,8 @@ class Sweeper:
         if self._first:
             self._first = False
             self._before = [put.put for put in machine.namespace.open_puts()]
+            if self._before:
+                log.info("nothing is swept before the puts open now have ended", extra={"puts": len(self._before)})
         for number, block in enumerate(self._blocks.held()):
             if number % SLICE == SLICE - 1:
                 await asyncio.sleep(0)

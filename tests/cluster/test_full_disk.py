@@ -15,9 +15,11 @@ from tests.cluster.harness import Cluster, CommandFailed, until
 pytestmark = pytest.mark.cluster
 
 SIZE = 24_000_000
+HUGE = 4_000_000_000
 FLOOR_MB = 2_048
-"""A node keeps 2 GiB free, so these disks, of which exists what is written, are just above; the log takes 48 MB. n3's is full."""
-ROOM_MB = {"n1": 150, "n2": 150, "n3": 40, "n4": 150, "n5": 150}
+"""A node keeps 2 GiB free, so these disks, of which exists what is written, are just above; the log takes 48 MB. n3's is full,
+and the others have room for one file."""
+ROOM_MB = {"n1": 92, "n2": 92, "n3": 40, "n4": 92, "n5": 92}
 
 
 def mount(directory: Path, size_mb: int) -> None:
@@ -32,6 +34,21 @@ def mount(directory: Path, size_mb: int) -> None:
         kept.rename(directory)
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     shutil.copytree(kept, directory, dirs_exist_ok=True)
+
+
+def held(cluster: Cluster) -> str:
+    """What each disk holds, in MB a directory, and what its node says of itself last: a failure explains itself."""
+    lines = []
+    for row in cluster.json("repair")["nodes"]:
+        directory = cluster.directory / row["node"]
+        sizes = {
+            part.name: round(sum(f.lstat().st_blocks * 512 for f in [part, *part.rglob("*")] if f.exists()) / 1e6, 1)
+            for part in sorted(directory.iterdir())
+        }
+        above = round(shutil.disk_usage(directory).free / 1e6 - FLOOR_MB * 1.048576, 1)
+        lines.append(f"{row} {above} MB above the floor, holds {sizes}")
+        lines += (directory / "logs" / "node.jsonl").read_text().splitlines()[-15:]
+    return "\n".join(lines)
 
 
 @pytest.fixture
@@ -81,6 +98,12 @@ def test_full_disks_are_passed_over_then_said_and_what_is_deleted_frees_them(clu
     warnings = cluster.json("status")["warnings"]
     assert any("n3 takes no blocks: " in warning and "bytes free" in warning for warning in warnings), warnings
 
+    # What nobody can take is refused at once, and ends: nodes that start remove nothing while such a put is open.
+    with open(tmp_path / "huge", "wb") as huge:
+        huge.truncate(HUGE)
+    with pytest.raises(CommandFailed, match=r"no node can take 4,000,000,000 bytes: .*bytes free"):
+        cluster.command("put", str(tmp_path / "huge"), "huge")
+
     refused = ""
     while not refused and count < 25:
         count += 1
@@ -96,7 +119,10 @@ def test_full_disks_are_passed_over_then_said_and_what_is_deleted_frees_them(clu
     for name in names:
         cluster.json("delete", name)
     assert cluster.json("trash", "empty")["versions"] == len(names)
-    until(lambda: room() == ["n1", "n2", "n4", "n5"], "the other disks to be free again", timeout_s=120)
+    try:
+        until(lambda: room() == ["n1", "n2", "n4", "n5"], "the other disks to be free again", timeout_s=120)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{held(cluster)}") from None
     assert put(99)["copies"] == 4
     cluster.command("get", "files/99", str(tmp_path / "back"))
     assert (tmp_path / "back").read_bytes() == (tmp_path / "file").read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -30,7 +31,7 @@ from idunno.sdfs.messages import (
     WriteBlock,
 )
 from idunno.wire.calls import Peer
-from tests.unit.sdfs.world import CONFIG, MB, OTHER, USER, Node, World, content_of, run
+from tests.unit.sdfs.world import CONFIG, MB, OTHER, USER, Node, World, content_of, run, until
 
 CONTENT = content_of(9 * MB)
 """Two blocks."""
@@ -211,6 +212,37 @@ def test_a_full_node_is_passed_over_and_named_when_it_is_missed() -> None:
             assert world.machine.namespace.open_puts() == []
             less = await world.put(content_of(9 * MB, 2), "h", write_quorum=3)
             assert (less.copies, less.degraded, less.why) == (3, True, "3 of 4 copies")
+
+    run(story)
+
+
+def test_a_put_that_no_node_can_take_ends_and_keeps_nothing_from_being_removed() -> None:
+    """A node's first look removes nothing before all puts have ended that are open then; an open one would do for an hour."""
+
+    async def story() -> None:
+        config = replace(CONFIG, floor_bytes=20 * MB, floor_percent=0)
+        async with World(4, config=config, capacity_bytes=100 * MB) as world:
+            await world.put(CONTENT, "f")
+            with pytest.raises(Exhausted, match=r"no node can take 500,000,000 bytes.*bytes free"):
+                await world.put(CONTENT, "g", size=500_000_000)
+            assert world.machine.namespace.open_puts() == []
+            await world.client().delete("f")
+            await world.client().empty_trash()
+            await until(lambda: not any(node.blocks.held() for node in world.living))
+
+    run(story)
+
+
+def test_a_put_whose_time_is_over_before_its_commit_was_sent_pins_nothing() -> None:
+    async def story() -> None:
+        config = replace(CONFIG, floor_bytes=20 * MB, floor_percent=0)
+        async with World(4, config=config, capacity_bytes=1000 * MB) as world:
+            world.node(2).disk.capacity_bytes = 20 * MB  # fills up after it has reported
+            with pytest.raises(DeadlineExceeded, match=r"3 of 4 copies .*bytes free"):
+                await world.put(CONTENT, "f", timeout_s=1.0)
+            assert world.machine.namespace.open_puts() == []
+            await asyncio.sleep(2 * config.sweep_s)
+            assert not any(node.blocks.held() for node in world.living)
 
     run(story)
 
