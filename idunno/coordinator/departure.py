@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, NotLeader
 from idunno.base.ids import NodeId
@@ -51,7 +51,7 @@ class Departures:
         registrar.register(NODE_REMOVE, self._remove)
 
     async def _leave(self, call: Call[LeaveNode]) -> GoneNode:
-        node = self._coordinator.machine.roster.resolve(call.request.node).node
+        node = await self._named(call, call.request.node)
         request = LeaveNode(node, call.request.request)  # the id: another node's machine may not know the name any more
 
         async def here(timeout_s: float) -> GoneNode:
@@ -60,7 +60,7 @@ class Departures:
         return await self._at_leader(NODE_LEAVE, request, call, here)
 
     async def _remove(self, call: Call[RemoveDead]) -> GoneNode:
-        node = self._coordinator.machine.roster.resolve(call.request.node).node
+        node = await self._named(call, call.request.node)
         request = RemoveDead(node, call.request.request)
 
         async def here(timeout_s: float) -> GoneNode:
@@ -68,11 +68,18 @@ class Departures:
 
         return await self._at_leader(NODE_REMOVE, request, call, here)
 
+    async def _named(self, call: Call[Any], name: str) -> NodeId:
+        """Whom an admin means. Raises NotFound, but never because this node is behind."""
+        if _passed_on(call):
+            return NodeId(name)  # it is the id already, which may be out by now: then that was done before
+        machine = await self._coordinator.read(call.remaining_s())
+        return machine.roster.resolve(name).node
+
     async def _at_leader(
         self, method: Method[Q, A], request: Q, call: Call[Q], here: Callable[[float], Awaitable[A]]
     ) -> A:
         """`here` at the leader; a call that a node passed on already is not passed on again."""
-        if call.peer.node is not None and not call.peer.local:
+        if _passed_on(call):
             if self._coordinator.driver.leader != self._coordinator.me:
                 raise NotLeader(f"{self._coordinator.me} does not lead")
             return await here(call.remaining_s())
@@ -138,3 +145,8 @@ class Departures:
             await self._peers.to(node, Lane.CONSENSUS).call(LEFT, Empty(), timeout_s=TELL_S)
         except IdunnoError as error:
             log.info("node did not hear that it has left", extra={"node_id": node, "problem": str(error)})
+
+
+def _passed_on(call: Call[Any]) -> bool:
+    """By another node."""
+    return call.peer.node is not None and not call.peer.local
