@@ -212,7 +212,7 @@ async def _enroll(
         await first.close()
     if fingerprint(hello.ca_pem) != parsed.ca_fingerprint:
         raise Unauthenticated(f"{address} does not belong to the cluster that this token is for: check the address")
-    if hello.cluster == before:
+    if before and hello.cluster == before:  # a node that has only just started does not know its cluster yet
         raise Conflict(
             f"{directory} belongs to this very cluster, {before[:8]}: start it with `idunno node run --dir {directory}`"
         )
