@@ -1,11 +1,13 @@
 # tests/simulation/admin.py: the person who looks after a simulated cluster: machines that say they cannot go on are replaced.
 #
-# Rule 1: an admin acts on what a node said when it ended, and on nothing that only this world knows: then another machine joins
-#         at the same address with an empty disk, and the old node is removed. Everything goes the way that users have.
+# Rule 1: an admin acts on what a node said when it ended, or says while it runs (its status has it), and on nothing that only
+#         this world knows: then another machine joins at the same address with an empty disk, and the old node is removed.
+#         Everything goes the way that users have.
 # Rule 2: a machine that was replaced is no more in `world.machines`; it stays in `by_id`, so that it can be named.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Final
 
 from idunno.base.errors import IdunnoError, NotFound
@@ -32,12 +34,24 @@ class Admin:
         self.replaced = 0
         self._under_way: set[asyncio.Task[None]] = set()
         world.on_died.append(self._died)
+        world.on_log.append(self._logged)
 
     def _died(self, machine: Machine, how: str) -> None:
         if machine in self.world.machines and any(words in how for words in GIVEN_UP):
             machine.given_up = how
             self.world.machines.remove(machine)
             self.begin(self._replace(machine))
+
+    def _logged(self, machine: Machine, record: logging.LogRecord) -> None:
+        """A node that reads a damaged entry while it runs takes no part any more, says so, and waits to be looked after."""
+        why = str(vars(record).get("problem", ""))
+        if record.msg == "node takes no part in consensus" and any(words in why for words in GIVEN_UP):
+            self.world.loop.call_soon(self._end, machine, machine.starts, why)
+
+    def _end(self, machine: Machine, starts: int, why: str) -> None:
+        if machine.running and machine.starts == starts:
+            self.world.trace.tell("is ended by its admin", machine=machine.name)
+            self.world.end(machine.name, why)
 
     def begin(self, work: object) -> None:
         task = self.world.loop.create_task(work)

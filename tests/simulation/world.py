@@ -216,6 +216,11 @@ class World:
             self.trace.tell("killed", machine=machine.name)
             self._gone(machine, "killed", power_lost=False)
 
+    def end(self, name: str, why: str) -> None:
+        """As kill; `why` is told to who hears of deaths."""
+        (machine,) = self._named((name,), running=True)
+        self._gone(machine, why, power_lost=False)
+
     def lose_power(self, *names: str) -> None:
         """What was not synced may be gone, and nobody is told."""
         for machine in self._named(names, running=True):
