@@ -80,11 +80,16 @@ class Known:
     def meet_newcomers(self, members: list[MemberAddress]) -> bool:
         """Who joined while this node was away, as another member says. The leader may be one of them: its log would tell of it,
         but whose certificate is not known is not heard. Whether there were any; counts only until this node has caught up."""
-        new = [m for m in members if not self.is_member(m.node)] if not self._caught_up else []
+        new = [m for m in members if not self.is_member(m.node)]
         for member in new:
             self._remembered[member.node] = member
             self._by_fingerprint[member.fingerprint] = member.node
         return bool(new)
+
+    @property
+    def has_newcomers(self) -> bool:
+        """Whether it takes somebody for a member of whom no log has told it since it caught up."""
+        return self._caught_up and bool(self._remembered)
 
     def name(self, node: NodeId) -> str:
         record = self._roster().find(node)
@@ -113,7 +118,7 @@ class Known:
         """For PeerPool: where a member listens and which certificate it must show."""
         record = self._roster().find(node)
         remembered = self._remembered.get(node)
-        if remembered is not None and not self._caught_up:
+        if remembered is not None and (record is None or not self._caught_up):
             boot = record.boot if record is not None else -1
             host, port = parse_address(self._address(node, boot, remembered.address))
             return Endpoint(host, port, remembered.fingerprint)

@@ -324,7 +324,16 @@ class Node:
         self._on_stop("files", self.files.stop)
         await self.agent.start()
         self.spawn(self._introduce(), "introduce")
-        self.spawn(meet_newcomers(self.me, self.peers, self.known, self._seed_members), "meet")
+        meeting = meet_newcomers(
+            self.me,
+            self.peers,
+            self.known,
+            has_leader=lambda: self.driver.leader is not None,
+            follows=self._follows,
+            learned=self._seed_members,
+            caught_up=self._caught_up,
+        )
+        self.spawn(meeting, "meet")
         self.spawn(self._keep_connected(), "keep connected")
         self._on_stop("tasks", self._cancel_tasks)
         # The socket comes last: who can connect to it finds a node that works.
@@ -421,6 +430,11 @@ class Node:
         self.known.caught_up()
         self._forget({view.node for view in self.membership.view() if not self.known.is_member(view.node)} - {self.me})
         self.known.remember()
+
+    def _follows(self) -> bool:
+        leader = self.driver.leader
+        in_roster = leader is not None and self.machine.roster.find(leader) is not None
+        return in_roster and self.driver.applied_index >= self.driver.commit
 
     def _role_changed(self, is_leader: bool, term: Term) -> None:
         log.info(

@@ -2,7 +2,7 @@
 #
 # Rule 1: whoever shows a member's certificate at the seed's address is that member, and there it is now. What it knows of others
 #         comes on top: it may have started a moment ago itself, and gossip brings the rest.
-# Rule 2: who joined while a node was away is told to it by the members that it knows (`meet_newcomers`).
+# Rule 2: who joined while a node was away, stopped or cut off, is told to it by the members that it knows (`meet_newcomers`).
 # Rule 3: the seed is asked until it has answered once: it may start after this node.
 from __future__ import annotations
 
@@ -42,12 +42,33 @@ async def ask_until_answered(
             return
 
 
-async def meet_newcomers(me: NodeId, peers: Peers, known: Known, learned: Callable[[], None]) -> None:
-    """Ask the members that are known for those that are not, until this node has caught up with the roster itself."""
-    while not known.is_caught_up:
+async def meet_newcomers(
+    me: NodeId,
+    peers: Peers,
+    known: Known,
+    *,
+    has_leader: Callable[[], bool],
+    follows: Callable[[], bool],
+    learned: Callable[[], None],
+    caught_up: Callable[[], None],
+) -> None:
+    """While this node hears no leader, ask the members that it knows for those that it does not.
+
+    `follows`: whether it has applied what it has of a leader that its own roster holds; then the roster alone counts again.
+    """
+    alone = 0
+    while True:
         await asyncio.sleep(MEET_S)
+        if has_leader():
+            alone = 0
+            if known.has_newcomers and follows():
+                caught_up()
+            continue
+        alone += 1
+        if known.is_caught_up and alone == 1:
+            continue  # an election takes a second
         for member in known.members():
-            if member.node == me or known.is_caught_up:
+            if member.node == me or has_leader():
                 continue
             try:
                 answer = await peers.to(member.node).call(KNOWN_MEMBERS, Empty(), timeout_s=MEET_S)

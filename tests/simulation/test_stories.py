@@ -427,15 +427,24 @@ def test_status_names_the_two_of_ten_between_whom_udp_is_blocked_and_events_tell
     cluster.world.run(story)
 
 
-def test_who_was_away_while_a_newcomer_became_the_leader_follows_it() -> None:
+@pytest.mark.parametrize("how", ["stopped", "cut off"])
+def test_who_was_away_while_a_newcomer_became_the_leader_follows_it(how: str) -> None:
     """Its log would tell of the newcomer, but comes from the newcomer, whose certificate it does not know yet."""
 
     async def story(world: World) -> None:
         await cluster.begin(jobs=False)
         await cluster.clients[0].finish()
+        await world.until(cluster.one, "all have caught up", 20)
         away = world.machine(others(cluster, await world.has_leader())[0])
-        world.kill(away.name)
+        if how == "stopped":
+            world.kill(away.name)
+        else:
+            world.partition([away.name], others(cluster, away))
+        world.machines.remove(away)
         newcomer = await grow(world)
+        if how == "cut off":  # from it as well
+            world.cut([(newcomer.address, away.address), (away.address, newcomer.address)], "cut off from the newcomer")
+        world.machines.append(away)
         leader = await world.has_leader()
         assert leader.node is not None
         driver = leader.node.driver
@@ -450,9 +459,15 @@ def test_who_was_away_while_a_newcomer_became_the_leader_follows_it() -> None:
                 world.thaw(first.name)
                 await asyncio.sleep(1.0)
         assert world.leader() is newcomer
-        world.start(away.name)
+        if how == "stopped":
+            world.start(away.name)
+        else:
+            world.network.blocked.clear()
         await world.until(cluster.one, "one cluster again", 20)
         assert world.leader() is newcomer
+        node = away.node
+        assert node is not None
+        await world.until(lambda: not node.known.has_newcomers, "its roster alone counts again", 10)
 
     cluster = make("led by a newcomer", nodes=3, clients=1)
     cluster.checkers.disturb(0.0, 1_000.0)
