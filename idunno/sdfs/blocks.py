@@ -47,7 +47,7 @@ class BlockStore:
     def __init__(self, disk: Disk, offload: Offload, config: SdfsConfig) -> None:
         self._disk, self._offload, self._config = disk, offload, config
         self._held: dict[BlockId, tuple[int, int]] = {}  # size, serial
-        self._doubtful: set[BlockId] = set()  # held, but the disk refused to read them
+        self._doubtful: set[BlockId] = set()  # held, but the disk refused to read them, or to sync their name
         self._names = asyncio.Lock()  # over renames: quarantine must not move away what was just published
         self._directories: set[str] = set()  # of blocks/, at most 256
         self._reserved_bytes = 0  # of writers under way
@@ -178,7 +178,12 @@ class BlockStore:
             await self._disk.rename(writer.path, _path(writer.block))
             if writer.block in self._held:
                 self._held[writer.block] = (writer.size, writer.serial)
-        await self._disk.sync_directory(f"blocks/{directory}")
+        try:
+            await self._disk.sync_directory(f"blocks/{directory}")
+        except DiskFailed:
+            # The name may still lead to the older file after a loss of power, and that one may be rotten.
+            self._doubt(writer.block, writer.serial)
+            raise
         fresh = writer.block not in self._held or writer.block in self._doubtful
         self._held[writer.block] = (writer.size, writer.serial)
         self._doubtful.discard(writer.block)
@@ -222,6 +227,16 @@ class BlockStore:
             return
         if digest.block() != block:
             await self._quarantine(block, serial, "has other content than its name says")
+        if block in self._doubtful:
+            await self._trust_again(block, serial)
+
+    async def _trust_again(self, block: BlockId, serial: int) -> None:
+        """What was in doubt was read well: once its name is synced too, others may count on it again."""
+        try:
+            await self._disk.sync_directory(f"blocks/{block[:2]}")
+        except DiskFailed as error:
+            self._note(error)
+            return
         if block in self._doubtful and self._held.get(block, (0, -1))[1] == serial:
             self._doubtful.discard(block)
             self._tell(block, True)
@@ -235,7 +250,7 @@ class BlockStore:
                 pass
         except (Corrupt, NotFound, DiskFailed):
             return False
-        return True
+        return block in self._held and block not in self._doubtful
 
     async def _open_held(self, block: BlockId, serial: int) -> File:
         try:
