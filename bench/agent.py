@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from idunno.base.errors import IdunnoError
-from idunno.node import lifecycle
+from idunno.node.running import run
 
 
 class Printer(logging.Handler):
@@ -25,7 +25,7 @@ class Printer(logging.Handler):
 def main() -> int:
     logging.getLogger("idunno.membership").addHandler(Printer())
     try:
-        lifecycle.run(Path(sys.argv[1]).absolute())
+        run(Path(sys.argv[1]).absolute())
     except IdunnoError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

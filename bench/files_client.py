@@ -12,7 +12,7 @@ from typing import Any
 
 import idunno
 from idunno.client.api import Cluster
-from idunno.node.lifecycle import run_async
+from idunno.node.running import run_async
 from idunno.sdfs.client import source_of
 
 SMALL_BYTES = 4096

@@ -151,9 +151,9 @@ def node_run(directory: str, seed: str | None) -> None:
     """Run a node in the foreground. Ctrl-C stops it: tasks are given back, data and membership stay."""
     path = Path(directory).absolute()
     if running.in_shell:
-        from idunno.node import lifecycle
+        from idunno.node.running import run
 
-        lifecycle.run(path, seed)
+        run(path, seed)
         return
     # In this process's place: a node that runs for months does not carry the command line with it.
     sys.stdout.flush()

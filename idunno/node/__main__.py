@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from idunno.base.errors import IdunnoError
-from idunno.node import lifecycle
+from idunno.node.running import run
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="log to standard error too")
     arguments = parser.parse_args()
     try:
-        lifecycle.run(arguments.dir.absolute(), arguments.seed, verbose=arguments.verbose)
+        run(arguments.dir.absolute(), arguments.seed, verbose=arguments.verbose)
     except IdunnoError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line a failed start leaves
         return 1

@@ -32,8 +32,9 @@ from idunno.node.identity import (
     encode_peers,
     load_identity,
 )
-from idunno.node.lifecycle import Newcomer, enroll, run_async
+from idunno.node.lifecycle import Newcomer, enroll
 from idunno.node.recover import locked
+from idunno.node.running import run_async
 from idunno.node.survivors import blocks_of
 
 NAMES = (IDENTITY_FILE, "log", "ca.pem", "node.pem", "node.key", "cluster.key", PEERS_FILE, CONFIG_FILE)

@@ -1,4 +1,4 @@
-# idunno/node/lifecycle.py: making, joining and running a node's directory.
+# idunno/node/lifecycle.py: making a node's directory, and joining a cluster with it. What runs it is in running.py.
 #
 # Rule 1: these functions are synchronous and own their event loop: the command line calls them, one at a time.
 # Rule 2: whatever is made half-way can be made again: the identity is written last. A join that was cut off goes on with the
@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import msgspec
 
@@ -23,20 +22,20 @@ from idunno.coordinator.commands import FORMAT, Entry, Genesis, encode_entry
 from idunno.coordinator.electorate import voters_of
 from idunno.coordinator.messages import ENROLL, HELLO, Enroll, EnrollAnswer, Hello, MemberAddress
 from idunno.coordinator.records import MACHINE_VERSION, NodeRecord, TokenRecord
-from idunno.node.config import NodeConfig, load_config, parse_address
+from idunno.node.config import NodeConfig, parse_address
 from idunno.node.disk import RealDisk, ThreadOffload, replace_file
 from idunno.node.identity import (
     Identity,
     KnownPeers,
     Secrets,
     check_empty,
-    check_settled,
     load_identity,
     make_directory,
     new_node_id,
     write_identity,
 )
 from idunno.node.reach import NONCE_BYTES, check_reachable
+from idunno.node.running import run_async
 from idunno.wire.calls import Role
 from idunno.wire.rpc import connect_tcp
 from idunno.wire.security import client_context, fingerprint, make_ca, make_key_and_csr, sign
@@ -46,18 +45,6 @@ FIRST_TOKEN_S: Final = 7 * 86_400
 """The token that `init` prints: long enough to carry to the other machines, short enough to forget."""
 JOIN_TIMEOUT_S: Final = 30.0
 JOINING_FILE: Final = "joining.json"
-
-T = TypeVar("T")
-
-
-def run_async(work: Coroutine[Any, Any, T]) -> T:
-    """Run on uvloop where there is one."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(work)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
 
 
 def make_cluster(directories: list[Path], configs: list[NodeConfig]) -> dict[str, str]:
@@ -242,15 +229,3 @@ def default_name(listen: str) -> str:
 
     _, port = parse_address(listen)
     return check_label("node", f"{socket.gethostname().split('.')[0][:50]}-{port}")
-
-
-def run(directory: Path, seed: str | None = None, *, verbose: bool = False) -> None:
-    """Run the node of `directory` in the foreground until SIGINT or SIGTERM."""
-    from idunno.node.node import run_node
-
-    if seed is not None:
-        parse_address(seed)
-    check_settled(directory)
-    config = load_config(directory)
-    identity = load_identity(directory)
-    run_async(run_node(directory, config, identity, seed, verbose=verbose))

@@ -22,7 +22,8 @@ from idunno.coordinator.messages import MEMBERS, STATUS, Member, Members, Status
 from idunno.node.config import NodeConfig, load_config, parse_address
 from idunno.node.disk import replace_file, sync_directory
 from idunno.node.identity import BOOT_FILE, IDENTITY_FILE, running_pid
-from idunno.node.lifecycle import make_cluster, run_async
+from idunno.node.lifecycle import make_cluster
+from idunno.node.running import run_async
 from idunno.wire.rpc import Connection, connect_unix
 
 NODES_MAX: Final = 64

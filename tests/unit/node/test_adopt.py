@@ -13,7 +13,8 @@ from idunno.node import adopt as adopting
 from idunno.node.adopt import adopt
 from idunno.node.config import NodeConfig, load_config
 from idunno.node.identity import load_identity, load_peers, load_secrets
-from idunno.node.lifecycle import Newcomer, _newcomer, run
+from idunno.node.lifecycle import Newcomer, _newcomer
+from idunno.node.running import run
 from idunno.wire.calls import Role
 from idunno.wire.security import fingerprint, is_key_of, make_ca, sign
 from idunno.wire.tokens import make_token

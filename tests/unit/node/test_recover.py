@@ -12,9 +12,9 @@ from idunno.base.ids import NodeId
 from idunno.coordinator.commands import AddToken, BeginPut, SetPresence
 from idunno.coordinator.records import TokenRecord
 from idunno.node.identity import DECIDED, DirectoryLock, load_identity, load_peers, load_secrets
-from idunno.node.lifecycle import run
 from idunno.node.lineage import is_proved, load_succession
 from idunno.node.recover import Report, recover
+from idunno.node.running import run
 from idunno.wire.security import fingerprint, is_key_of, is_signed_by
 from tests.unit.node.remains import START_MS, Remains, entry, machine_of, put, put_small, without_waiting
 

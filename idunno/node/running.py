@@ -1,0 +1,47 @@
+# idunno/node/running.py: running the node of a directory in the foreground. Little is loaded before that is wanted.
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run on uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Around imports: what they make stays until the process ends, so it is not searched for garbage, neither now nor later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def run(directory: Path, seed: str | None = None, *, verbose: bool = False) -> None:
+    """Run the node of `directory` in the foreground until SIGINT or SIGTERM."""
+    with _loading():
+        from idunno.node.config import load_config, parse_address
+        from idunno.node.identity import check_settled, load_identity
+        from idunno.node.node import run_node
+
+    if seed is not None:
+        parse_address(seed)
+    check_settled(directory)
+    config = load_config(directory)
+    identity = load_identity(directory)
+    run_async(run_node(directory, config, identity, seed, verbose=verbose))
