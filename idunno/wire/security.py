@@ -4,21 +4,21 @@
 #         dates (boards without a clock): the roster decides who is known, by fingerprint.
 # Rule 2: of a signing request only the key is taken, after its proof of possession; the CA decides every name.
 # Rule 3: only a node's certificate may serve, so a user who holds a certificate cannot pose as a node.
+# Rule 4: what makes or takes apart certificates loads `cryptography.x509` when it is called: a node that starts does neither,
+#         and the others would wait a tenth longer until they see it.
 from __future__ import annotations
 
 import datetime
 import hashlib
 import ssl
-from typing import Final
-
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from typing import TYPE_CHECKING, Final
 
 from idunno.base.errors import InvalidArgument
 from idunno.wire.calls import Role
+
+if TYPE_CHECKING:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 PEM_BYTES_MAX: Final = 16 * 1024
 """A request or certificate with a P-256 key has about 1 KiB."""
@@ -32,6 +32,11 @@ _X509_V_FLAG_NO_CHECK_TIME: Final = 0x200000  # openssl/x509_vfy.h; Python's ssl
 
 def make_ca() -> tuple[bytes, bytes]:
     """A new CA: its certificate and its private key, both PEM. Keep the key at mode 0600."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "idunno cluster CA")])
     usage = x509.KeyUsage(
@@ -63,6 +68,10 @@ def make_ca() -> tuple[bytes, bytes]:
 
 def make_key_and_csr(common_name: str) -> tuple[bytes, bytes]:
     """A new private key and a request to certify it, both PEM."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     key = ec.generate_private_key(ec.SECP256R1())
     request = x509.CertificateSigningRequestBuilder().subject_name(_name(common_name)).sign(key, hashes.SHA256())
     return _private_pem(key), request.public_bytes(serialization.Encoding.PEM)
@@ -73,6 +82,11 @@ def sign(ca_cert_pem: bytes, ca_key_pem: bytes, csr_pem: bytes, *, common_name: 
 
     Raises InvalidArgument for a request that is malformed, unproven or holds another kind of key than P-256.
     """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
     request = _load_csr(csr_pem)
     ca = x509.load_pem_x509_certificate(ca_cert_pem)
     ca_key = serialization.load_pem_private_key(ca_key_pem, None)
@@ -99,6 +113,10 @@ def sign(ca_cert_pem: bytes, ca_key_pem: bytes, csr_pem: bytes, *, common_name: 
 
 def is_key_of(cert_pem: bytes, key_pem: bytes) -> bool:
     """Whether this private key belongs to the certificate."""
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+
     try:
         key = serialization.load_pem_private_key(key_pem, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -108,6 +126,9 @@ def is_key_of(cert_pem: bytes, key_pem: bytes) -> bool:
 
 def sign_statement(key_pem: bytes, statement: bytes) -> bytes:
     """A signature (ECDSA, SHA-256) by a CA's private key."""
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     key = serialization.load_pem_private_key(key_pem, None)
     assert isinstance(key, ec.EllipticCurvePrivateKey), "the CA's key is made by make_ca"
     return key.sign(statement, ec.ECDSA(hashes.SHA256()))
@@ -115,6 +136,11 @@ def sign_statement(key_pem: bytes, statement: bytes) -> bytes:
 
 def is_signed_by(cert_pem: bytes, statement: bytes, signature: bytes) -> bool:
     """Whether the holder of this certificate's key signed the statement."""
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     key = x509.load_pem_x509_certificate(cert_pem).public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         return False
@@ -137,6 +163,8 @@ def fingerprint(cert_pem_or_der: bytes) -> bytes:
 
 def key_fingerprint(csr_pem: bytes) -> bytes:
     """SHA-256 of a request's public key (SPKI, DER): equal when the same key enrols again. Raises InvalidArgument."""
+    from cryptography.hazmat.primitives import serialization
+
     key = _load_csr(csr_pem).public_key()
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(der).digest()
@@ -180,6 +208,10 @@ def _context(protocol: int, cert_path: str | None, key_path: str | None, ca_pem:
 
 
 def _load_csr(csr_pem: bytes) -> x509.CertificateSigningRequest:
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     if len(csr_pem) > PEM_BYTES_MAX:
         raise InvalidArgument(f"a certificate request of {len(csr_pem)} bytes: at most {PEM_BYTES_MAX}")
     try:
@@ -196,6 +228,9 @@ def _load_csr(csr_pem: bytes) -> x509.CertificateSigningRequest:
 
 
 def _name(common_name: str) -> x509.Name:
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
+
     try:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     except ValueError:
@@ -203,6 +238,8 @@ def _name(common_name: str) -> x509.Name:
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
