@@ -1,13 +1,12 @@
 # idunno/membership/config.py: the detector's times, each with its reason. Contradictions fail at start, with the numbers.
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from idunno.base.errors import InvalidArgument
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwimConfig:
+class SwimConfig(msgspec.Struct, frozen=True, kw_only=True):
     period_ms: int = 500
     """One of three ring neighbours is probed per period, so each member is probed by three others every 1.5 s."""
     retry_ms: int = 150

@@ -1,16 +1,16 @@
 # idunno/membership/events.py: what the detector hears and says, as small frozen values.
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from idunno.base.ids import NodeId
 from idunno.membership.messages import MemberView as MemberView
 from idunno.membership.messages import Message, State, WholeList
 
 
-@dataclass(frozen=True, slots=True)
-class Self:
+class Self(msgspec.Struct, frozen=True):
     """The member this process is."""
 
     node: NodeId
@@ -19,8 +19,7 @@ class Self:
     boot: int  # raised by every start of the process
 
 
-@dataclass(frozen=True, slots=True)
-class Seed:
+class Seed(msgspec.Struct, frozen=True):
     """A member named by the roster, or by an introducer's answer."""
 
     node: NodeId
@@ -31,13 +30,11 @@ class Seed:
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """It is `due_ms` or later."""
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     """A datagram that opened and decoded. `sender` and `boot` are the seal's; `source` is where it came from."""
 
     sender: NodeId
@@ -46,42 +43,36 @@ class Received:
     message: Message | WholeList
 
 
-@dataclass(frozen=True, slots=True)
-class TcpProbed:
+class TcpProbed(msgspec.Struct, frozen=True):
     """A member answered over TCP to the ProbeTcp of this `seq`."""
 
     node: NodeId
     seq: int
 
 
-@dataclass(frozen=True, slots=True)
-class NotExchanged:
+class NotExchanged(msgspec.Struct, frozen=True):
     """The Exchange with this member did not come about: no TCP to it, or none at all here."""
 
     node: NodeId
 
 
-@dataclass(frozen=True, slots=True)
-class Doubt:
+class Doubt(msgspec.Struct, frozen=True):
     """Something speaks against this member (a connection to it was lost): it is probed now instead of at its turn."""
 
     node: NodeId
 
 
-@dataclass(frozen=True, slots=True)
-class Seeds:
+class Seeds(msgspec.Struct, frozen=True):
     seeds: tuple[Seed, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Forget:
+class Forget(msgspec.Struct, frozen=True):
     """Removed from the roster: nothing is kept of it, and late rumours do not bring it back."""
 
     node: NodeId
 
 
-@dataclass(frozen=True, slots=True)
-class Announce:
+class Announce(msgspec.Struct, frozen=True):
     """This member stops (STOPPED) or leaves for good (LEFT)."""
 
     state: State
@@ -90,14 +81,12 @@ class Announce:
 # -- outputs ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     address: str
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeTcp:
+class ProbeTcp(msgspec.Struct, frozen=True):
     """Ask this member for any answer over TCP; tell TcpProbed with the same `seq` if it comes within `timeout_ms`."""
 
     node: NodeId
@@ -106,15 +95,13 @@ class ProbeTcp:
     timeout_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(msgspec.Struct, frozen=True):
     """Exchange whole lists with this member over TCP; feed its list, or NotExchanged."""
 
     node: NodeId
 
 
-@dataclass(frozen=True, slots=True)
-class Changed:
+class Changed(msgspec.Struct, frozen=True):
     """A member changed its state, or (old and new both ACTIVE) its process was restarted."""
 
     member: MemberView
@@ -133,8 +120,7 @@ class Changed:
         return "joined" if back else "refuted"
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """One line of `idunno members --events`."""
 
     at_ms: int  # wall clock
@@ -145,8 +131,7 @@ class Event:
     accuser: str  # name of who accused it, "" for nobody
 
 
-@dataclass(frozen=True, slots=True)
-class Announced:
+class Announced(msgspec.Struct, frozen=True):
     """All who were told have answered, or the time for it is over."""
 
     told: int

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from idunno.base.ids import NodeId
 from idunno.membership.messages import RUMOR_BYTES_BUDGET, RUMORS_MAX, Rumor, rumor_bytes
@@ -20,8 +21,7 @@ def sends_wanted(others: int) -> int:
     return 3 * max(1, (others + 1).bit_length())
 
 
-@dataclass(slots=True)
-class _Item:
+class _Item(msgspec.Struct):
     rumor: Rumor
     size: int
     sent: int = 0

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
@@ -47,8 +46,7 @@ class State(enum.Enum):
     LEFT = "left"  # for good
 
 
-@dataclass(frozen=True, slots=True)
-class MemberView:
+class MemberView(msgspec.Struct, frozen=True):
     """What is known of one member, as others of this process may see it."""
 
     node: NodeId

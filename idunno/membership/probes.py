@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from idunno.base.ids import NodeId
 from idunno.membership.book import Book
@@ -27,8 +28,7 @@ RELAYS_MAX: Final = 256
 """Pings sent for others and not yet answered."""
 
 
-@dataclass(slots=True)
-class Probe:
+class Probe(msgspec.Struct):
     seq: int
     started_ms: int
     stretch: int
@@ -38,8 +38,7 @@ class Probe:
     words: int = 0  # of helpers, nacks included
 
 
-@dataclass(slots=True)
-class _Relay:
+class _Relay(msgspec.Struct):
     target: NodeId
     asker: str  # address
     seq: int  # the asker's

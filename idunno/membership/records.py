@@ -1,9 +1,10 @@
 # idunno/membership/records.py: what is kept of one member.
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
+
+import msgspec
 
 from idunno.base.ids import NodeId
 from idunno.membership.messages import MemberView, Rumor, State
@@ -14,8 +15,7 @@ DETOURS_TO_TELL: Final = 3
 SKEW_TO_TELL_MS: Final = 1_000
 
 
-@dataclass(slots=True)
-class Member:
+class Member(msgspec.Struct):
     """One member's record. Changed by Book and Swim alone."""
 
     node: NodeId

@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from idunno.membership.messages import State
 
@@ -21,8 +22,7 @@ Version = tuple[int, int]  # (boot, incarnation)
 NEVER_HEARD: Final[Version] = (-1, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Transition:
+class Transition(msgspec.Struct, frozen=True):
     olds: tuple[State, ...]
     new: State
     when: str

@@ -11,9 +11,10 @@ import logging
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Final, Protocol
+
+from msgspec.structs import replace
 
 from idunno.base.errors import DecodeError, Unavailable
 from idunno.base.ids import NodeId

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from idunno.base.errors import WHEN_LOST
 from idunno.base.ids import NodeId
@@ -19,8 +20,7 @@ from idunno.membership.messages import MemberView
 BLOCKS_TOLD_MAX: Final = 100
 
 
-@dataclass(frozen=True, slots=True)
-class LeaderView:
+class LeaderView(msgspec.Struct, frozen=True):
     """What only the leader knows."""
 
     copies_missing: int
@@ -28,11 +28,10 @@ class LeaderView:
     recovering: bool
     waiting: int  # tasks out on lease
     blocks_lost: tuple[str, ...] = ()  # the first BLOCKS_TOLD_MAX
-    disk_problems: Mapping[str, str] = field(default_factory=dict)  # by node's name
+    disk_problems: Mapping[str, str] = msgspec.field(default_factory=dict)  # by node's name
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(msgspec.Struct, frozen=True):
     """Everything a status is made of."""
 
     cluster: str
@@ -49,7 +48,7 @@ class Seen:
     rates: dict[str, float]
     stopped_applying: str  # why this node takes no part in the consensus, "" when it does
     leader_view: LeaderView | None
-    loop_late: dict[str, int] = field(default_factory=dict)
+    loop_late: dict[str, int] = msgspec.field(default_factory=dict)
     machine_version: int = 0
 
 

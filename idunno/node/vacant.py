@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from idunno.base.ids import NodeId
 from idunno.membership.events import MemberView
@@ -19,8 +21,7 @@ HOLDS_S: Final = 5.0
 """Over twice what the detector takes for a death."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Word:
+class _Word(msgspec.Struct, frozen=True):
     boot: int
     until_s: float
     states: tuple[str, ...]  # of the detector's, in which it counts

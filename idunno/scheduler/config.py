@@ -1,14 +1,13 @@
 # idunno/scheduler/config.py: what an operator may set, and the bounds of what waits here.
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from idunno.base.errors import InvalidArgument
 from idunno.scheduler.deploy import SCHEDULER_WORKS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduler_works: str = "auto"
     """Whether the scheduler holds models too: auto (with fewer than five nodes present), always, never."""
     poll_max_s: float = 10.0

@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from idunno.base.ids import NodeId
 from idunno.coordinator.commands import Assign, Unassign
@@ -50,8 +51,7 @@ def model_load(models: Iterable[ModelRecord]) -> dict[NodeId, int]:
     return load
 
 
-@dataclass(slots=True)
-class _Workers:
+class _Workers(msgspec.Struct):
     """A model's workers by what they are good for."""
 
     active: list[WorkerRecord]  # eligible, assigned or ready

@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Final, TypeAlias
+
+import msgspec
 
 from idunno.base.errors import Conflict
 from idunno.base.ids import NodeId
@@ -28,8 +29,7 @@ LEASES_MAX: Final = 64
 """Leases a poll may ask for: bounds the answer, whatever the worker says."""
 
 
-@dataclass(slots=True)
-class Lease:
+class Lease(msgspec.Struct):
     head: JobHead
     task: int
     attempt: int
@@ -44,21 +44,19 @@ class Lease:
         return Held(job=self.head.job, task=self.task, attempt=self.attempt)
 
 
-@dataclass(slots=True)
-class Worker:
+class Worker(msgspec.Struct):
     node: NodeId
     name: str
     boot: int
     slots: int
     heard_ms: int
-    ready: dict[str, int] = field(default_factory=dict)  # model -> version
+    ready: dict[str, int] = msgspec.field(default_factory=dict)  # model -> version
     free: int = 0
     waiting: bool = False  # a poll of it is unanswered
-    leases: dict[tuple[str, int], Lease] = field(default_factory=dict)
+    leases: dict[tuple[str, int], Lease] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Polled:  # input
+class Polled(msgspec.Struct, frozen=True):  # input
     node: NodeId
     name: str
     boot: int
@@ -68,8 +66,7 @@ class Polled:  # input
     held: tuple[Held, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:  # output
+class Answer(msgspec.Struct, frozen=True):  # output
     """Answer the unanswered poll of `node`: new leases (each with the version the worker has), and held ones that are void."""
 
     node: NodeId
@@ -77,8 +74,7 @@ class Answer:  # output
     drop: tuple[Held, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class EndAttempt:  # output
+class EndAttempt(msgspec.Struct, frozen=True):  # output
     """Write into the log that this attempt ended without a result; call `ended` when it is applied."""
 
     job: str

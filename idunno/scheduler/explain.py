@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 ABOUT_MAX: Final = 2_000
 DECISIONS_KEPT: Final = 20
 """What fits a screen; a decision is about 200 bytes, so all of it stays below 10 MB."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
+class Decided(msgspec.Struct, frozen=True):
     at_ms: int  # wall clock of the leader: for people
     about: str
     why: str

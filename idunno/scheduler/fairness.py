@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
+
+import msgspec
 
 K = TypeVar("K", bound=str)
 
@@ -21,8 +22,7 @@ IDLE_KEPT_MAX: Final = 256
 """Idle keys whose debt is remembered; beyond it the smallest debts are forgotten (each is about one task)."""
 
 
-@dataclass(slots=True)
-class _Share:
+class _Share(msgspec.Struct):
     time: float = 0.0  # virtual: queries per weight 1
     weight: int = WEIGHT_ONE
     grain: float = 0.0  # what the last task advanced it by

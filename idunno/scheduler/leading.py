@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -39,8 +38,7 @@ ANSWER_BYTES_MAX = HEADER_BYTES_MAX - 64 * 1024
 GONE = ("failed", "deleted", "stopped", "left")
 
 
-@dataclass(slots=True)
-class _Waiting:
+class _Waiting(msgspec.Struct):
     future: asyncio.Future[Answer]
     seen: int  # the assignments' mark that the worker has
 

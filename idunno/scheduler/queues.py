@@ -9,8 +9,9 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from idunno.scheduler.fairness import WEIGHT_ONE, FairClock
 
@@ -18,8 +19,7 @@ PLAN: Final = -1
 """The task number that stands for counting the queries of a job's input."""
 
 
-@dataclass(frozen=True, slots=True)
-class JobHead:
+class JobHead(msgspec.Struct, frozen=True):
     """What the order depends on. `order` rises with submission; `task_queries` is what a task is charged for."""
 
     job: str
@@ -29,29 +29,28 @@ class JobHead:
     task_queries: int
 
 
-@dataclass(frozen=True, slots=True)
-class Pick:
+class Pick(msgspec.Struct, frozen=True):
     head: JobHead
     task: int
     attempt: int  # how many attempts of it have ended before
     queries: int  # what it is charged for
 
 
-@dataclass(slots=True)
-class _Job:
+class _Job(msgspec.Struct):
     head: JobHead
     withheld: bool
-    ready: set[int] = field(default_factory=set)
-    heap: list[int] = field(default_factory=list)  # holds every number of `ready`, and stale ones
+    ready: set[int] = msgspec.field(default_factory=set)
+    heap: list[int] = msgspec.field(default_factory=list)  # holds every number of `ready`, and stale ones
 
 
-@dataclass(slots=True)
-class _Model:
+class _Model(msgspec.Struct):
     weight: int = WEIGHT_ONE
     ready: int = 0  # tasks and plannings that are queued
-    clients: FairClock[str] = field(default_factory=FairClock)
-    jobs: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # client -> (order, job) with ready tasks
-    plans: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    clients: FairClock[str] = msgspec.field(default_factory=FairClock)
+    jobs: dict[str, list[tuple[int, str]]] = msgspec.field(
+        default_factory=dict
+    )  # client -> (order, job) with ready tasks
+    plans: dict[str, list[tuple[int, str]]] = msgspec.field(default_factory=dict)
 
 
 class Queues:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 import msgspec
@@ -69,8 +68,7 @@ class CallScheduler(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerConfig:
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 1
     """Tasks that compute at once."""
     threads: int = 1

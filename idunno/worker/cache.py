@@ -13,8 +13,9 @@ import hashlib
 import heapq
 import logging
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
+
+import msgspec
 
 from idunno.base.disk import Buffer, Disk, File
 from idunno.base.errors import Corrupt, Exhausted, IdunnoError, NotFound
@@ -40,8 +41,7 @@ class Fetcher(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """A file of an entry: where it goes in the entry's folder, its name in SDFS (for messages), and its content."""
 
     path: str
@@ -50,8 +50,7 @@ class Part:
     blocks: tuple[Block, ...]
 
 
-@dataclass(slots=True, eq=False)
-class _Entry:
+class _Entry(msgspec.Struct, eq=False):
     key: str
     folder: str
     parts: tuple[Part, ...]
@@ -59,7 +58,7 @@ class _Entry:
     pins: int = 0
     reserved: bool = False  # its size counts in the cache's
     fetch: asyncio.Task[None] | None = None
-    made: list[str] = field(default_factory=list)  # files on disk
+    made: list[str] = msgspec.field(default_factory=list)  # files on disk
 
 
 class Pin:

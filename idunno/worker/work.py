@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
 import msgspec
@@ -76,8 +75,7 @@ class Insist(Protocol):
     async def __call__(self, method: Method[Q, A], request: Q, body: Buffer = b"") -> A: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workplace:
+class Workplace(msgspec.Struct, frozen=True, kw_only=True):
     """What the tasks of one worker share."""
 
     me: NodeId
@@ -92,7 +90,9 @@ class Workplace:
     insist: Insist
     freed: Callable[[], None]  # called when a task has computed: another may be asked for
     ailing: Callable[[], None]  # called when this worker itself failed, not the model or the input
-    numbers: Iterator[int] = field(default_factory=itertools.count)  # of output files: job ids cannot name files
+    numbers: Iterator[int] = msgspec.field(
+        default_factory=itertools.count
+    )  # of output files: job ids cannot name files
 
 
 class Work:

@@ -1,9 +1,8 @@
 # What `idunno status` says when not all is well: every state has its words.
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from idunno.base.errors import WHEN_LOST
 from idunno.base.ids import NodeId
