@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from idunno.base.ids import Index, NodeId, Term
 from idunno.consensus.driver import FollowerView
 from idunno.coordinator.elector import Elector
 from tests.unit.coordinator.world import World
 
+LOOK_S = 10.0
+"""A look takes a millisecond: longer than this is one that never ends."""
 WELL = FollowerView(Index(9), 100, installing=False)
 
 
@@ -51,13 +53,32 @@ class Peers:
         return Node(self.driver, node, node in self.dying)
 
 
+class Wake(asyncio.Event):
+    """What the elector waits for between two looks, and so tells when a look is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked = asyncio.Event()
+
+    async def wait(self) -> Literal[True]:
+        self.looked.set()
+        return await super().wait()
+
+    async def look(self) -> None:
+        """Have the next look taken at once, and wait until it is over."""
+        self.looked.clear()
+        self.set()
+        async with asyncio.timeout(LOOK_S):
+            await self.looked.wait()
+
+
 class Coordinator:
     def __init__(self, me: NodeId) -> None:
         self.machine, self.me = World().machine, me
 
 
 async def lead(dying: int) -> tuple[Driver, Peers]:
-    """For three looks; `dying` of the others die while they are given the key."""
+    """For a look that only sees how far the log is, and three more; `dying` of the others die while they are given the key."""
     me, *others = [record.node for record in World().machine.roster.nodes()]
     driver = Driver(me, others)
     peers = Peers(driver, set(others[:dying]))
@@ -65,11 +86,10 @@ async def lead(dying: int) -> tuple[Driver, Peers]:
     given: Any = driver
     asked: Any = peers
     elector = Elector(coordinator, given, asked, ca_key_pem=lambda: b"key", new_key=lambda: bytes(32), silent_s=60.0)
+    elector._wake = wake = Wake()
     elector.role_changed(True, Term(3))
-    for _ in range(3):
-        await asyncio.sleep(0)
-        elector._wake.set()
-        await asyncio.sleep(0.01)
+    for _ in range(4):
+        await wake.look()
     await elector.stop()
     return driver, peers
 
