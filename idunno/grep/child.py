@@ -20,7 +20,7 @@ import msgspec
 
 from idunno.base.errors import DiskFailed, IdunnoError
 from idunno.grep.engine import Search, log_order
-from idunno.grep.messages import LineBatch, NodeResult, Query
+from idunno.grep.messages import LineBatch, NodeResult, Order
 
 CHUNK_BYTES: Final = 1024 * 1024
 FILES_MAX: Final = 256
@@ -28,13 +28,6 @@ MEMORY_BYTES_MAX: Final = 1024 * 1024 * 1024
 """Address space. Python and one block need 50 MB; an expression gone wild ends here rather than in the node's memory."""
 NICENESS: Final = 5
 """A search gives way to the detector and to consensus on a machine of two cores."""
-
-
-class Order(msgspec.Struct, frozen=True):
-    query: Query
-    node: str  # name, for the lines
-    directory: str  # absolute path of the node's logs
-    seconds_max: int  # processor time
 
 
 def open_logs(directory: str) -> list[tuple[str, BinaryIO]]:

@@ -11,7 +11,6 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -44,14 +43,13 @@ class _Head(msgspec.Struct):
 _HEAD: Final = msgspec.json.Decoder(_Head)
 
 
-@dataclass(slots=True)
-class Found:
+class Found(msgspec.Struct):
     """What a search has come to so far."""
 
     count: int = 0
     lines_skipped: int = 0
     truncated: bool = False
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = msgspec.field(default_factory=list)
 
 
 def check(query: Query) -> None:

@@ -22,6 +22,15 @@ class Query(msgspec.Struct, frozen=True):
     limit: int = 10_000  # lines from each node
 
 
+class Order(msgspec.Struct, frozen=True):
+    """What a node has its child do (child.py)."""
+
+    query: Query
+    node: str  # name, for the lines
+    directory: str  # absolute path of the node's logs
+    seconds_max: int  # processor time
+
+
 class Line(msgspec.Struct, frozen=True, array_like=True):
     node: str
     file: str

@@ -16,9 +16,8 @@ import msgspec
 from idunno.base.disk import Disk
 from idunno.base.errors import DeadlineExceeded, Exhausted, InternalError, from_code
 from idunno.base.ids import NodeId
-from idunno.grep.child import Order
 from idunno.grep.engine import check
-from idunno.grep.messages import QUERY, SEARCH, NodeResult, Query, QueryAnswer
+from idunno.grep.messages import QUERY, SEARCH, NodeResult, Order, Query, QueryAnswer
 from idunno.grep.process import Child, Spawn, spawn_child
 from idunno.grep.query import Emit, ask_all
 from idunno.membership.messages import MemberView

@@ -9,10 +9,11 @@ import random
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_bytes
 from ssl import SSLContext
+
+import msgspec
 
 from idunno.base.disk import Disk
 from idunno.coordinator.messages import Succession
@@ -30,8 +31,7 @@ DATA_THREADS = 4
 """For blocks, hashing and everything but the log: two cores hash while two writes wait for the disk."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Platform:
+class Platform(msgspec.Struct, frozen=True, kw_only=True):
     """The world as one start of one node has it."""
 
     identity: Identity

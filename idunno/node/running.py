@@ -1,7 +1,6 @@
 # idunno/node/running.py: running the node of a directory in the foreground. Little is loaded before that is wanted.
 from __future__ import annotations
 
-import asyncio
 import gc
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ T = TypeVar("T")
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run on uvloop where there is one."""
+    import asyncio  # not at the top: it is a fifth of what `run` loads, without looking for garbage
+
     try:
         import uvloop
     except ImportError:

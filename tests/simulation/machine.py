@@ -18,9 +18,8 @@ import msgspec
 from idunno.base.errors import Corrupt, IdunnoError
 from idunno.base.ids import Index, NodeId
 from idunno.coordinator.records import MACHINE_VERSION
-from idunno.grep.child import Order
 from idunno.grep.engine import Search
-from idunno.grep.messages import LineBatch, NodeResult
+from idunno.grep.messages import LineBatch, NodeResult, Order
 from idunno.node.config import NodeConfig
 from idunno.node.identity import PEERS_FILE, Identity, KnownPeers, Secrets, encode_peers
 from idunno.node.node import Node

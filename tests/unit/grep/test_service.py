@@ -24,8 +24,7 @@ from idunno.base.errors import (
     Unavailable,
 )
 from idunno.base.ids import NodeId
-from idunno.grep.child import Order
-from idunno.grep.messages import QUERY, SEARCH, Line, LineBatch, NodeResult, Query, QueryAnswer
+from idunno.grep.messages import QUERY, SEARCH, Line, LineBatch, NodeResult, Order, Query, QueryAnswer
 from idunno.grep.process import Child, Spawn, spawn_child
 from idunno.grep.service import QUERIES_MAX, SEARCH_S_MAX, SEARCHES_MAX, GrepService
 from idunno.membership.messages import MemberView
