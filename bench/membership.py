@@ -1,11 +1,12 @@
 """How fast and how truthful the failure detector is, beside its bounds. From the repository's top:
 
-python -m bench.membership [--kills 30] [--minutes 60] [--large 1000] [--only simulated|real|beside] [--seed 1] [--port 28400]
-    [--beside DIR] [--adapter serf.json] [--lock FILE]
+python -m bench.membership [--kills 30] [--trios 16] [--minutes 60] [--large 1000] [--only simulated|real|three|beside] [--seed 1]
+    [--port 28400] [--beside DIR] [--adapter serf.json] [--lock FILE]
 
 `--beside DIR`: DIR holds a peer's harness, membership.py, and its adapters/; ours and the peer are measured by it in turns.
 `simulated`: the shipped core in one process on a virtual clock (tests/unit/membership/net.py is the network). `real`: ten
-processes on loopback, killed with SIGKILL one after the other; times are those of the log lines.
+processes on loopback, killed with SIGKILL one after the other; times are those of the log lines. `three`: the same, but three
+are killed at once, in turns three that are adjacent in the ring and any three; they are started again before the next round.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.beside import beside
 from idunno.base.ids import NodeId
@@ -35,7 +37,7 @@ from idunno.membership.events import Seed, Self
 from idunno.membership.messages import State
 from idunno.membership.transport import Membership
 from idunno.node import lifecycle
-from idunno.node.identity import running_pid
+from idunno.node.identity import load_identity, running_pid
 from idunno.node.local import down, existing_nodes, up
 from idunno.wire.sealed import Opener, Sealer
 from tests.unit.membership.net import SimNet, node_id
@@ -176,8 +178,14 @@ class Log:
     """A node's log, read on as it grows."""
 
     def __init__(self, directory: Path) -> None:
+        self.node = directory.name
         self._path = directory / "logs" / "node.jsonl"
         self._offset = 0
+
+    def to_end(self) -> Log:
+        """Without what is there already."""
+        self.new()
+        return self
 
     def new(self) -> list[dict[str, object]]:
         with open(self._path, "rb") as file:
@@ -196,24 +204,35 @@ def is_change(line: dict[str, object], name: str, new: str) -> bool:
     return line["text"] == "member changed" and line.get("member") == name and line.get("new") == new
 
 
-def wait_all(logs: dict[str, Log], name: str, new: str, after_s: float, timeout_s: float) -> dict[str, float]:
-    """When (s after `after_s`) each log said that `name` is `new`."""
-    seen: dict[str, float] = {}
+def wait_all(logs: Sequence[Log], names: Sequence[str], new: str, after_s: float, timeout_s: float) -> dict[str, float]:
+    """When (s after `after_s`) the last of the logs said of each of `names` that it is `new`."""
+    left = {(log, name) for log in logs for name in names}
+    last = dict.fromkeys(names, 0.0)
     end_s = time.monotonic() + timeout_s
-    while len(seen) < len(logs):
-        for node, log in logs.items():
+    while left:
+        for log in logs:
             for line in log.new():
-                if is_change(line, name, new) and at_s(line) >= after_s - 0.002:
-                    seen.setdefault(node, at_s(line) - after_s)
+                for name in names:
+                    if is_change(line, name, new) and (s := at_s(line) - after_s) >= -0.002 and (log, name) in left:
+                        left.remove((log, name))
+                        last[name] = max(last[name], s)
         if time.monotonic() > end_s:
-            raise SystemExit(f"{name} is not {new} for {sorted(set(logs) - set(seen))} after {timeout_s:.0f} s")
+            missing = sorted(f"{name} at {log.node}" for log, name in left)
+            raise SystemExit(f"not {new} after {timeout_s:.0f} s: {', '.join(missing)}")
         time.sleep(0.02)
-    return seen
+    return last
 
 
 def processor_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+
+def born_s(pid: int) -> float:
+    """When the process was made, by the wall clock; to a hundredth."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    booted_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return booted_s + int(fields[19]) / TICKS_PER_S
 
 
 def count(directory: Path, new: str) -> int:
@@ -224,24 +243,39 @@ def count(directory: Path, new: str) -> int:
     )
 
 
-def kill_and_restart(directory: Path, victim: Path) -> tuple[float, float]:
-    """(until all others hold it failed, from its start until all others see it again), s."""
-    others = {node.name: Log(node) for node in existing_nodes(directory) if node != victim}
-    for log in others.values():
-        log.new()
-    own = Log(victim)
-    own.new()
-    pid = running_pid(victim)
-    assert pid is not None
+class Round(NamedTuple):
+    """What one round of deaths took, in s; of several victims the slowest counts."""
+
+    failed: float  # from the kill until all others hold them failed
+    started: float  # from the start of their processes until all others see them again
+    joined: float  # the same from the first word of their detectors
+    false_failures: int  # of members that were not killed
+
+
+def kill_and_restart(directory: Path, victims: list[Path]) -> Round:
+    names = [victim.name for victim in victims]
+    others = [node for node in existing_nodes(directory) if node not in victims]
+    deaths, joins, all_lines = ([Log(node).to_end() for node in others] for _ in range(3))
+    own = [Log(victim).to_end() for victim in victims]
+    pids = [running_pid(victim) or 0 for victim in victims]
+    assert all(pids)
     killed_s = time.time()
-    os.kill(pid, signal.SIGKILL)
-    failed = max(wait_all(others, victim.name, "failed", killed_s, 15).values())
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    failed = max(wait_all(deaths, names, "failed", killed_s, 15).values())
     time.sleep(T_DELETE_S)
     up(directory)
-    started = next(line for line in own.new() if line["text"] == "membership started")
-    back = {node: Log(directory / node) for node in others}
-    joined = max(wait_all(back, victim.name, "active", at_s(started), 15).values())
-    return failed, joined
+    seen = wait_all(joins, names, "active", killed_s, 15)
+    started = [at_s(next(line for line in log.new() if line["text"] == "membership started")) for log in own]
+    born = [born_s(running_pid(victim) or 0) for victim in victims]
+    lines = [line for log in all_lines for line in log.new()]
+    false = sum(is_change(line, str(line.get("member")), "failed") and line["member"] not in names for line in lines)
+    return Round(
+        failed,
+        max(killed_s + seen[name] - at for name, at in zip(names, born, strict=True)),
+        max(killed_s + seen[name] - at for name, at in zip(names, started, strict=True)),
+        false,
+    )
 
 
 def newcomer(table: Table, directory: Path, port: int) -> None:
@@ -254,12 +288,12 @@ def newcomer(table: Table, directory: Path, port: int) -> None:
     began_s = time.time()
     lifecycle.join(f"127.0.0.1:{port}", told["token"], new, f"127.0.0.1:{port + 200}", "newcomer")
     table.row("real: a brand-new member: idunno join", time.time() - began_s, None, " s")
-    logs = {node.name: Log(node) for node in nodes}
+    logs = [Log(node) for node in nodes]
     (new / "logs").mkdir(exist_ok=True)
     started_s = time.time()
     process = subprocess.Popen([sys.executable, "-m", "idunno.node", "--dir", str(new)], stdin=subprocess.DEVNULL)
     try:
-        last_s = started_s + max(wait_all(logs, "newcomer", "active", started_s, 60).values())
+        last_s = started_s + wait_all(logs, ["newcomer"], "active", started_s, 60)["newcomer"]
         up_s = at_s(next(line for line in Log(new).new() if line["text"] == "membership started"))
         table.row("           from the start of its process until all see it", last_s - started_s, None, " s")
         table.row("           from the moment its detector is up until all see it", last_s - up_s, 0.40, " s")
@@ -268,39 +302,64 @@ def newcomer(table: Table, directory: Path, port: int) -> None:
         process.wait()
 
 
-def real(table: Table, kills: int, port: int, seed: int) -> None:
-    asyncio.run(idle_bytes(table))
-    rng = random.Random(seed)
+@contextmanager
+def cluster(port: int) -> Iterator[Path]:
+    """Ten running nodes, with their bytecode, as an installed package has it."""
     with tempfile.TemporaryDirectory(prefix="idunno-bench-") as name:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(Path(name) / "bytecode")
         directory = Path(name) / "cluster"
         up(directory, NODES, port)
         try:
             time.sleep(5)
-            idle_processor(table, directory)
-            fell, came = [], []
-            for _ in range(kills):
-                time.sleep(rng.uniform(2.0, 3.5))
-                failed, joined = kill_and_restart(directory, rng.choice(existing_nodes(directory)))
-                fell.append(failed)
-                came.append(joined)
-            if kills:
-                table.row(
-                    f"real: kill -9 until all others hold it failed, {kills} kills, median",
-                    statistics.median(fell),
-                    2.0,
-                    " s",
-                )
-                table.row("           max", max(fell), 3.2, " s")
-                table.row("           out of the list, max", max(fell) + T_DELETE_S, 4.3, " s")
-                table.row("real: join until all see it, median", statistics.median(came), None, " s")
-                table.row("           max", max(came), 0.40, " s")
-            table.row(
-                "           false failures meanwhile", count(directory, "failed") - kills * (NODES - 1), 0, digits=0
-            )
-            newcomer(table, directory, port)
-            busy(table, directory)
+            yield directory
         finally:
             down(directory)
+
+
+def real(table: Table, kills: int, port: int, seed: int) -> None:
+    asyncio.run(idle_bytes(table))
+    rng = random.Random(seed)
+    with cluster(port) as directory:
+        idle_processor(table, directory)
+        rounds = []
+        for _ in range(kills):
+            time.sleep(rng.uniform(2.0, 3.5))
+            rounds.append(kill_and_restart(directory, [rng.choice(existing_nodes(directory))]))
+        if rounds:
+            deaths(table, f"real: kill -9 until all others hold it failed, {kills} kills", rounds)
+            started, joined = [one.started for one in rounds], [one.joined for one in rounds]
+            table.row("real: a restarted process until all see it, median", statistics.median(started), 0.40, " s")
+            table.row("           from the first word of its detector, median", statistics.median(joined), None, " s")
+            table.row("           max", max(joined), 0.40, " s")
+        newcomer(table, directory, port)
+        busy(table, directory)
+
+
+def three(table: Table, trios: int, port: int, seed: int) -> None:
+    """Three die at once: every other time three that are adjacent in the ring, else any three."""
+    rng = random.Random(seed)
+    adjacent, anywhere = list[Round](), list[Round]()
+    with cluster(port) as directory:
+        ring = sorted(existing_nodes(directory), key=lambda node: load_identity(node).node)
+        for number in range(trios):
+            time.sleep(rng.uniform(2.0, 3.5))
+            if number % 2 == 0:
+                at = rng.randrange(NODES)
+                adjacent.append(kill_and_restart(directory, [ring[(at + i) % NODES] for i in range(3)]))
+            else:
+                anywhere.append(kill_and_restart(directory, rng.sample(ring, 3)))
+    for words, rounds in (("adjacent", adjacent), ("any", anywhere)):
+        if rounds:
+            deaths(table, f"real: kill -9 of three at once ({words}), {len(rounds)} times", rounds)
+
+
+def deaths(table: Table, figure: str, rounds: list[Round]) -> None:
+    failed = [one.failed for one in rounds]
+    table.row(f"{figure}, median", statistics.median(failed), 2.0, " s")
+    table.row("           max", max(failed), 3.2, " s")
+    table.row("           out of the list, max", max(failed) + T_DELETE_S, 4.3, " s")
+    table.row("           false failures meanwhile", sum(one.false_failures for one in rounds), 0, digits=0)
 
 
 def idle_processor(table: Table, directory: Path) -> None:
@@ -374,9 +433,10 @@ def _wall_ms() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--trios", type=int, default=16, help="how often three are killed at once")
     parser.add_argument("--minutes", type=float, default=60.0, help="length of the simulated worlds of ten")
     parser.add_argument("--large", type=int, default=1_000, help="nodes of the large simulated world")
-    parser.add_argument("--only", choices=("simulated", "real", "beside"))
+    parser.add_argument("--only", choices=("simulated", "real", "three", "beside"))
     parser.add_argument("--beside", type=Path, metavar="DIR", help="a peer's harness, run over it and over ours")
     parser.add_argument("--adapter", default="serf.json", help="of the peer, in DIR/adapters")
     parser.add_argument("--lock", type=Path, metavar="FILE", help="held during each piece of the measurement")
@@ -388,6 +448,8 @@ def main() -> None:
         simulated(table, wanted.minutes, wanted.large, wanted.seed)
     if wanted.only in (None, "real"):
         real(table, wanted.kills, wanted.port, wanted.seed)
+    if wanted.only in (None, "three"):
+        three(table, wanted.trios, wanted.port, wanted.seed)
     if wanted.beside is not None:
         table.missed += not beside(wanted.beside, wanted.adapter, wanted.kills, wanted.lock)
     if table.missed:
