@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any, Final
 
 from idunno.base.disk import Buffer
@@ -62,14 +59,12 @@ from idunno.membership.transport import Membership
 from idunno.node.backups import Backups
 from idunno.node.config import NodeConfig, parse_address
 from idunno.node.dumping import Dumping
-from idunno.node.identity import DirectoryLock, Identity
 from idunno.node.keys import Keys
 from idunno.node.known import Known
-from idunno.node.lateness import Lateness, watch
+from idunno.node.lateness import Lateness
 from idunno.node.lineage import Lineage
-from idunno.node.logs import start_logging
 from idunno.node.outcast import Outcast
-from idunno.node.platform import Platform, real_platform
+from idunno.node.platform import Platform
 from idunno.node.reach import Reach
 from idunno.node.seat import Seat
 from idunno.node.seed import ask_seed, ask_until_answered, meet_newcomers
@@ -524,50 +519,3 @@ class Node:
                 log.warning("not yet introduced", extra={"error": str(error)})
                 await asyncio.sleep(0.5)  # errors may come at once; elections take a second
         self._caught_up()
-
-
-async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed: str | None, *, verbose: bool) -> None:
-    """Run until SIGINT or SIGTERM; a second signal ends it at once. Raises IdunnoError when it cannot start or go on."""
-    lock = DirectoryLock(directory)
-    lock.take()
-    (directory / "logs").mkdir(exist_ok=True)
-    level = logging.getLevelNamesMapping()[config.log_level.upper()]
-    start_logging(str(directory / "logs" / "node.jsonl"), config.name, level=level, also_stderr=verbose)
-    loop = asyncio.get_running_loop()
-    wanted = asyncio.Event()
-
-    def signalled() -> None:
-        if wanted.is_set():
-            os._exit(1)
-        wanted.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, signalled)
-    node = Node(config, real_platform(directory, config, identity), seed)
-    ended = await _until(wanted, node)
-    lock.release()
-    if node.problem:
-        raise Incompatible(node.problem)
-    if not ended:
-        os._exit(0)  # the threads that hang would hold up the interpreter's own end; everything that could be closed is
-
-
-async def _until(wanted: asyncio.Event, node: Node) -> bool:
-    """Start the node, run it until it is wanted to end or fails, stop it. Returns what Node.stop does."""
-    waiting = asyncio.create_task(wanted.wait())
-    starting = asyncio.create_task(node.start())
-    try:
-        await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():  # a signal while it starts: what was started is stopped by `start` itself
-            starting.cancel()
-            await asyncio.wait([starting])
-            return True
-        await starting
-        failing = asyncio.create_task(node.failed.wait())
-        watching = asyncio.create_task(watch(node.lateness, lambda: node.datanode.busy))
-        await asyncio.wait([waiting, failing], return_when=asyncio.FIRST_COMPLETED)
-        failing.cancel()
-        watching.cancel()
-        return await node.stop(hurry=bool(node.problem))
-    finally:
-        waiting.cancel()

@@ -38,7 +38,7 @@ def run(directory: Path, seed: str | None = None, *, verbose: bool = False) -> N
     with _loading():
         from idunno.node.config import load_config, parse_address
         from idunno.node.identity import check_settled, load_identity
-        from idunno.node.node import run_node
+        from idunno.node.process import run_node
 
     if seed is not None:
         parse_address(seed)

@@ -110,7 +110,7 @@ def test_a_core_is_pure(core: str) -> None:
 
 
 def test_a_node_loads_only_what_it_needs_to_start() -> None:
-    code = f"import sys, idunno.node.node; print([m for m in {NOT_IN_A_NODE!r} if m in sys.modules])"
+    code = f"import sys, idunno.node.process; print([m for m in {NOT_IN_A_NODE!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -14,8 +14,8 @@ from idunno.membership.gossip import News, Pool
 from idunno.membership.health import SCORE_MAX, LocalHealth, suspicion_ms
 from idunno.membership.messages import Ack, Gossip, Ping, PingReq, Relayed, State
 from idunno.membership.states import overrides
+from tests.unit.membership.lone import Lone, address, rumor
 from tests.unit.membership.net import SimNet, node_id
-from tests.unit.membership.test_rules import Lone, address, rumor
 
 
 def settled(others: int = 6) -> Lone:

@@ -1,0 +1,63 @@
+# idunno/node/process.py: one node as a process: its lock, its log, its signals, from its start to its end.
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from pathlib import Path
+
+from idunno.base.errors import Incompatible
+from idunno.node.config import NodeConfig
+from idunno.node.identity import DirectoryLock, Identity
+from idunno.node.lateness import watch
+from idunno.node.logs import start_logging
+from idunno.node.node import Node
+from idunno.node.platform import real_platform
+
+
+async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed: str | None, *, verbose: bool) -> None:
+    """Run until SIGINT or SIGTERM; a second signal ends it at once. Raises IdunnoError when it cannot start or go on."""
+    lock = DirectoryLock(directory)
+    lock.take()
+    (directory / "logs").mkdir(exist_ok=True)
+    level = logging.getLevelNamesMapping()[config.log_level.upper()]
+    start_logging(str(directory / "logs" / "node.jsonl"), config.name, level=level, also_stderr=verbose)
+    loop = asyncio.get_running_loop()
+    wanted = asyncio.Event()
+
+    def signalled() -> None:
+        if wanted.is_set():
+            os._exit(1)
+        wanted.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, signalled)
+    node = Node(config, real_platform(directory, config, identity), seed)
+    ended = await _until(wanted, node)
+    lock.release()
+    if node.problem:
+        raise Incompatible(node.problem)
+    if not ended:
+        os._exit(0)  # the threads that hang would hold up the interpreter's own end; everything that could be closed is
+
+
+async def _until(wanted: asyncio.Event, node: Node) -> bool:
+    """Start the node, run it until it is wanted to end or fails, stop it. Returns what Node.stop does."""
+    waiting = asyncio.create_task(wanted.wait())
+    starting = asyncio.create_task(node.start())
+    try:
+        await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():  # a signal while it starts: what was started is stopped by `start` itself
+            starting.cancel()
+            await asyncio.wait([starting])
+            return True
+        await starting
+        failing = asyncio.create_task(node.failed.wait())
+        watching = asyncio.create_task(watch(node.lateness, lambda: node.datanode.busy))
+        await asyncio.wait([waiting, failing], return_when=asyncio.FIRST_COMPLETED)
+        failing.cancel()
+        watching.cancel()
+        return await node.stop(hurry=bool(node.problem))
+    finally:
+        waiting.cancel()
