@@ -62,8 +62,11 @@ class File(Protocol):
 
 
 class Disk(Protocol):
-    async def open(self, path: str, *, create: bool = False) -> File:
-        """Open for reading and writing. `create` makes the file (not its directory) when it is not there."""
+    async def open(self, path: str, *, create: bool = False, direct: bool = False) -> File:
+        """Open for reading and writing. `create` makes the file (not its directory) when it is not there.
+
+        `direct`: for large content that is written and read once, in order: it goes past the system's cache where it can.
+        """
         ...
 
     async def read_all(self, path: str, *, bytes_max: int) -> bytes:

@@ -16,14 +16,11 @@ from typing import Final, ParamSpec, TypeVar
 from idunno.base.disk import Buffer, Entry, File, Space
 from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
 from idunno.base.writing import start_writing
+from idunno.node.descriptors import O_DIRECT, read, read_direct, write, write_direct
 from idunno.node.prompt import BYTES_MAX, Promptness
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-BUFFERS_MAX: Final = 512
-"""Buffers a single pwritev takes; Linux allows 1,024 (IOV_MAX)."""
-
 
 _RWF_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
 
@@ -57,9 +54,17 @@ class RealFile:
     """A file descriptor, its calls carried out in the disk's pool."""
 
     def __init__(
-        self, offload: ThreadOffload, descriptor: int, path: str, promptness: Promptness | None = None
+        self,
+        offload: ThreadOffload,
+        descriptor: int,
+        path: str,
+        promptness: Promptness | None = None,
+        *,
+        direct: bool = False,
     ) -> None:
         self._offload, self._descriptor, self._path, self._promptness = offload, descriptor, path, promptness
+        self._read, self._write = (read_direct, write_direct) if direct else (read, write)
+        self._direct = direct
         # Who was cancelled while it awaited a call may close the file while a thread still carries that call out: the
         # number of the descriptor must not go to another file under its hands.
         self._in_use = threading.Lock()
@@ -91,7 +96,7 @@ class RealFile:
             return function()
 
     async def read(self, offset: int, length: int) -> bytes:
-        return await self._do("read", lambda: _read(self._descriptor, offset, length))
+        return await self._do("read", lambda: self._read(self._descriptor, offset, length))
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         if not _RWF_NOWAIT or not self._in_use.acquire(blocking=False):
@@ -110,23 +115,23 @@ class RealFile:
     ) -> None:
         promptness = self._promptness if sync else None
 
-        def write() -> None:
+        def carry_out() -> None:
             begun = promptness.clock_s() if promptness is not None else 0.0
             if also is not None:
                 also()
-            _write(self._descriptor, offset, data)
+            self._write(self._descriptor, offset, data)
             if sync:
                 os.fdatasync(self._descriptor)
-            elif also is not None:
+            elif also is not None and not self._direct:
                 start_writing(self._descriptor, offset, sum(map(len, data)))
             if promptness is not None:
                 promptness.took(promptness.clock_s() - begun)
 
         if promptness is not None and promptness.is_prompt() and sum(map(len, data)) <= BYTES_MAX:
             await asyncio.sleep(0)  # what was sent in this turn leaves before the loop stands still
-            await self._do_here("write", write)
+            await self._do_here("write", carry_out)
         else:
-            await self._do("write", write)
+            await self._do("write", carry_out)
 
     async def sync(self) -> None:
         await self._do("sync", lambda: os.fsync(self._descriptor))
@@ -148,33 +153,6 @@ class RealFile:
                 await asyncio.shield(self._offload(self._use, lambda: os.close(descriptor)))
             except OSError as error:
                 raise _translate(error, "close", self._path) from error
-
-
-def _read(descriptor: int, offset: int, length: int) -> bytes:
-    data = os.pread(descriptor, length, offset)
-    if len(data) == length or not data:
-        return data
-    parts = [data]
-    got = len(data)
-    while got < length and (more := os.pread(descriptor, length - got, offset + got)):
-        parts.append(more)
-        got += len(more)
-    return b"".join(parts)
-
-
-def _write(descriptor: int, offset: int, data: Sequence[Buffer]) -> None:
-    views = [memoryview(part).cast("B") for part in data if len(part)]
-    at = 0
-    while at < len(views):
-        group = views[at : at + BUFFERS_MAX]
-        written = os.pwritev(descriptor, group, offset)
-        offset += written
-        while written and at < len(views):  # a short write ends inside a buffer, when the disk is nearly full
-            taken = min(written, len(views[at]))
-            written -= taken
-            views[at] = views[at][taken:]
-            if not len(views[at]):
-                at += 1
 
 
 def _allocate(descriptor: int, length: int) -> None:
@@ -208,16 +186,16 @@ class RealDisk:
         except OSError as error:
             raise _translate(error, what, path) from error
 
-    async def open(self, path: str, *, create: bool = False) -> File:
+    async def open(self, path: str, *, create: bool = False, direct: bool = False) -> File:
         full = self.local_path(path)
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-        opening = asyncio.ensure_future(self._do("open", path, lambda: os.open(full, flags, 0o600)))
+        opening = asyncio.ensure_future(self._do("open", path, lambda: _open(full, flags, direct=direct)))
         try:
             descriptor = await asyncio.shield(opening)
         except asyncio.CancelledError:
             opening.add_done_callback(_close_unwanted)  # its thread goes on and opens the file
             raise
-        return RealFile(self._offload, descriptor, path, self._promptness)
+        return RealFile(self._offload, descriptor, path, self._promptness, direct=direct)
 
     async def read_all(self, path: str, *, bytes_max: int) -> bytes:
         full = self.local_path(path)
@@ -290,6 +268,16 @@ class RealDisk:
         return await self._do("look at", ".", look)
 
 
+def _open(full: str, flags: int, *, direct: bool) -> int:
+    if direct:
+        try:
+            return os.open(full, flags | O_DIRECT, 0o600)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system in memory: it has nothing but the cache
+                raise
+    return os.open(full, flags, 0o600)
+
+
 def _close_unwanted(opening: asyncio.Future[int]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         os.close(opening.result())
@@ -308,7 +296,7 @@ def replace_file(full: str, data: Buffer, mode: int = 0o600) -> None:
     temporary = f"{full}.new"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
-        _write(descriptor, 0, [data])
+        write(descriptor, 0, [data])
         os.fchmod(descriptor, mode)
         os.fsync(descriptor)
     finally:

@@ -14,7 +14,7 @@ class LookingDisk:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
 
-    async def open(self, path: str, *, create: bool = False) -> File:
+    async def open(self, path: str, *, create: bool = False, direct: bool = False) -> File:
         try:
             return LookingFile(await self._disk.open(path))
         except NotFound:

@@ -135,7 +135,7 @@ class BlockStore:
             self._serial += 1
             serial = self._serial
             path = f"tmp/{_TEMPORARY}{serial}-{block[:16]}"
-            return BlockWriter(self, block, size, serial, path, await self._disk.open(path, create=True))
+            return BlockWriter(self, block, size, serial, path, await self._disk.open(path, create=True, direct=True))
         except BaseException as error:
             self._note(error)
             self._end(block, size)
@@ -254,7 +254,7 @@ class BlockStore:
 
     async def _open_held(self, block: BlockId, serial: int) -> File:
         try:
-            return await self._disk.open(_path(block))
+            return await self._disk.open(_path(block), direct=True)
         except NotFound:
             self._gone(block, serial)
             raise NotFound(f"block {block[:16]} is not here: its file has gone") from None

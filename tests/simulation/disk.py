@@ -235,7 +235,7 @@ class DiskView:
     def __init__(self, disk: SimDisk, *, serial: bool) -> None:
         self._disk, self._serial, self._free_at = disk, serial, 0.0
 
-    async def open(self, path: str, *, create: bool = False) -> SimFile:
+    async def open(self, path: str, *, create: bool = False, direct: bool = False) -> SimFile:
         return SimFile(self, path, await self.do(path, ("open", 0.0, lambda: self._open(path, create=create))))
 
     def _open(self, path: str, *, create: bool) -> Inode:

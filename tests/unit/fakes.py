@@ -157,7 +157,7 @@ class MemoryDisk:
 
     # -- Disk -------------------------------------------------------------------------------------------------------
 
-    async def open(self, path: str, *, create: bool = False) -> _MemoryFile:
+    async def open(self, path: str, *, create: bool = False, direct: bool = False) -> _MemoryFile:
         self._check("open", path)
         if path not in self._names:
             if not create:

@@ -43,7 +43,7 @@ class ThinFile(ToldFile):
 class ThinDisk(ToldDisk):
     numbers: ClassVar[dict[BlockId, int]] = {}
 
-    async def open(self, path: str, *, create: bool = False) -> ToldFile:
+    async def open(self, path: str, *, create: bool = False, direct: bool = False) -> ToldFile:
         file = await super().open(path, create=create)
         return ThinFile(self, path, file._inode) if "small" not in path else file
 

@@ -130,7 +130,7 @@ class ToldDisk(MemoryDisk):
         if self.before is not None:
             await self.before(doing, path)
 
-    async def open(self, path: str, *, create: bool = False) -> ToldFile:
+    async def open(self, path: str, *, create: bool = False, direct: bool = False) -> ToldFile:
         await self.tell("create" if create else "open", path)
         file = await super().open(path, create=create)
         return ToldFile(self, path, file._inode)
