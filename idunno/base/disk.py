@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 Buffer = bytes | bytearray | memoryview
+Also = Callable[[Sequence[Buffer]], object]
+"""What else is done with bytes that are being written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,12 @@ class File(Protocol):
         """Exactly these bytes, if the system has them in memory; None when it does not, or cannot tell: `read` them then."""
         ...
 
-    async def write(
-        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
-    ) -> None:
+    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Also | None = None) -> None:
         """Write the buffers one after another at `offset`; with `sync` they are durable on return (fdatasync).
 
         `also`: what else is to be done with the bytes off the loop, such as hashing them, before they are written: one
-        hand-over to another thread instead of two. Such bytes are much, so the device begins to write them at once, which
-        makes the later `sync` short.
+        hand-over to another thread instead of two. It is given all of them, in order, in one part or several. Such bytes
+        are much, so the device begins to write them at once, which makes the later `sync` short.
         """
         ...
 

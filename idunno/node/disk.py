@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
 
-from idunno.base.disk import Buffer, Entry, File, Space
+from idunno.base.disk import Also, Buffer, Entry, File, Space
 from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
 from idunno.base.writing import start_writing
 from idunno.node.descriptors import O_DIRECT, read, read_direct, write, write_direct
@@ -110,16 +110,12 @@ class RealFile:
         finally:
             self._in_use.release()
 
-    async def write(
-        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
-    ) -> None:
+    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Also | None = None) -> None:
         promptness = self._promptness if sync else None
 
         def carry_out() -> None:
             begun = promptness.clock_s() if promptness is not None else 0.0
-            if also is not None:
-                also()
-            self._write(self._descriptor, offset, data)
+            self._write(self._descriptor, offset, data, also)
             if sync:
                 os.fdatasync(self._descriptor)
             elif also is not None and not self._direct:

@@ -4,9 +4,9 @@
 #       without touching it, it is opened over this: what is read is what a start would go on with.
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from idunno.base.disk import Buffer, Disk, Entry, File, Space
+from idunno.base.disk import Also, Buffer, Disk, Entry, File, Space
 from idunno.base.errors import NotFound
 
 
@@ -58,7 +58,7 @@ class LookingFile:
         return None
 
     async def write(
-        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
+        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Also | None = None
     ) -> None: ...
 
     async def sync(self) -> None: ...

@@ -3,7 +3,7 @@
 # Rule 1: a block is written to tmp/, verified against its name, synced, renamed to blocks/ab/<name>, and the directory
 #         synced; only then does this store say that it has it. Nothing partial ever bears a block's name.
 # Rule 2: a block read from begin to end is verified on the way; a rotten one goes to quarantine/ and is no longer held.
-# Rule 3: a block is never held in memory: 2 * WRITE_BYTES of it at a time.
+# Rule 3: a block is never held in memory: 2 * WRITE_BYTES of it at a time when written, 2 * READ_BYTES when read.
 # Rule 4: each publication of a block has a serial: what was found out about an older file says nothing about a newer one.
 # Rule 5: below the floor of free space no block is taken; blocks under way count as used. Nor while the disk fails.
 # Rule 6: whoever removes a block has decided so without an await since his barrier (`take_out`); what is being written stays.
@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
-from functools import partial
 from typing import Final, NoReturn
 
 from idunno.base.disk import Buffer, Disk, File, Space
@@ -26,8 +25,10 @@ from idunno.sdfs.pins import Pins
 
 log = logging.getLogger("idunno.sdfs")
 
-WRITE_BYTES: Final = 1024 * 1024
-"""Written, read and hashed in pieces of this size: large enough that a system call and a hand-over cost nothing beside."""
+WRITE_BYTES: Final = 2 * 1024 * 1024
+"""Written and hashed in pieces of this size: large enough that a system call and a hand-over cost nothing beside."""
+READ_BYTES: Final = 512 * 1024
+"""Read in pieces of this size, of which two are held: 64 readers at once take 64 MiB."""
 BUFFERED_BYTES_MAX: Final = 16 * 1024 * 1024
 """In all writers together: with slow disks and 40 blocks coming, the node stays below 160 MB."""
 PIECES_MAX: Final = 256
@@ -193,7 +194,7 @@ class BlockStore:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     async def read(self, block: BlockId, offset: int, length: int) -> AsyncGenerator[bytes, None]:
-        """The bytes [offset, offset + length) in pieces of at most WRITE_BYTES; use under `contextlib.aclosing`.
+        """The bytes [offset, offset + length) in pieces of at most READ_BYTES; use under `contextlib.aclosing`.
 
         A read of the whole block is verified: Corrupt comes after the last piece, and the block is no longer held.
         Raises NotFound, DiskFailed, and InvalidArgument for a range outside the block.
@@ -203,11 +204,14 @@ class BlockStore:
             raise InvalidArgument(f"block {block[:16]} has {size} bytes, not {offset} to {offset + length}")
         digest = Digest() if length == size else None
         file = await self._open_held(block, serial)
+        at, end = offset, offset + length
+        coming: asyncio.Task[bytes] | None = None  # while a piece is hashed and sent, the next is read
         try:
-            at, end = offset, offset + length
             while at < end:
+                coming = coming or asyncio.create_task(file.read(at, min(READ_BYTES, end - at)))
+                await asyncio.wait([coming])
                 try:
-                    piece = await file.read(at, min(WRITE_BYTES, end - at))
+                    piece = coming.result()
                 except DiskFailed as error:
                     # Not quarantined: what the device or the system refused once (no more descriptors, a passing error)
                     # says nothing about the content, and it may be the last copy. The reader asks another replica, and
@@ -217,11 +221,16 @@ class BlockStore:
                     raise
                 if not piece:
                     await self._quarantine(block, serial, f"ends at {at} of {size} bytes")
+                at, coming = at + len(piece), None
+                if at < end:
+                    coming = asyncio.create_task(file.read(at, min(READ_BYTES, end - at)))
                 if digest is not None:
                     await self._hash(digest, [piece])
-                at += len(piece)
                 yield piece
         finally:
+            if coming is not None:
+                await asyncio.wait([coming])
+                coming.cancelled() or coming.exception()  # looked at; who stops reading has no use for it
             await file.close()
         if digest is None:
             return
@@ -367,7 +376,7 @@ class BlockWriter:
 
     async def _flush(self, offset: int, pieces: list[Buffer], length: int) -> None:
         try:
-            await self._file.write(offset, pieces, also=partial(self._digest.update, pieces))
+            await self._file.write(offset, pieces, also=self._digest.update)
         except DiskFailed as error:
             self._store._note(error)
             raise

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
 from blake3 import blake3
@@ -39,7 +39,7 @@ class Digest:
     def __init__(self) -> None:
         self._hash = blake3()
 
-    def update(self, pieces: list[Buffer]) -> None:
+    def update(self, pieces: Sequence[Buffer]) -> None:
         for piece in pieces:
             self._hash.update(piece)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from idunno.base.disk import Buffer, Entry, Space
+from idunno.base.disk import Also, Buffer, Entry, Space
 from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
 from tests.simulation.loop import SimLoop
 
@@ -389,12 +389,10 @@ class SimFile:
     def read_now(self, offset: int, length: int) -> bytes | None:
         return None
 
-    async def write(
-        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
-    ) -> None:
+    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Also | None = None) -> None:
         joined = b"".join(data)
         if also is not None:
-            also()
+            also(data)
 
         def write() -> None:
             self._grow(offset + len(joined))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from idunno.base.disk import Buffer, Entry, Space
+from idunno.base.disk import Also, Buffer, Entry, Space
 from idunno.base.errors import Corrupt, DiskFailed, NotFound
 
 SECTOR_BYTES = 512
@@ -80,12 +80,10 @@ class _MemoryFile:
     def read_now(self, offset: int, length: int) -> bytes | None:
         return None
 
-    async def write(
-        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
-    ) -> None:
+    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Also | None = None) -> None:
         self._check("write")
         if also is not None:
-            also()
+            also(data)
         joined = b"".join(data)
         self._disk._reserve(self._path, max(0, offset + len(joined) - len(self._inode.live)))
         self._inode.write(offset, joined)

@@ -33,17 +33,18 @@ def test_whatever_the_sizes_what_is_written_is_read(
     path = tmp_path / "a"
     descriptor = opened(path)
     try:
-        content, offset = bytearray(begin), begin
+        content, offset, heard = bytearray(begin), begin, bytearray()
         os.ftruncate(descriptor, begin)
         for number, parts in enumerate(writes):
             data: Sequence[Buffer] = [os.urandom(4) * (size // 4 + 1) for size in parts]
             data = [memoryview(part)[:size] for part, size in zip(data, parts, strict=True)]
-            write_direct(descriptor, offset, data)
+            write_direct(descriptor, offset, data, lambda parts: heard.extend(b"".join(parts)))
             content += b"".join(data)
             offset = len(content)
             assert path.stat().st_size == len(content), number
         assert read_direct(descriptor, at, length) == content[at : at + length]
         assert path.read_bytes() == content
+        assert heard == content[begin:]
     finally:
         os.close(descriptor)
         path.unlink()
@@ -105,7 +106,7 @@ def test_a_disk_in_memory_is_a_disk_too(tmp_path: Path) -> None:
 
     async def story(disk: RealDisk) -> None:
         file = await disk.open(name, create=True, direct=True)
-        await file.write(0, [b"abc", bytes(ALIGN_BYTES)], also=lambda: None)
+        await file.write(0, [b"abc", bytes(ALIGN_BYTES)], also=lambda data: None)
         assert await file.read(0, 10_000) == b"abc" + bytes(ALIGN_BYTES)
         await file.close()
         await disk.remove(name)

@@ -44,9 +44,9 @@ def test_what_is_written_is_read(run: Run) -> None:
 def test_what_is_in_memory_is_read_at_once_and_only_whole(run: Run) -> None:
     async def story(disk: RealDisk) -> None:
         file = await disk.open("a", create=True)
-        hashed: list[str] = []
-        await file.write(0, [b"abcdef"], also=lambda: hashed.append("before the write"))
-        assert hashed == ["before the write"]
+        hashed: list[bytes] = []
+        await file.write(0, [b"abcdef"], also=lambda data: hashed.append(b"".join(data)))
+        assert hashed == [b"abcdef"]
         # Not every file system can tell; who cannot gives nothing, and it is read in the usual way.
         assert file.read_now(1, 4) in (b"bcde", None)
         assert file.read_now(4, 4) is None  # two of the four bytes are there

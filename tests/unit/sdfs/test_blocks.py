@@ -13,7 +13,7 @@ from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.hashing import block_id
 from tests.unit.sdfs.world import CONFIG, MB, ToldDisk, content_of, inline, run
 
-CONTENT = content_of(2 * MB + 100)
+CONTENT = content_of(WRITE_BYTES + MB)  # two writes
 BLOCK = block_id(CONTENT)
 PATH = f"blocks/{BLOCK[:2]}/{BLOCK}"
 

@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
-from idunno.base.disk import Buffer
+from idunno.base.disk import Also, Buffer
 from idunno.base.ids import BlockId
 from idunno.sdfs.client import FileClient
 from idunno.sdfs.hashing import block_id
@@ -26,12 +26,10 @@ def block(number: int) -> bytes:
 class ThinFile(ToldFile):
     """Keeps the length of what is written, and reads a block's content from its name."""
 
-    async def write(
-        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
-    ) -> None:
+    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Also | None = None) -> None:
         await self._told("write")
         if also is not None:
-            also()
+            also(data)
 
     async def read(self, offset: int, length: int) -> bytes:
         await self._told("read")

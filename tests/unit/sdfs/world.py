@@ -11,7 +11,7 @@ import selectors
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from idunno.base.disk import Buffer
+from idunno.base.disk import Also, Buffer
 from idunno.base.errors import ConnectionLost, NoQuorum, Unavailable
 from idunno.base.ids import BlockId, Index, NodeId, Term
 from idunno.coordinator.commands import AddUser, Command, Entry, SetPresence, encode_entry
@@ -98,9 +98,7 @@ async def inline(work: Callable[[], T], /) -> T:
 class ToldFile(_MemoryFile):
     """A file whose operations are told to `disk.before` first."""
 
-    async def write(
-        self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Callable[[], object] | None = None
-    ) -> None:
+    async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Also | None = None) -> None:
         await self._told("write")
         await super().write(offset, data, sync=sync, also=also)
 
