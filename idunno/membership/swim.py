@@ -20,7 +20,6 @@ from idunno.membership.book import Book
 from idunno.membership.config import SwimConfig
 from idunno.membership.events import (
     Announce,
-    Announced,
     Doubt,
     Exchange,
     Forget,
@@ -36,6 +35,7 @@ from idunno.membership.events import (
     TcpProbed,
     Tick,
 )
+from idunno.membership.farewell import Farewell
 from idunno.membership.health import LocalHealth
 from idunno.membership.messages import Ack, Ping, PingReq, Relayed, Rumor, State, WholeList
 from idunno.membership.probes import Prober
@@ -67,6 +67,7 @@ class Swim:
         self._rng = rng
         self._voice = Voice(me, self.book)
         self._prober = Prober(config, rng, self.book, self._voice, self.health)
+        self._farewell = Farewell(config, rng, self.book, self._voice)
         self._neighbours: list[NodeId] = []
         self._suspects: list[NodeId] = []  # passed on the way to the neighbours
         self._listed: dict[NodeId, int] = {}  # when each was last sent the list
@@ -77,10 +78,6 @@ class Swim:
         self._random_ms = self._since_ms = 0
         self._exchanged_ms = self._matched_ms = 0  # when lists were last exchanged; when a digest last matched
         self._exchange_wait_ms = config.exchange_ms
-        self._telling: dict[NodeId, bool] = {}  # while announcing: told -> answered
-        self._telling_seq = 0
-        self._retell_ms: int | None = None
-        self._announce_end_ms: int | None = None
 
     @property
     def members(self) -> dict[NodeId, Member]:
@@ -124,7 +121,9 @@ class Swim:
             case Forget(node):
                 self._forget(node, now_ms)
             case Announce(state):
-                self._announce(state, now_ms, out)
+                self._prober.drop_all()
+                self._period_ms = self._gossip_ms = None
+                self._farewell.begin(state, self._prober.seq(), now_ms, out)
         if self.book.state is State.ACTIVE:
             if self.book.someone_fell:
                 self._look_around(now_ms, out)
@@ -135,11 +134,9 @@ class Swim:
     def due_ms(self) -> int | None:
         """When the next Tick is wanted; None before the first event and after an announced end."""
         if self.book.state is not State.ACTIVE:
-            times = (self._retell_ms, self._announce_end_ms)
-        else:
-            times = (self._period_ms, self._gossip_ms)
-        others = () if self.book.state is not State.ACTIVE else (self._prober.due_ms(), self.book.due_ms())
-        return min((time for time in (*times, *others) if time is not None), default=None)
+            return self._farewell.due_ms()
+        times = (self._period_ms, self._gossip_ms, self._prober.due_ms(), self.book.due_ms())
+        return min((time for time in times if time is not None), default=None)
 
     def view(self) -> list[MemberView]:
         """All members, this one included, sorted by id."""
@@ -160,8 +157,8 @@ class Swim:
         due = self.due_ms()
         if due is None or now_ms < due:
             return
-        if self._announce_end_ms is not None:
-            self._tick_announcing(now_ms, out)
+        if self._farewell.is_under_way:
+            self._farewell.tick(now_ms, out)
             return
         if now_ms - due > self.config.late_ms:
             self._was_held_up(now_ms - due, now_ms)
@@ -299,9 +296,7 @@ class Swim:
         trip_ms = self._prober.acked(member, message.seq, now_ms, out)
         if trip_ms is not None and trip_ms <= self.config.probe_ms and message.clock_ms and self._voice.clock_ms:
             member.skew_ms = message.clock_ms + trip_ms // 2 - self._voice.clock_ms
-        if message.seq == self._telling_seq and member.node in self._telling:
-            self._telling[member.node] = True
-            self._end_announcing_if_done(out)
+        self._farewell.acked(member.node, message.seq, out)
 
     def _compare(self, member: Member, message: Ping | Ack, now_ms: int, out: list[Output]) -> None:
         """Exchange whole lists when this member's differs although nothing is under way."""
@@ -490,46 +485,9 @@ class Swim:
     def _forget(self, node: NodeId, now_ms: int) -> None:
         if self.book.forget(node, now_ms):
             self._prober.drop(node)
-            self._telling.pop(node, None)
+            self._farewell.forget(node)
             self._listed.pop(node, None)
             self._watch()
-
-    # -- the end --------------------------------------------------------------------------------------------------
-
-    def _announce(self, state: State, now_ms: int, out: list[Output]) -> None:
-        if state not in (State.STOPPED, State.LEFT):
-            raise AssertionError(f"{state.value} is nothing a member announces of itself")
-        self.book.state = state
-        self._prober.drop_all()
-        self._period_ms = self._gossip_ms = None
-        self._telling_seq = self._prober.seq()
-        alive = [n for n in self.book.alive.draw(self._rng, len(self.members)) if self._is_active(n)]
-        told = alive[: self.config.announce_members]
-        self._telling = dict.fromkeys(told, False)
-        self._announce_end_ms = now_ms + self.config.announce_ms
-        self._retell_ms = now_ms + self.config.retry_ms
-        out += [self._voice.ping(self.members[node], self._telling_seq) for node in told]
-        self._end_announcing_if_done(out)
-
-    def _is_active(self, node: NodeId) -> bool:
-        return self.members[node].state is State.ACTIVE
-
-    def _tick_announcing(self, now_ms: int, out: list[Output]) -> None:
-        assert self._announce_end_ms is not None
-        if now_ms >= self._announce_end_ms:
-            self._end_announcing(out)
-        elif self._retell_ms is not None and now_ms >= self._retell_ms:
-            self._retell_ms = now_ms + self.config.retry_ms
-            silent = [node for node, answered in self._telling.items() if not answered]
-            out += [self._voice.ping(self.members[node], self._telling_seq) for node in silent]
-
-    def _end_announcing_if_done(self, out: list[Output]) -> None:
-        if self._announce_end_ms is not None and all(self._telling.values()):
-            self._end_announcing(out)
-
-    def _end_announcing(self, out: list[Output]) -> None:
-        out.append(Announced(len(self._telling), sum(self._telling.values())))
-        self._announce_end_ms = self._retell_ms = None
 
     # -- news -----------------------------------------------------------------------------------------------------
 

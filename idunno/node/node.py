@@ -465,7 +465,7 @@ class Node:
         """A vote or an answer for which a connection has to be made first is one that is lost: an election would wait for the
         next."""
         while True:
-            for node in self.driver.voters - {self.me}:
+            for node in sorted(self.driver.voters - {self.me}):  # a set of texts has another order in each process
                 self.peers.keep_ready(node, Lane.CONSENSUS)
             await asyncio.sleep(KEEP_CONNECTED_S)
 

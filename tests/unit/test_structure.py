@@ -36,6 +36,7 @@ CORES = [
     "membership/swim.py",
     "membership/book.py",
     "membership/probes.py",
+    "membership/farewell.py",
     "membership/voice.py",
     "membership/states.py",
     "membership/health.py",

@@ -179,7 +179,7 @@ def test_no_sequence_of_events_raises_or_grows_beyond_the_bounds(story: list[tup
         assert len(core.view()) == len(core.members) + 1
         book, known = core.book, core.members.keys()
         assert len(book.news) <= 9
-        assert core._prober.open.keys() | core._telling.keys() | book.unknown.keys() <= known
+        assert core._prober.open.keys() | core._farewell.told.keys() | book.unknown.keys() <= known
         assert len(book.alive) + len(book.away) <= 8
         assert len(core._listed) <= LISTED_MAX
         assert len(book._deadlines) <= 2 * 8 + 64
