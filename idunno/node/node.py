@@ -109,7 +109,7 @@ class Node:
         self.config, self.platform, self._seed = config, platform, seed
         self.me, self.boot = platform.identity.node, platform.boot
         self.disk = platform.disk
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}  # no set: they end in the order in which they began
         self._members: set[NodeId] = set()
         self._led: NodeId | None = None  # who led last, as far as this node heard
         self._stops: list[tuple[str, Callable[[], Awaitable[None]]]] = []
@@ -382,11 +382,11 @@ class Node:
 
     def spawn(self, work: Any, name: str) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background task failed", exc_info=error, extra={"task": task.get_name()})
 
