@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from idunno.base.memory import give_back_large_blocks
 from idunno.cli import render
 from idunno.cli.options import ANY, FILE, LOCAL, NODE, PREFIX, Duration, Moment, command, group, settings
 from idunno.cli.running import note, result, usage, work
@@ -31,6 +32,7 @@ def _seconds_since(began: float) -> float:
 @click.option("--list", "listed", is_flag=True, help="Of a folder: name each file.")
 def put(local: str, name: str, write_quorum: int | None, if_version: int | None, listed: bool) -> None:
     """Store the file LOCAL as the next version of NAME; a folder with everything below it; - is standard input."""
+    give_back_large_blocks()
     if local != STREAM and Path(local).is_dir():
         if if_version is not None:
             raise usage("--if-version is for one file, not for a folder")
@@ -110,6 +112,7 @@ def get(name: str, local: str, version: int | None, as_of: int | None) -> None:
     """Fetch NAME, verified, into the file LOCAL; - is standard output. NAME/ fetches everything below it into a folder."""
     if version is not None and as_of is not None:
         raise usage("--version and --as-of exclude each other")
+    give_back_large_blocks()
     if name.endswith("/"):
         if version is not None or as_of is not None or local == STREAM:
             raise usage(f"{name} is a folder: it has no --version or --as-of, and needs a local folder")
@@ -153,6 +156,7 @@ def _get_folder(name: str, local: str) -> None:
 @click.argument("local", type=LOCAL)
 def get_versions(name: str, count: int, local: str) -> None:
     """The last K versions of NAME in one file LOCAL, newest first, each behind a line that names it."""
+    give_back_large_blocks()
     _refuse_json_stream(local)
     began = time.monotonic()
 

@@ -240,10 +240,10 @@ class FileClient:
                 base = base if wanted else at
                 wanted.append(block)
             at += block.size
-        pieces: list[memoryview] = []
+        pieces: list[bytes] = []
 
         async def keep(at: int, content: Buffer) -> None:
-            pieces.append(memoryview(content)[max(0, offset - base - at) : end - base - at])
+            pieces.append(bytes(memoryview(content)[max(0, offset - base - at) : end - base - at]))
 
         await download(asker, wanted, keep, self._offload)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
