@@ -60,7 +60,8 @@ class Applying:
                     continue  # the disk refused, or a snapshot was installed meanwhile
                 self._apply_slice(payloads)
                 self._settled()
-                await asyncio.sleep(0)  # lets the loop breathe between slices
+                if self.index < self._core.commit:
+                    await asyncio.sleep(0)  # lets the loop breathe between slices
 
     async def _read(self, first: int, last: int) -> list[bytes] | None:
         """Committed entries; None when they could not be had, and are to be asked for again."""

@@ -173,11 +173,11 @@ class Callers:
 
     def settle(self) -> None:
         """Answer whoever waited for what is now there."""
-        self._awaited.reached(self._applying.index)
-        core = self._core
-        if core is None or not self._proposals or not core.is_leader:
+        applied, core = self._applying.index, self._core
+        self._awaited.reached(applied)
+        if not self._proposals or next(iter(self._proposals)) > applied or core is None or not core.is_leader:
             return
-        ready = min(self._applying.index, core.copies(self.copies_needed))
+        ready = min(applied, core.copies(self.copies_needed))
         while self._proposals and next(iter(self._proposals)) <= ready:
             index, proposal = self._proposals.popitem(last=False)
             if not proposal.answer.done():

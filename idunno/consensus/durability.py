@@ -45,7 +45,13 @@ class Durability:
         if order.entries:
             self._log.stage(order.first, order.entries)
         self._persists.append(order)
-        self._due.set()
+
+    def begin(self) -> bool:
+        """Have what waits written; whether anything does. Behind what else is sent in this turn: what goes out first travels
+        while a prompt disk holds the loop."""
+        if self._persists:
+            self._due.set()
+        return bool(self._persists)
 
     def forget(self, index: Index) -> None:
         """Cut the log up to `index`, which a durable snapshot covers, as soon as nothing waits to be written."""
@@ -66,6 +72,8 @@ class Durability:
                     if self._ending:
                         return
                     await self._health.pause()
+                elif self._persists:
+                    await asyncio.sleep(0)  # what was promised leaves first
             if self._forget_up_to > self._terms.base and not self._ending:
                 await self._cut()
             if self._ending:

@@ -435,22 +435,24 @@ class Raft:
             p.installing = p.installing and p.next <= self.terms.base
         else:
             p.rejected(answer, self.terms)
-        self._advance_commit()
-        if not self.is_leader:
-            return
-        self._replicate(sender, p)
+        if p.match > self.commit:
+            self._advance_commit()
+            if not self.is_leader:
+                return
+        if p.next <= self.terms.last:
+            self._replicate(sender, p)
         if min(self.commit, p.match) > p.commit_sent and self._notice_ms is None:
             self._notice_ms = self._now + self.config.commit_notice_ms
         self._finish_reads()
         if self._transfer is not None and sender == self._transfer[0]:
             self._hand_over()
 
-    def _of_voters(self, mine: int, theirs: dict[NodeId, int]) -> list[int]:
-        return [mine if node == self.me else theirs.get(node, 0) for node in self.voters]
+    def _synced_by_majority(self) -> int:
+        me, peers, voters = self.me, self.peers, self.voters
+        return reached([self.synced if node == me else peers[node].match for node in voters], majority(len(voters)))
 
     def _advance_commit(self) -> None:
-        matches = self._of_voters(self.synced, {node: p.match for node, p in self.peers.items()})
-        index = reached(matches, majority(len(self.voters)))
+        index = self._synced_by_majority()
         # 3.6.2: only an entry of the own term is committed by counting; it takes those before it along.
         if index > self.commit and self.terms.term(index) == self.term:
             self._commit_to(index)
@@ -605,8 +607,9 @@ class Raft:
         if self._reading is None:
             return
         round_, index, reads = self._reading
-        rounds = self._of_voters(self._round, {node: p.round for node, p in self.peers.items()})
-        if reached(rounds, majority(len(self.voters))) >= round_:
+        me, peers, voters = self.me, self.peers, self.voters
+        rounds = [self._round if node == me else peers[node].round for node in voters]
+        if reached(rounds, majority(len(voters))) >= round_:
             self._reading = None
             self._out.append(ReadReady(reads, index))
             self._begin_reads()

@@ -83,6 +83,9 @@ class _Known(msgspec.Struct, frozen=True):
         return _Known(before.term, before.index, self.run, self.newest, self.newest_term, self.newest_index)
 
 
+_NOTHING_KNOWN: Final = _Known()
+
+
 class _Saved(msgspec.Struct, frozen=True):
     format: int
     cluster: str
@@ -108,13 +111,16 @@ class Witness:
 
     def learn(self, node: NodeId, term: Term, index: Index, run: int | None = None) -> None:
         """`run` of it said so; None: the one that is heard."""
-        known = self._known.get(node, _Known())
-        raised = known.raised(Claim(term, index), known.run if run is None else run)
+        known = self._known.get(node, _NOTHING_KNOWN)
+        run = known.run if run is None else run
+        if run == known.newest and (term, index) <= (known.newest_term, known.newest_index):
+            return  # nearly always, where it does not lead
+        raised = known.raised(Claim(term, index), run)
         if raised != known:
             self._known[node], self.changed = raised, True
 
     def mark(self, node: NodeId) -> Claim:
-        return self._known.get(node, _Known()).mark()
+        return self._known.get(node, _NOTHING_KNOWN).mark()
 
     # -- judging ------------------------------------------------------------------------------------------------------
 
@@ -125,7 +131,7 @@ class Witness:
 
     def judge(self, node: NodeId, run: Run, claim: Claim, boot_seen: int = 0) -> str:
         """Accept this run (""), or say in one line why not. `boot_seen`: the node's boot number in the roster."""
-        known = self._known.get(node, _Known())
+        known = self._known.get(node, _NOTHING_KNOWN)
         last = Run.of(known.run)
         if run.number == known.run:
             return ""  # accepted before; what it said since may have raised its mark
@@ -150,7 +156,7 @@ class Witness:
 
     def believe(self, node: NodeId, run: Run) -> str:
         """From now on this run of it is heard, and no other."""
-        known = self._known.get(node, _Known())
+        known = self._known.get(node, _NOTHING_KNOWN)
         self._known[node] = msgspec.structs.replace(known, run=run.number)
         self.changed = True
         return ""

@@ -124,7 +124,6 @@ class RealFile:
                 promptness.took(promptness.clock_s() - begun)
 
         if promptness is not None and promptness.is_prompt() and sum(map(len, data)) <= BYTES_MAX:
-            await asyncio.sleep(0)  # what was sent in this turn leaves before the loop stands still
             await self._do_here("write", carry_out)
         else:
             await self._do("write", carry_out)

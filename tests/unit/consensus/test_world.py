@@ -9,7 +9,6 @@ import pytest
 from idunno.base.ids import NodeId
 from idunno.consensus.config import RaftConfig
 from idunno.consensus.messages import APPEND_BYTES_MAX, Append
-from idunno.consensus.quorum import majority, reached
 from idunno.consensus.raft import Raft
 from tests.unit.consensus.world import CONFIG, World
 
@@ -128,8 +127,7 @@ class CommitsOldTerms(Raft):
     """Planted: commits an entry of an older term by counting (thesis, figure 3.7)."""
 
     def _advance_commit(self) -> None:
-        matches = self._of_voters(self.synced, {node: p.match for node, p in self.peers.items()})
-        self._commit_to(reached(matches, majority(len(self.voters))))
+        self._commit_to(self._synced_by_majority())
 
 
 class VotesForAnybody(Raft):
