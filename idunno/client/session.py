@@ -91,7 +91,7 @@ class Session:
     def open(self, method: Method[Q, A], request: Q, *, timeout_s: float, actor: Actor | None = None) -> Stream[A]:
         return _SessionStream(self, method, request, timeout_s, actor)
 
-    def notify(self, method: Method[Q, Empty], request: Q, body: Buffer = b"") -> bool:
+    def notify(self, method: Method[Q, Empty], request: Q | msgspec.Raw, body: Buffer = b"") -> bool:
         link = self._links.get(self._now)
         return link is not None and not link.closed and link.notify(method, request, body)
 

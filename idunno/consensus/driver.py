@@ -111,7 +111,7 @@ class RaftDriver:
         self._snapshots = (
             Snapshots(machine, disk, config, send=send, spawn=self._spawn) if machine is not None else None
         )
-        self._running = self._busy = self._announced = self._committed = False
+        self._running = self._busy = self._announced = self._ordered = False
         self._inbox: deque[Input] = deque()
         self._role_changed = asyncio.Event()
         self._health = Health(self._step_if_running)
@@ -384,19 +384,18 @@ class RaftDriver:
         finally:
             self._busy = False
             self._arm()
-            self._begin()
+            if self._ordered:
+                self._begin()
         self._settle()
 
     def _begin(self) -> None:
         """What was ordered, in the order of how many wait for it: a follower's promise is waited for by all, what it applies
         by few."""
-        writing = self._durability.begin()
-        if not self._committed:
-            return
-        self._committed = False
-        if writing:
+        self._ordered = False
+        writing, committed = self._durability.begin(), self._applying.index < self._core.commit
+        if committed and writing:
             self._loop.call_soon(self._applying.committed)
-        else:
+        elif committed:
             self._applying.committed()
 
     def _step_if_running(self, event: Input) -> None:
@@ -422,8 +421,9 @@ class RaftDriver:
                 if output.anew is not None:
                     self._begin_anew(output.anew)
                 self._durability.persist(output)
+                self._ordered = True
             case Committed():
-                self._committed = True
+                self._ordered = True
             case ReadReady(reads, index):
                 self._callers.read_ready(reads, index)
             case ReadFailed(reads):

@@ -31,6 +31,8 @@ class Feeder:
     ) -> None:
         self._core, self._log, self._send, self._spawn = core, log, send, spawn
         self._behind: dict[NodeId, deque[SendEntries]] = {}  # followers that a task is reading for
+        self._made: Append  # the last one: the next follower is mostly sent the same
+        self._made_of: tuple[Term, Index, Index, Index, int] | None = None
 
     def send(self, order: SendEntries) -> None:
         payloads = self._log.cached(order.first, order.last)
@@ -45,12 +47,17 @@ class Feeder:
         self._spawn(self._read_and_send(order.to), f"raft entries for {order.to}")
 
     def _send_append(self, order: SendEntries, payloads: list[bytes]) -> None:
+        what = (order.term, order.first, order.last, order.commit, order.round)
+        if what != self._made_of:
+            self._made_of, self._made = what, self._append(order, payloads)
+        self._send(order.to, self._made)
+
+    def _append(self, order: SendEntries, payloads: list[bytes]) -> Append:
         terms = self._core.terms
         entries = tuple(
             Entry(terms.term(index) or Term(0), payload) for index, payload in enumerate(payloads, order.first)
         )
-        previous = Index(order.first - 1)
-        self._send(order.to, Append(order.term, previous, order.prev_term, order.commit, order.round, entries))
+        return Append(order.term, Index(order.first - 1), order.prev_term, order.commit, order.round, entries)
 
     async def _read_and_send(self, to: NodeId) -> None:
         queue = self._behind[to]

@@ -411,18 +411,22 @@ class Raft:
             p.commit_sent = max(p.commit_sent, min(self.commit, last))
             self._out.append(SendEntries(node, self.term, prev_term, first, last, self.commit, self._round))
 
-    def _heartbeat(self, node: NodeId, p: Progress, *, notice: bool = False) -> None:
-        """An Append without entries just before `next`: where the follower lacks something, its answer says so."""
+    def _heartbeat(self, node: NodeId, p: Progress, *, notice: bool = False, like: Append | None = None) -> Append:
+        """An Append without entries just before `next`: where the follower lacks something, its answer says so. `like`: what
+        another was sent just now; the same message where it would be an equal one."""
         prev = max(p.next - 1, self.terms.base)
-        prev_term = self.terms.term(prev)
-        assert prev_term is not None
         p.commit_sent = max(p.commit_sent, min(self.commit, p.next - 1))
-        append = Append(self.term, Index(prev), prev_term, self.commit, self._round, notice=notice)
-        self._out.append(Send(node, append))
+        if like is None or like.prev_index != prev:
+            prev_term = self.terms.term(prev)
+            assert prev_term is not None
+            like = Append(self.term, Index(prev), prev_term, self.commit, self._round, notice=notice)
+        self._out.append(Send(node, like))
+        return like
 
     def _heartbeat_all(self) -> None:
+        append: Append | None = None
         for node, p in self.peers.items():
-            self._heartbeat(node, p)
+            append = self._heartbeat(node, p, like=append)
 
     def _append_answered(self, sender: NodeId, answer: AppendAnswer) -> None:
         p = self.peers.get(sender)

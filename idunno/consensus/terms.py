@@ -14,7 +14,7 @@ class Terms:
     """Terms and payload sizes of the entries after `base` (0, or an index that a snapshot covers) up to `last`."""
 
     def __init__(self, base: int = 0, base_term: int = 0) -> None:
-        self.base = Index(base)
+        self.base = self.last = Index(base)
         self._starts: list[int] = [base]  # first index of each run of equal terms; terms never fall
         self._terms: list[int] = [base_term]
         self._sizes = array("I")
@@ -24,10 +24,6 @@ class Terms:
         return Term(self._terms[0])
 
     @property
-    def last(self) -> Index:
-        return Index(self.base + len(self._sizes))
-
-    @property
     def last_term(self) -> Term:
         return Term(self._terms[-1])
 
@@ -35,6 +31,8 @@ class Terms:
         """The term of the entry at `index`; of base itself its own (0 at the very start); None outside."""
         if not self.base <= index <= self.last:
             return None
+        if index >= self._starts[-1]:  # nearly always
+            return Term(self._terms[-1])
         return Term(self._terms[bisect_right(self._starts, index) - 1])
 
     def size(self, index: int) -> int:
@@ -44,6 +42,7 @@ class Terms:
     def append(self, term: Term, size: int) -> None:
         assert term >= self.last_term, f"term {term} after {self.last_term}"
         self._sizes.append(size)
+        self.last = Index(self.last + 1)
         if term != self._terms[-1]:
             self._starts.append(self.last)
             self._terms.append(term)
@@ -52,6 +51,7 @@ class Terms:
         """Forget the entries from `first` on."""
         assert self.base < first <= self.last, f"cut at {first} of {self.base}..{self.last}"
         del self._sizes[first - self.base - 1 :]
+        self.last = Index(first - 1)
         while self._starts[-1] >= first:
             self._starts.pop()
             self._terms.pop()
@@ -71,7 +71,8 @@ class Terms:
 
     def reset(self, base: int, base_term: int) -> None:
         """Nothing but the base, in place of what was there."""
-        self.base, self._starts, self._terms, self._sizes = Index(base), [base], [base_term], array("I")
+        self.base = self.last = Index(base)
+        self._starts, self._terms, self._sizes = [base], [base_term], array("I")
 
     def last_agreeing(self, index: int, term: int) -> tuple[Index, Term]:
         """The last entry at or before `index` whose term is at most `term`, with its term: where a log may still agree with

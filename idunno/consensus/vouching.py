@@ -14,6 +14,8 @@ import logging
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any, Final
 
+import msgspec
+
 from idunno.base.disk import Disk
 from idunno.base.errors import Conflict, Corrupt, IdunnoError, Incompatible, NotFound, Unavailable
 from idunno.base.ids import Index, NodeId, Term
@@ -33,6 +35,7 @@ from idunno.consensus.quorum import majority
 from idunno.consensus.records import REJOIN
 from idunno.consensus.standing import Claim, Run, Witness, sealed, unsealed
 from idunno.wire.calls import Call, Empty, Lane, Peer, Peers, Switchboard
+from idunno.wire.codec import encode
 
 log = logging.getLogger("idunno.consensus")
 
@@ -85,6 +88,7 @@ class Vouching:
         self._heard_voters: tuple[Index, frozenset[NodeId]] = (Index(0), frozenset())
         self._asked_who: dict[NodeId, float] = {}
         self._told: Marks | None = None
+        self._sent: tuple[RaftMessage | None, msgspec.Raw] = (None, msgspec.Raw(b""))  # the last message, encoded
         self._tasks: set[asyncio.Task[None]] = set()
         server.listen(RAFT, self._receive)
         server.register(HELLO, self._hello)
@@ -232,7 +236,9 @@ class Vouching:
         return Empty()
 
     def send(self, node: NodeId, message: RaftMessage) -> None:
-        self._peers.to(node, Lane.CONSENSUS).notify(RAFT, RaftEnvelope(message, self._run))
+        if message is not self._sent[0]:  # an append goes to all, one after another
+            self._sent = (message, msgspec.Raw(encode(RaftEnvelope(message, self._run))))
+        self._peers.to(node, Lane.CONSENSUS).notify(RAFT, self._sent[1])
 
     # -- the others -------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from idunno.coordinator import commands as c
 from idunno.coordinator import permissions
 from idunno.coordinator.machine import Applied, Machine
 from idunno.coordinator.messages import PROPOSE, READ_INDEX, Propose, Proposed, ReadIndex, ReadIndexAnswer
-from idunno.coordinator.reads import ReadRounds
+from idunno.coordinator.reads import PASSES, ROUND_S, ReadRounds
 from idunno.coordinator.results import convert
 from idunno.wire.calls import A, Actor, Method, Peers, Q
 
@@ -87,6 +87,7 @@ class Coordinator:
         self._peers = peers
         self._waiters: set[asyncio.Future[None]] = set()
         self._rounds = ReadRounds(self._read_index)
+        self._reads_alone = False
         driver.on_leader.append(self._leader_changed)
 
     async def close(self) -> None:
@@ -151,9 +152,24 @@ class Coordinator:
         Raises NoQuorum, DeadlineExceeded. The machine moves on with the next await.
         """
         end_s = _now_s() + timeout_s
-        index = await self._rounds.join(timeout_s)
+        index = await self._lone_read(timeout_s) if self.driver.is_leader and self._rounds.idle else None
+        if index is None:
+            index = await self._rounds.join(_left_s(end_s))
         await self.driver.applied(index, _left_s(end_s))
         return self.machine
+
+    async def _lone_read(self, timeout_s: float) -> Index | None:
+        """At the leader, who reads while nobody else does asks for himself: that saves a task, and two turns of the loop. None
+        when that failed for a reason that passes."""
+        if self._reads_alone:
+            return None
+        self._reads_alone = True
+        try:
+            return await self.driver.read_index(min(timeout_s, ROUND_S))
+        except PASSES:
+            return None
+        finally:
+            self._reads_alone = False
 
     async def read_index_here(self, timeout_s: float) -> ReadIndexAnswer:
         """The leader's part: one round of heartbeats. Raises NotLeader, NoQuorum, DeadlineExceeded."""

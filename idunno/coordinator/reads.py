@@ -28,6 +28,8 @@ READERS_MAX: Final = 10_000
 """Reads that wait at once on one node."""
 ROUND_S: Final = 2.0
 """The longest that one round is waited for before the leader is looked for anew: two elections."""
+PASSES: Final = (NotLeader, NoQuorum, Unavailable, Unconfirmed)
+"""Why a round may fail, and the next one go well."""
 
 
 class ReadRounds:
@@ -56,6 +58,10 @@ class ReadRounds:
                 f"no consistent read within {timeout_s:g} s: {why}; see `idunno status`; {WHEN_LOST}"
             ) from None
 
+    @property
+    def idle(self) -> bool:
+        return self._round is None
+
     async def close(self) -> None:
         if self._round is not None:
             self._round.cancel()
@@ -68,7 +74,7 @@ class ReadRounds:
                 continue
             try:
                 index = await self._ask(ROUND_S)
-            except (NotLeader, NoQuorum, Unavailable, Unconfirmed) as error:
+            except PASSES as error:
                 self._last = error
                 self._waiting = batch + self._waiting
             except IdunnoError as error:

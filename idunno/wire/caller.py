@@ -105,11 +105,12 @@ class Connection:
     def open(self, method: Method[Q, A], request: Q, *, timeout_s: float, actor: Actor | None = None) -> Stream[A]:
         return ClientStream(self, method, request, timeout_s, actor)
 
-    def notify(self, method: Method[Q, Empty], request: Q, body: Buffer = b"") -> bool:
+    def notify(self, method: Method[Q, Empty], request: Q | msgspec.Raw, body: Buffer = b"") -> bool:
         link = self._link
         if link is None or self.closed or link.buffered() > NOTIFY_BYTES_MAX:
             return False
-        header, content = encode(RequestHead(method.name, 0, msgspec.Raw(encode(request)))), frozen(body)
+        raw = request if isinstance(request, msgspec.Raw) else msgspec.Raw(encode(request))
+        header, content = encode(RequestHead(method.name, 0, raw)), frozen(body)
         check_sizes(method.name, header, content)
         link.send(Kind.NOTIFY, self._next_number(), header, content)
         return True

@@ -165,8 +165,10 @@ class Caller(Protocol):
 
     def open(self, method: Method[Q, A], request: Q, *, timeout_s: float, actor: Actor | None = None) -> Stream[A]: ...
 
-    def notify(self, method: Method[Q, Empty], request: Q, body: Buffer = b"") -> bool:
-        """Send without an answer, now or never: False when there is no connection yet (one is begun) or it is full."""
+    def notify(self, method: Method[Q, Empty], request: Q | msgspec.Raw, body: Buffer = b"") -> bool:
+        """Send without an answer, now or never: False when there is no connection yet (one is begun) or it is full.
+
+        What goes to several may come encoded (codec.encode), as Raw."""
         ...
 
 

@@ -14,6 +14,8 @@ from ssl import SSLContext
 from types import TracebackType
 from typing import Any, Final, Generic
 
+import msgspec
+
 from idunno.base.disk import Buffer
 from idunno.base.errors import IdunnoError, Unauthenticated, Unavailable
 from idunno.base.ids import NodeId
@@ -243,7 +245,7 @@ class _PeerCaller:
     def open(self, method: Method[Q, A], request: Q, *, timeout_s: float, actor: Actor | None = None) -> Stream[A]:
         return _PeerStream(self, method, request, timeout_s, actor)
 
-    def notify(self, method: Method[Q, Empty], request: Q, body: Buffer = b"") -> bool:
+    def notify(self, method: Method[Q, Empty], request: Q | msgspec.Raw, body: Buffer = b"") -> bool:
         try:
             line = self._pool.line(self._node, self._lane)
         except Unavailable:

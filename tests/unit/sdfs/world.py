@@ -11,6 +11,8 @@ import selectors
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from idunno.base.disk import Also, Buffer
 from idunno.base.errors import ConnectionLost, NoQuorum, Unavailable
 from idunno.base.ids import BlockId, Index, NodeId, Term
@@ -227,7 +229,7 @@ class Dead:
     def open(self, method: Method[Q, A], request: Q, *, timeout_s: float, actor: Actor | None = None) -> Stream[A]:
         raise self._error()
 
-    def notify(self, method: Method[Q, Empty], request: Q, body: Buffer = b"") -> bool:
+    def notify(self, method: Method[Q, Empty], request: Q | msgspec.Raw, body: Buffer = b"") -> bool:
         return False
 
 
