@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from idunno.base.disk import Buffer
 from idunno.base.errors import Conflict, Corrupt, DiskFailed, Incompatible, NotFound
 from idunno.base.ids import Index, NodeId, Term
 from idunno.consensus.events import HardState
@@ -26,6 +27,7 @@ from idunno.consensus.records import (
     encode_state,
 )
 from tests.unit.fakes import MemoryDisk
+from tests.unit.fakes import _MemoryFile as MemoryFile
 
 T = TypeVar("T")
 SEGMENT = "log/00000001.seg"
@@ -77,6 +79,37 @@ def test_the_log_of_a_node_that_joins_is_empty() -> None:
         assert log.terms.last == 0
         await add(log, 1, (1, b"a"), (1, b"b"))
         assert await content(log) == [(1, b"a"), (1, b"b")]
+
+    run(story())
+
+
+def test_small_writes_go_where_one_before_them_left_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        written: list[tuple[int, int]] = []  # offset, bytes
+        plain = MemoryFile.write
+
+        async def write(self: MemoryFile, offset: int, data: Sequence[Buffer], **options: Any) -> None:
+            written.append((offset, sum(map(len, data))))
+            await plain(self, offset, data, **options)
+
+        monkeypatch.setattr(MemoryFile, "write", write)
+        disk, segment_bytes, record = MemoryDisk(), 1 << 20, RECORD_HEADER_BYTES + 4096
+        await Log.create(disk, None, segment_bytes=segment_bytes)
+        log = await Log.open(disk, segment_bytes=segment_bytes)
+        log.stage_hard(HardState(Term(1)))
+        written.clear()
+        for index in range(1, 101):
+            await add(log, index, (1, bytes(4096)))
+        sizes = [size for _, size in written]
+        assert [at for at, size in enumerate(sizes) if size > record] == [0, 32, 64, 96]
+        await add(log, 101, *[(1, bytes(4096))] * 40)
+        assert written[-1][1] == 40 * record  # what is large by itself brings none
+        for index in range(141, 401):  # into the next segment
+            await add(log, index, (1, bytes(4096)))
+        assert max(offset + size for offset, size in written) <= segment_bytes
+        await log.close()
+        again = await Log.open(disk, segment_bytes=segment_bytes)
+        assert await content(again) == [(1, bytes(4096))] * 400
 
     run(story())
 
