@@ -16,7 +16,7 @@ import msgspec
 
 from idunno.base.errors import DecodeError
 from idunno.base.ids import NodeId
-from idunno.wire.calls import BODY_BYTES_MAX
+from idunno.wire.calls import BODY_BYTES_ASSUMED
 from idunno.wire.sealed import PAYLOAD_BYTES_MAX
 
 RUMORS_MAX: Final = 32
@@ -27,7 +27,7 @@ ACCUSERS_MAX: Final = 3
 """Told apart: as many as watch a member."""
 LIST_MAX: Final = 4_096
 """Members in a whole list; more than any node keeps."""
-LIST_BYTES_MAX: Final = BODY_BYTES_MAX
+LIST_BYTES_MAX: Final = BODY_BYTES_ASSUMED
 """One frame: 2,000 members with names and addresses of usual length are 130 KB."""
 _HEADER_BYTES_MAX: Final = 300
 """A message without rumors: keys and numbers 80, name 63, address 128, with their MessagePack headers."""

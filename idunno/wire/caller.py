@@ -23,11 +23,11 @@ from idunno.base.errors import (
     Unavailable,
     Unconfirmed,
 )
-from idunno.wire.calls import A, Actor, Empty, Item, Method, Q, Stream
+from idunno.wire.calls import BODY_BYTES_ASSUMED, BODY_BYTES_MAX, A, Actor, Empty, Item, Method, Q, Stream
 from idunno.wire.codec import DEADLINE_MS_MAX, Greeting, RequestHead, decode, decode_error, encode
 from idunno.wire.connection import Link
 from idunno.wire.frames import Frame, Kind, frozen
-from idunno.wire.streams import Inbox, Outbox, check_sizes, cost
+from idunno.wire.streams import Inbox, Outbox, check_sizes, cost, parts
 
 CALLS_MAX: Final = 1024
 """Calls under way on one connection; the serving side has the same bound."""
@@ -85,6 +85,7 @@ class Connection:
         self._pending: dict[int, _Pending] = {}
         self._last = 0  # the newest request number
         self._greeted = False
+        self.body_bytes_max = BODY_BYTES_ASSUMED  # until the other side greets
         self._ready: asyncio.Future[None] | None = None
         self._why: IdunnoError | None = None  # why it was closed
 
@@ -145,7 +146,7 @@ class Connection:
             self._why = error
             link.close()
             return
-        link.send(Kind.NOTIFY, 0, encode(Greeting()))
+        link.send(Kind.NOTIFY, 0, encode(Greeting(body_bytes_max=BODY_BYTES_MAX)))
 
     def received(self, frame: Frame) -> None:
         kind, number = frame.kind, frame.request
@@ -276,6 +277,7 @@ class Connection:
         if greeting.name and not self._greeted:
             self.label = f"{greeting.name[:NAME_MAX]} at {self.label}"
         self._greeted = True
+        self.body_bytes_max = greeting.takes_bytes()
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
@@ -326,12 +328,14 @@ class ClientStream(_Pending, Generic[A]):
         content = frozen(body)
         check_sizes(self._method.name, note, content)
         assert not self._ended, "item after end()"
-        if await self._outbox.reserve(cost(note, content)):
+        for part in parts(content, self._connection.body_bytes_max):
+            if not await self._outbox.reserve(cost(note, part)):
+                return
             try:
                 await self._connection.until_writable(self._method.name, self._deadline)
             except Unavailable as error:  # the request itself was sent long ago
                 raise self._error or DeadlineExceeded(str(error)) from None
-            self._connection.send(self, Kind.ITEM, note, content)
+            self._connection.send(self, Kind.ITEM, note, part)
 
     async def end(self) -> None:
         if not self._ended:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 
 from idunno.base.errors import DecodeError, IdunnoError, from_code
-from idunno.wire.calls import Role
+from idunno.wire.calls import BODY_BYTES_ASSUMED, BODY_BYTES_MAX, Role
 from idunno.wire.frames import VERSION
 
 T = TypeVar("T")
@@ -44,6 +44,12 @@ class Greeting(msgspec.Struct, frozen=True):
 
     name: str = ""
     wire: int = VERSION
+    body_bytes_max: int = BODY_BYTES_ASSUMED
+    """The largest body of a frame that this side takes."""
+
+    def takes_bytes(self) -> int:
+        """What may be sent in one body to whoever greets so."""
+        return min(BODY_BYTES_MAX, max(BODY_BYTES_ASSUMED, self.body_bytes_max))
 
 
 def encode(message: object) -> bytes:

@@ -25,11 +25,11 @@ from idunno.base.errors import (
     PermissionDenied,
     Unavailable,
 )
-from idunno.wire.calls import Actor, Empty, Handler, Item, Listener, Method, Peer, Q_co, Reply, Role
-from idunno.wire.codec import RequestHead, decode, encode, encode_error
+from idunno.wire.calls import BODY_BYTES_ASSUMED, Actor, Empty, Handler, Item, Listener, Method, Peer, Q_co, Reply, Role
+from idunno.wire.codec import Greeting, RequestHead, decode, encode, encode_error
 from idunno.wire.connection import Link
 from idunno.wire.frames import Frame, Kind, frozen
-from idunno.wire.streams import Inbox, Outbox, check_sizes, cost, frame_fits
+from idunno.wire.streams import Inbox, Outbox, check_sizes, cost, frame_fits, parts
 
 log = logging.getLogger("idunno.wire")
 
@@ -133,11 +133,13 @@ class ServerCall(Generic[Q_co]):
         content = frozen(body)
         check_sizes(self.method.name, note, content)
         link = self._session.link
-        if await self.outbox.reserve(cost(note, content)):
+        for part in parts(content, self._session.body_bytes_max):
+            if not await self.outbox.reserve(cost(note, part)):
+                return
             if link.paused:
                 await link.writable()
             if not self.answered:
-                link.send(Kind.ITEM, self.number, note, content)
+                link.send(Kind.ITEM, self.number, note, part)
 
     def ended(self, task: asyncio.Task[None]) -> None:
         """Its handler's task is over, however it ended."""
@@ -156,6 +158,7 @@ class Serving:
 
     def __init__(self, dispatch: Dispatch, link: Link, peer: Peer) -> None:
         self.link, self.peer = link, peer
+        self.body_bytes_max = BODY_BYTES_ASSUMED  # until the other side greets
         self.held = 0  # bytes, see HELD_BYTES_MAX
         self.calls: dict[int, ServerCall[Any]] = {}
         self._dispatch = dispatch
@@ -171,6 +174,8 @@ class Serving:
                 self._begin(frame)
             elif kind is Kind.REQUEST:
                 raise DecodeError("request number 0 is the connection's own")
+            else:
+                self.body_bytes_max = decode(frame.header, Greeting).takes_bytes()
             return
         if kind is Kind.ANSWER or kind is Kind.ERROR:
             raise DecodeError(f"{kind.name} frame from the calling side")

@@ -23,7 +23,7 @@ from ssl import SSLContext
 from typing import Any, Final
 
 from idunno.base.errors import ConnectionLost, DecodeError, Exhausted, IdunnoError, Unauthenticated, Unavailable
-from idunno.wire.calls import A, Actor, Empty, Handler, Listener, Method, Peer, Q, Role
+from idunno.wire.calls import BODY_BYTES_MAX, A, Actor, Empty, Handler, Listener, Method, Peer, Q, Role
 from idunno.wire.codec import Greeting, encode
 from idunno.wire.connection import CLOSE_S, Link, Wire
 from idunno.wire.frames import Frame, FrameDecoder, Kind
@@ -64,7 +64,7 @@ class Server:
         self._identify = identify
         self._limits = limits or Limits()
         self._dispatch = Dispatch(name)
-        self._doors: set[_Door] = set()
+        self._doors: dict[_Door, None] = {}  # in the order in which they came: they are closed in it too
         self._local: list[Serving] = []
         self._listening: list[asyncio.AbstractServer] = []
         self._unix_paths: list[str] = []
@@ -203,12 +203,12 @@ class Server:
             if clients >= self._limits.clients_max:
                 raise Exhausted(f"node {self.name} has {clients} connections of clients, its bound: ask another node")
             door.client = True
-        self._doors.add(door)
+        self._doors[door] = None
         self.counters["accepted"] += 1
         return Serving(self._dispatch, link, peer)
 
     def left(self, door: _Door) -> None:
-        self._doors.discard(door)
+        self._doors.pop(door, None)
 
     def _unknown(self) -> Unauthenticated:
         return Unauthenticated(
@@ -245,7 +245,7 @@ class _Door:
         if not self.anonymous and self.decoder is not None:
             whole = FrameDecoder()
             self.decoder.header_bytes_max, self.decoder.body_bytes_max = whole.header_bytes_max, whole.body_bytes_max
-        link.send(Kind.NOTIFY, 0, encode(Greeting(self._server.name)))
+        link.send(Kind.NOTIFY, 0, encode(Greeting(self._server.name, body_bytes_max=BODY_BYTES_MAX)))
         self._timer = asyncio.get_running_loop().call_at(self._since + self._limits.first_frame_s, self._check)
 
     def received(self, frame: Frame) -> None:

@@ -2,8 +2,8 @@
 #
 # Rule 1: an item costs its bytes plus ITEM_OVERHEAD_BYTES. A sender never has more than STREAM_CREDIT_BYTES of cost under
 #         way that the reader has not taken; a peer that sends more, or grants more, broke the protocol (DecodeError).
-# Rule 2: the reader gives credit back in quarters of the window. A sender thus always gets to three quarters of it,
-#         which is more than the largest item costs, so no item waits for ever.
+# Rule 2: the reader gives credit back in eighths of the window. A sender thus always gets to seven eighths of it, which is
+#         more than the largest item costs, so no item waits for ever.
 # Rule 3: what was received before an end or an error is handed out before it.
 from __future__ import annotations
 
@@ -17,13 +17,21 @@ from idunno.wire.calls import BODY_BYTES_MAX, HEADER_BYTES_MAX, STREAM_CREDIT_BY
 
 ITEM_OVERHEAD_BYTES: Final = 128
 """What an empty item costs: about what it takes in memory here, so that empty ones are bounded too."""
-_GIVE_BACK_BYTES: Final = STREAM_CREDIT_BYTES // 4
+_GIVE_BACK_BYTES: Final = STREAM_CREDIT_BYTES // 8
 
 assert HEADER_BYTES_MAX + BODY_BYTES_MAX + ITEM_OVERHEAD_BYTES <= STREAM_CREDIT_BYTES - _GIVE_BACK_BYTES  # rule 2
 
 
 def cost(note: bytes, body: bytes | memoryview) -> int:
     return len(note) + len(body) + ITEM_OVERHEAD_BYTES
+
+
+def parts(body: bytes | memoryview, bytes_max: int) -> list[bytes | memoryview]:
+    """`body` in as few parts as frames of `bytes_max` need; an empty one is one part."""
+    if len(body) <= bytes_max:
+        return [body]
+    view = memoryview(body)
+    return [view[at : at + bytes_max] for at in range(0, len(view), bytes_max)]
 
 
 def frame_fits(header: bytes, body: bytes | memoryview) -> bool:

@@ -197,18 +197,21 @@ def test_a_long_stream_leaves_nothing_held(loop: str, way: str) -> None:
 
 
 def test_streams_that_all_stand_still_are_refused_at_the_bound_of_their_connection() -> None:
+    items = STREAM_CREDIT_BYTES // cost(b"", bytes(BODY_BYTES_MAX))
+    count = HELD_BYTES_MAX // (items * BODY_BYTES_MAX) + 5
+
     async def main() -> None:
         async with calling("unix") as (caller, server, story), contextlib.AsyncExitStack() as stack:
-            streams = [await stack.enter_async_context(caller.open(HANG, Empty(), timeout_s=20)) for _ in range(40)]
+            streams = [await stack.enter_async_context(caller.open(HANG, Empty(), timeout_s=20)) for _ in range(count)]
             for stream in streams:
                 with contextlib.suppress(Exhausted):
-                    for _ in range(7):
+                    for _ in range(items):
                         await stream.send(bytes(BODY_BYTES_MAX))
             served = next(iter(server._doors)).serving
             assert served is not None
             await until(lambda: story.cancelled > 0)
             assert served.held <= HELD_BYTES_MAX
-            assert story.started == 40
+            assert story.started == count
             assert await caller.call(ECHO, Text("x"), timeout_s=5) == Text("x")
 
     run("asyncio", main)
