@@ -19,6 +19,9 @@ class RaftConfig:
     """The chance delay when the leader's connection closed: twenty times a LAN round trip with a disk sync."""
     commit_notice_ms: int = 2
     """How long followers may lag in hearing of a commit when no append carries it: reads on them wait that long."""
+    read_wait_ms: int = 5
+    """A read asks no more voters than make a majority; when these are silent for so long it asks all: several round trips of a
+    LAN, and a small part of what a user notices."""
     inflight_bytes_max: int = 1024 * 1024
     """Appended but not acknowledged, a follower: 8 ms of a gigabit link, above its round trip with a disk sync."""
     inflight_messages_max: int = 64

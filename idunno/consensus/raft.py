@@ -107,6 +107,9 @@ class Raft:
         self._round = 0
         self._reading: tuple[int, Index, tuple[int, ...]] | None = None  # round, index, reads
         self._reads: list[int] = []  # wait for the next round
+        self._ask_all_ms: int | None = None  # when all are asked in a round that few were asked in
+        self._quick: frozenset[NodeId] = frozenset()  # voters that answered the last heartbeat first
+        self._answered: set[NodeId] | None = None  # since the last heartbeat, until they are enough
         self._restart_election_timer()
         if self.voters == {me}:
             self._election_ms = now_ms  # nobody to wait for
@@ -153,7 +156,7 @@ class Raft:
     def deadline_ms(self) -> int:
         if not self.is_leader:
             return self._election_ms
-        return self._heartbeat_ms if self._notice_ms is None else min(self._heartbeat_ms, self._notice_ms)
+        return min(due for due in (self._heartbeat_ms, self._notice_ms, self._ask_all_ms) if due is not None)
 
     def copies(self, count: int) -> Index:
         """Of a leader: the index up to which at least `count` nodes, voters or learners, have synced its log."""
@@ -257,6 +260,9 @@ class Raft:
             for node, p in self.peers.items():
                 if min(self.commit, p.match) > p.commit_sent:
                     self._heartbeat(node, p, notice=True)
+        if self._ask_all_ms is not None and self._now >= self._ask_all_ms:
+            self._ask_all_ms = None
+            self._heartbeat_all()
         if self._now >= self._heartbeat_ms:
             self._heartbeat_ms = self._now + self.config.heartbeat_ms
             if self.answering(self.config.silent_heartbeats_max) < majority(len(self.voters)):
@@ -264,6 +270,7 @@ class Raft:
                 return
             for p in self.peers.values():
                 p.unanswered += 1
+            self._answered = set()
             self._heartbeat_all()
 
     # -- elections (3.4, 4.2.3, 9.6, 3.10) --------------------------------------------------------------------------
@@ -357,7 +364,8 @@ class Raft:
             self._out.append(ReadFailed(reads))
         self.role, self.leader = RaftRole.FOLLOWER, leader
         self.peers, self._reading, self._reads = {}, None, []
-        self._transfer = self._notice_ms = None
+        self._transfer = self._notice_ms = self._ask_all_ms = self._answered = None
+        self._quick = frozenset()
 
     def _lead(self) -> None:
         self.role, self.leader = RaftRole.LEADER, self.me
@@ -434,6 +442,10 @@ class Raft:
             return  # not a leader any more, or a learner that was removed
         p.unanswered = 0
         p.round = max(p.round, answer.round)
+        if self._answered is not None and sender in self.voters:
+            self._answered.add(sender)
+            if len(self._answered) >= self._others_needed():
+                self._quick, self._answered = frozenset(self._answered), None
         if answer.ok:
             p.acknowledged(answer.index)
             p.installing = p.installing and p.next <= self.terms.base
@@ -604,8 +616,24 @@ class Raft:
             return
         self._round += 1
         self._reading, self._reads = (self._round, self.commit, tuple(self._reads)), []
-        self._heartbeat_all()
+        self._ask_round()
         self._finish_reads()
+
+    def _others_needed(self) -> int:
+        """How many voters make a majority with this one."""
+        return majority(len(self.voters)) - (self.me in self.voters)
+
+    def _ask_round(self) -> None:
+        """Of those that were quick of late no more than are needed, and whoever has yet to hear what is committed: who asked may
+        wait for that."""
+        if len(self._quick & self.voters) < self._others_needed():
+            self._heartbeat_all()
+            return
+        self._ask_all_ms = self._now + self.config.read_wait_ms
+        append: Append | None = None
+        for node, p in self.peers.items():
+            if node in self._quick or min(self.commit, p.match) > p.commit_sent:
+                append = self._heartbeat(node, p, like=append)
 
     def _finish_reads(self) -> None:
         if self._reading is None:
@@ -614,7 +642,7 @@ class Raft:
         me, peers, voters = self.me, self.peers, self.voters
         rounds = [self._round if node == me else peers[node].round for node in voters]
         if reached(rounds, majority(len(voters))) >= round_:
-            self._reading = None
+            self._reading = self._ask_all_ms = None
             self._out.append(ReadReady(reads, index))
             self._begin_reads()
 
