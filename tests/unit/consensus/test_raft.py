@@ -419,6 +419,56 @@ def test_6_4_one_round_answers_all_reads_that_waited_when_it_began_and_no_later_
     assert of(e.ReadReady, ack(raft, B, 2, round_=2)) == [e.ReadReady((2, 3), Index(2))]
 
 
+def asked(outputs: list[e.Output]) -> list[NodeId]:
+    return sorted(output.to for output in outputs if isinstance(output, e.Send) and isinstance(output.message, Append))
+
+
+def quick_leader() -> Raft:
+    """Of five voters and a learner; A and B were the first to answer its last heartbeat, and all know what is committed."""
+    raft = core(1, voters=(ME, A, B, C, D), learners=(NodeId("learner"),))
+    lead(raft)
+    sync(raft)
+    for node in raft.peers:
+        ack(raft, node, 2)
+    now_ms = LATE + CONFIG.heartbeat_ms
+    assert len(set(asked(raft.handle(e.Tick(), now_ms)))) == 5  # tells all of the commit, too
+    for node in (NodeId("learner"), A, B, C, D):
+        ack(raft, node, 2, now_ms)
+    return raft
+
+
+def test_6_4_a_read_asks_those_that_were_quick_of_late_and_all_when_they_are_silent() -> None:
+    raft, now_ms = quick_leader(), LATE + CONFIG.heartbeat_ms + 1
+    assert asked(raft.handle(e.Read(1), now_ms)) == [A, B]
+    assert of(e.ReadReady, ack(raft, A, 2, now_ms, round_=1)) == []  # two of five have spoken
+    assert raft.deadline_ms() == now_ms + CONFIG.read_wait_ms
+    assert len(asked(raft.handle(e.Tick(), now_ms + CONFIG.read_wait_ms))) == 5
+    assert of(e.ReadReady, ack(raft, NodeId("learner"), 2, now_ms, round_=1)) == []
+    assert of(e.ReadReady, ack(raft, D, 2, now_ms, round_=1)) == [e.ReadReady((1,), Index(2))]
+    assert raft.deadline_ms() > now_ms + CONFIG.read_wait_ms
+
+
+def test_6_4_who_has_yet_to_hear_of_a_commit_hears_it_with_the_round_of_a_read() -> None:
+    raft, now_ms = quick_leader(), LATE + CONFIG.heartbeat_ms + 1
+    raft.handle(e.Propose((b"x",)), now_ms)
+    sync(raft, now_ms)
+    for node in (A, B, C):
+        ack(raft, node, 3, now_ms)
+    assert asked(raft.handle(e.Read(1), now_ms)) == [A, B, C]  # D has not acknowledged entry 3: it could not apply it
+
+
+def test_6_4_no_voter_counts_as_quick_before_it_answered_a_heartbeat_or_when_it_votes_no_more() -> None:
+    raft = core(1, voters=(ME, A, B, C, D))
+    lead(raft)
+    sync(raft)
+    for node in raft.peers:
+        ack(raft, node, 2)
+    assert asked(raft.handle(e.Read(1), LATE)) == [A, B, C, D]
+    raft, now_ms = quick_leader(), LATE + CONFIG.heartbeat_ms + 1
+    raft.handle(e.ChangeVoters(frozenset({ME, B, C, D})), now_ms)
+    assert set(asked(raft.handle(e.Read(2), now_ms))) >= {B, C, D}
+
+
 def test_6_4_a_read_at_a_leader_that_is_deposed_fails() -> None:
     raft = core(1)
     lead(raft)
