@@ -114,6 +114,9 @@ class Namespace:
         if self._version < 2 <= version:
             expired = [entry for entry in self.trash.entries.values() if entry.expired]
             made = {r.request: (entry.name, r.version) for entry in expired for r in entry.versions if r.request}
+            for name, file in chain(self._files.items(), self._tombstones.items()):
+                for before in file.deletion.puts if file.deletion is not None else ():
+                    made[before.put] = (name, before.version)
             # Version 1 forgot them, so a retry may have made a newer one: that one counts.
             self._made = made | self._made
         self._version = max(self._version, version)
@@ -490,7 +493,12 @@ class Namespace:
         """Forget which versions puts made, but for the last `keep` of those there; older tombstones' are forgotten too."""
         for before in file.deletion.puts if file.deletion is not None else ():
             self._made.pop(before.put, None)
-        for record in file.versions[: len(file.versions) - keep] if keep else file.versions:
+        count = len(file.versions) - keep
+        if (
+            self._version >= 2
+        ):  # version 1 forgot some of fewer than `keep`, too: the count below zero was one from the end
+            count = max(0, count)
+        for record in file.versions[:count]:
             self._made.pop(record.request, None)
 
 

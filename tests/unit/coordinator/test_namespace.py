@@ -65,6 +65,18 @@ def test_a_retry_after_a_delete_does_not_bring_the_file_back() -> None:
     assert world.machine.namespace.find("a") is None
 
 
+@pytest.mark.parametrize("count", range(1, ns.PUTS_REMEMBERED + 1))
+def test_a_retry_of_any_of_the_last_puts_before_a_delete_finds_its_version(count: int) -> None:
+    world = World.newest()
+    made = [world.do(small(f"p{number}", "a")) for number in range(count)]
+    world.do(c.DeleteFile("a"), request="r1")
+    restored = Machine.restore(world.machine.snapshot())
+    for number, done in enumerate(made):
+        assert world.do(small(f"p{number}", "a")) == done
+        assert restored.namespace.made(f"p{number}") == ("a", done.version)
+    assert world.machine.namespace.find("a") is None
+
+
 def test_versions_go_on_after_a_delete() -> None:
     world = World()
     world.put("a")
