@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any, Final
 
 from idunno.base.errors import Corrupt, IdunnoError, InvalidArgument, Unavailable
@@ -227,7 +228,7 @@ class Views:
         return None
 
 
-def _list_row(name: str, versions: list[VersionRecord], *, long: bool) -> ListRow:
+def _list_row(name: str, versions: Sequence[VersionRecord], *, long: bool) -> ListRow:
     last = versions[-1]
     if not long:
         return ListRow(name, last.version, last.size, iso(last.created_ms))
