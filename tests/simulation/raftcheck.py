@@ -71,8 +71,10 @@ class RaftChecks:
         world.on_applied.append(self._applied)
 
     def _made(self, machine: Machine, node: Node) -> None:
-        """Around four of the driver's methods: what it opened, what the core says, what it hears, what callers are answered."""
-        driver = node.driver
+        """Around methods of the driver: what it opened, what the core says, what it hears, what callers are answered."""
+        driver, callers = node.driver, node.driver._callers
+        settle = callers.settle
+        needed: dict[int, int] = {}  # entry -> copies needed when it was answered, a turn before its caller hears of it
         start, carry_out, step, propose = driver.start, driver._carry_out, driver._step, driver.propose
         synced = self._synced.setdefault(machine.name, Synced())
 
@@ -94,11 +96,17 @@ class RaftChecks:
                 synced.done(event.seq)
             step(event)
 
+        def settled() -> None:
+            before, copies = list(callers._proposals), callers.copies_needed
+            settle()
+            needed.update((index, copies) for index in before if index not in callers._proposals)
+
         async def proposed(payload: bytes, timeout_s: float) -> tuple[Index, int, Any]:
             index, copies, value = await propose(payload, timeout_s)
-            self._answered(machine, driver, index, copies)
+            self._answered(machine, driver, index, copies, needed.pop(index))
             return index, copies, value
 
+        vars(callers).update(settle=settled)
         vars(driver).update(start=started, _carry_out=carried_out, _step=stepped, propose=proposed)
 
     # -- logs -----------------------------------------------------------------------------------------------------
@@ -140,15 +148,15 @@ class RaftChecks:
 
     # -- answers --------------------------------------------------------------------------------------------------
 
-    def _answered(self, machine: Machine, driver: RaftDriver, index: Index, copies: int) -> None:
+    def _answered(self, machine: Machine, driver: RaftDriver, index: Index, copies: int, needed: int) -> None:
         term = driver._core.terms.term(index)
         self.counts["answers"] += 1
         if term is None:
             return  # a snapshot has taken its place by now
         really = sum(synced.holds(index, term) for synced in self._synced.values())
-        if really < copies or copies < min(driver.copies_needed, len(self.world.machines)):
+        if really < copies or copies < min(needed, len(self.world.machines)):
             self.world.found(
-                f"{machine.name} answered for entry {index} with {copies} copies of {driver.copies_needed}, "
+                f"{machine.name} answered for entry {index} with {copies} copies of {needed}, "
                 f"and it is synced on {really}"
             )
 
