@@ -100,10 +100,10 @@ class Namespace:
         for kept, into in ((state.files, self._files), (state.tombstones, self._tombstones)):
             for file in kept:
                 into[file.name] = _File(file.last, file.versions, file.deletion)
-                for record in file.versions:
-                    self._made[record.request] = (file.name, record.version)
                 for before in file.deletion.puts if file.deletion is not None else ():
                     self._made[before.put] = (file.name, before.version)
+                for record in file.versions:
+                    self._made[record.request] = (file.name, record.version)
         self._made.pop("", None)
         self.raise_version(version)
         # Files outside .idunno/
@@ -425,7 +425,10 @@ class Namespace:
             raise NotFound(f"the trash holds nothing of {name[:200]!r}; see `idunno trash ls`")
         there = self._files.get(name) or self._tombstones.get(name)
         known = there.versions if there is not None else ()
-        versions = tuple(sorted([*_versions(entries), *known], key=lambda record: record.version))
+        came = _versions(entries)
+        if self._version >= 2:
+            came = self._without_repeated_puts(name, came)
+        versions = tuple(sorted([*came, *known], key=lambda record: record.version))
         for one, next_one in pairwise(versions):
             if one.version == next_one.version or one.created_ms > next_one.created_ms:
                 raise Conflict(
@@ -449,6 +452,16 @@ class Namespace:
         for entry in entries:
             self.trash.take(entry.entry)
         return len(_versions(entries))
+
+    def _without_repeated_puts(self, name: str, came: list[VersionRecord]) -> list[VersionRecord]:
+        """A put that was forgotten and came again made a second version, and that one counts: the first, out of the trash, no
+        longer says that it is that put's. A put with two versions would be found in either, and forgotten with either."""
+        kept, made = list[VersionRecord](), dict[str, tuple[str, int]]()
+        for record in sorted(came, key=lambda record: record.version, reverse=True):
+            this = (name, record.version)
+            counts = record.request and made.setdefault(record.request, self._made.get(record.request, this)) == this
+            kept.append(record if counts else msgspec.structs.replace(record, request=""))
+        return kept
 
     def purge(self, numbers: tuple[int, ...]) -> list[VersionRecord]:
         """Take these entries out of the trash for good, those that are there; their versions."""

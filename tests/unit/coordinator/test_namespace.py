@@ -488,6 +488,22 @@ def test_what_was_deleted_comes_back_with_its_numbers_and_a_retry_finds_it() -> 
     assert world.machine.namespace.trash.versions == 0
 
 
+def test_a_put_that_came_again_after_it_was_forgotten_counts_when_its_first_version_comes_back() -> None:
+    world = World.newest()
+    for request, put in (("r1", "p1"), ("r2", "p2")):  # the second tombstone knows p1 no more
+        world.do(small(put, "a"))
+        world.do(c.DeleteFile("a"), request=request)
+    again = world.do(small("p1", "a"))
+    assert again.version == 3
+    assert world.do(c.RestoreTrash("a"), request="r3").versions == 2
+    assert [(v.version, v.request) for v in world.machine.namespace.history("a")] == [(1, ""), (2, "p2"), (3, "p1")]
+    for number in range(ns.PUTS_REMEMBERED - 2):
+        world.do(small(f"q{number}", "a"))
+    world.do(c.DeleteFile("a"), request="r4")  # forgets the puts of all versions but the last eight
+    assert Machine.restore(world.machine.snapshot()).namespace.made("p1") == ("a", 3)
+    assert world.do(small("p1", "a")) == again
+
+
 def test_what_is_purged_is_gone_and_frees_only_what_nothing_else_refers_to() -> None:
     world = World()
     world.put("a", "shared")
