@@ -228,10 +228,12 @@ class BlockStore:
                     await self._hash(digest, [piece])
                 yield piece
         finally:
-            if coming is not None:
-                await asyncio.wait([coming])
-                coming.cancelled() or coming.exception()  # looked at; who stops reading has no use for it
-            await file.close()
+            try:
+                if coming is not None:
+                    coming.add_done_callback(_looked_at)
+                    await asyncio.wait([coming])
+            finally:  # also for who is cancelled once more while he waits for a slow disk
+                await file.close()
         if digest is None:
             return
         if digest.block() != block:
@@ -436,6 +438,12 @@ class BlockWriter:
             pass  # it was renamed, and what came after the renaming failed: a whole block, found at the next start
         except IdunnoError as error:
             log.warning("temporary file stays until the next start", extra={"path": self.path, "error": str(error)})
+
+
+def _looked_at(reading: asyncio.Task[bytes]) -> None:
+    """Who stopped reading has no use for what was still coming, nor for its error."""
+    if not reading.cancelled():
+        reading.exception()
 
 
 def _path(block: BlockId) -> str:

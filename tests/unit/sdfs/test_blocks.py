@@ -1,6 +1,7 @@
 # What a node's disk keeps of blocks: whole ones, synced before anybody hears of them.
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from idunno.base.ids import BlockId
 from idunno.sdfs.blocks import QUARANTINE_FILES_MAX, WRITE_BYTES, BlockStore
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.hashing import block_id
-from tests.unit.sdfs.world import CONFIG, MB, ToldDisk, content_of, inline, run
+from tests.unit.sdfs.world import CONFIG, MB, ToldDisk, ToldFile, content_of, inline, run
 
 CONTENT = content_of(WRITE_BYTES + MB)  # two writes
 BLOCK = block_id(CONTENT)
@@ -247,6 +248,40 @@ def test_a_reader_of_an_old_file_does_not_put_away_the_block_written_meanwhile()
                 pass
         assert BLOCK in store
         assert await store.verify(BLOCK)
+
+    run(story)
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+def test_a_reader_that_is_cancelled_closes_the_file_however_slow_the_disk(
+    cancels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        await keep(store)
+        reads, slow, closed = asyncio.Event(), asyncio.Event(), list[ToldFile]()
+
+        async def wait(doing: str, path: str) -> None:
+            if doing == "read":
+                reads.set()
+                await slow.wait()
+                raise DiskFailed("at last")
+
+        async def close(file: ToldFile) -> None:
+            closed.append(file)
+
+        disk.before = wait
+        monkeypatch.setattr(ToldFile, "close", close)
+        reading = asyncio.create_task(store.verify(BLOCK))
+        await reads.wait()
+        for _ in range(cancels):
+            reading.cancel()
+            await asyncio.sleep(0)
+        slow.set()
+        await asyncio.wait([reading])
+        assert reading.cancelled()
+        assert len(closed) == 1
 
     run(story)
 
