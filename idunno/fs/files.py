@@ -123,6 +123,10 @@ class WriteFile(AbstractBufferedFile):  # type: ignore[misc]
 
     def commit(self) -> None:
         """Make the version. For files that do not do so when they are closed (fsspec's transactions)."""
+        if not self.closed:
+            self.discard()
+            self.closed = True
+            raise ValueError(f"{self.path}: still open at the end of its transaction, so it was not stored")
         if self._writer is not None:
             self._run(final=True)
 
@@ -142,6 +146,10 @@ class WriteFile(AbstractBufferedFile):  # type: ignore[misc]
         self.close()
 
     def __del__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """As `discard`, by who forgot to close: says so, and never waits."""
         if self.closed:
             return
         self.closed = True
@@ -159,7 +167,12 @@ class WriteFile(AbstractBufferedFile):  # type: ignore[misc]
             raise OSError(
                 errno.EIO, "this file was opened before a fork or on a closed connection: open it anew", self.path
             )
-        answer = connection.run(self.path, self._send(connection, piece, final=final), create="x" in self.mode)
+        try:
+            answer = connection.run(self.path, self._send(connection, piece, final=final), create="x" in self.mode)
+        except BaseException:  # an interrupt too: whether the piece was taken is unknown, and twice it must not be
+            if self._writer is not None:
+                connection.post(self._writer.give_up)
+            raise
         if answer is not None:
             self._writer = None
             self.version = answer.version
@@ -184,6 +197,9 @@ class TextFile(io.TextIOWrapper):
 
     def __exit__(self, *about: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        """Not the base class's, which would close: dropped text stores nothing, and the file behind it says so."""
 
 
 class CompressedFile(io.BufferedIOBase):
@@ -216,6 +232,11 @@ class CompressedFile(io.BufferedIOBase):
 
     def __exit__(self, *about: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        """Not the base class's, which would close: dropped content stores nothing."""
+        if not self._ended:
+            self._file.drop()  # before the compressor, when it is dropped, writes its end
 
 
 _EXITS: Final = {cls.__exit__.__code__ for cls in (OpenFile, WriteFile, TextFile, CompressedFile)}

@@ -26,7 +26,7 @@ from idunno.base.ids import check_file_name
 from idunno.client.base import QUESTION_S, TRANSFER_S
 from idunno.client.transfer import Progress, several
 from idunno.fs.connection import Connection, connection
-from idunno.fs.errors import os_error
+from idunno.fs.errors import ConflictError, os_error
 from idunno.fs.files import CompressedFile, ReadFile, TextFile, WriteFile
 from idunno.fs.listing import Info, below, directory_entry, file_entry, hidden, look
 from idunno.fs.streams import Reader
@@ -271,23 +271,85 @@ class IdunnoFileSystem(AbstractFileSystem):  # type: ignore[misc]
         put = found.cluster.put(lpath, rpath, if_version=0 if create else None, progress=_progress(callback))
         found.run(rpath, put, create=create)
 
-    def cp_file(self, path1: str, path2: str, version: int | None = None, **_: Any) -> None:
-        """Copies one version, the current one by default, as the next version of `path2`."""
+    def cp_file(
+        self,
+        path1: str,
+        path2: str,
+        version: int | None = None,
+        *,
+        planned: list[tuple[str, str]] | None = None,
+        **_: Any,
+    ) -> None:
+        """Copies one version, the current one by default, as the next version of `path2`.
+
+        With `planned` nothing is copied: what would be is added to it (`mv`).
+        """
         path1, path2 = self._strip_protocol(path1), self._strip_protocol(path2)
+        if planned is not None:
+            if self.info(path1)["type"] == "file":  # a directory comes with its files
+                planned.append((path1, self._new_name(path2)))
+            return
         try:
             info = self._stat(path1, version)
         except IsADirectoryError:
             return  # it comes with its files
-        path2 = self._new_name(path2)
+        self._copy(info, self._new_name(path2))
 
+    def _copy(self, info: FileInfo, path: str) -> None:
         async def copy(files: FileClient) -> None:
             reader = Reader(files, info, self.transfer_s)
             try:
-                await files.put(reader.source(), path2, size=info.size, timeout_s=self.transfer_s)
+                await files.put(reader.source(), path, size=info.size, timeout_s=self.transfer_s)
             finally:
                 reader.drop()
 
-        self._ask(path2, copy)
+        self._ask(path, copy)
+
+    def mv(
+        self,
+        path1: str | list[str],
+        path2: str | list[str],
+        recursive: bool = False,
+        maxdepth: int | None = None,
+        **_: Any,
+    ) -> None:
+        """Copies each file, and deletes it when all are copied and it has still the version that was copied.
+
+        Names are as in `copy`. An error while copying deletes nothing. A file that was stored anew meanwhile stays where it
+        is, and ConflictError names it. What nobody listed, because it came later or lies below `maxdepth`, stays too.
+        """
+        planned: list[tuple[str, str]] = []
+        self.copy(path1, path2, recursive=recursive, maxdepth=maxdepth, on_error="raise", planned=planned)
+        if not planned and not recursive:
+            raise IsADirectoryError(errno.EISDIR, "no files, only directories: give recursive=True", str(path1))
+        planned = [(source, target) for source, target in planned if source != target]
+        targets = {target for _, target in planned}
+        if both := next((source for source, _ in planned if source in targets), None):
+            raise OSError(errno.EINVAL, "this would be moved and written over at once: move it first", both)
+        copied: dict[str, int] = {}
+        for source, target in planned:
+            info = self._stat(source)
+            self._copy(info, target)
+            copied[source] = info.version
+        changed: list[str] = []
+
+        async def delete(files: FileClient, name: str, version: int) -> None:
+            try:
+                if (await files.stat(name, timeout_s=self.question_s)).version != version:
+                    changed.append(name)
+                    return
+                await files.delete(name, timeout_s=self.question_s)
+            except NotFound:
+                return  # somebody else was faster
+
+        async def delete_all(files: FileClient) -> None:
+            await several((0, partial(delete, files, name, version)) for name, version in copied.items())
+
+        self._ask(", ".join(list(copied)[:3]), delete_all)
+        if changed:
+            raise ConflictError(
+                errno.ESTALE, f"{len(changed)} of the files copied were stored anew meanwhile, and stay", min(changed)
+            )
 
     def touch(self, path: str, truncate: bool = True, **_: Any) -> None:
         """An empty new version; with truncate=False only where no file is."""

@@ -18,6 +18,7 @@ from fsspec.callbacks import Callback
 
 from idunno.base.errors import Exhausted, PermissionDenied
 from idunno.fs import ConflictError, IdunnoFileSystem
+from idunno.fs.connection import Connection
 from idunno.fs.streams import Writer
 from idunno.sdfs.messages import PutAnswer
 from idunno.sdfs.upload import Source
@@ -313,3 +314,48 @@ def test_a_writer_waits_while_its_piece_before_is_not_taken() -> None:
         assert taken == [b"1234", b"56", b"789"]
 
     asyncio.run(story())
+
+
+def test_a_file_still_open_at_the_end_of_its_transaction_is_not_stored(fake: FakeCluster, fs: IdunnoFileSystem) -> None:
+    def forget_to_close() -> None:
+        with fs.transaction:
+            file = fs.open("a", "wb")
+            file.write(LARGE)  # its first blocks are sent, its end is still here
+
+    with pytest.raises(ValueError, match="a: still open"):
+        forget_to_close()
+    assert fake.world.files == {}
+
+
+@pytest.mark.parametrize("name", ["a", "a.gz"])
+def test_text_and_compressed_files_that_are_dropped_store_nothing_either(
+    fake: FakeCluster, fs: IdunnoFileSystem, name: str
+) -> None:
+    def write_and_forget(mode: str, content: bytes | str) -> None:
+        fs.open(name, mode, compression="infer").write(content)
+        gc.collect()
+
+    for mode, content in (("w", "half a li"), ("wb", b"half")):
+        with pytest.warns(ResourceWarning, match="dropped without close"):
+            write_and_forget(mode, content)
+    fs.pipe_file("b", b"")  # the loop has gone on
+    assert list(fake.world.files) == ["b"]
+
+
+def test_a_piece_whose_sending_was_interrupted_is_never_sent_twice(
+    fake: FakeCluster, fs: IdunnoFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = fs.open("a", "wb")
+    run = Connection.run
+
+    def interrupted(self: Connection, path: str, work: Any, **options: Any) -> Any:
+        run(self, path, work, **options)
+        raise KeyboardInterrupt  # the piece was taken, but that is not known here
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            file.write(LARGE[:BLOCK])
+    with pytest.raises(OSError, match="given up"):
+        file.close()
+    assert fake.world.files == {}
