@@ -16,7 +16,8 @@ from idunno.base.errors import Corrupt, IdunnoError, InvalidArgument, NotFound
 from idunno.base.ids import check_file_name
 from idunno.client.base import TRANSFER_S, Base, Deadline, new_request
 from idunno.client.local import files_below, open_file, replacing_aside, target_path
-from idunno.client.transfer import LineEnds, Progress, Tally, Writable, several, sink_of, source_of
+from idunno.client.transfer import LineEnds, Progress, Tally, several, sink_into, sink_of, source_of
+from idunno.sdfs.download import Sink
 from idunno.sdfs.messages import (
     STAT,
     DeleteAnswer,
@@ -120,12 +121,12 @@ class Files(Base):
         deadline = self._deadline(TRANSFER_S)
         if not isinstance(target, (str, os.PathLike)):
             return await self._get_file(
-                name, target, version=version, as_of_ms=as_of_ms, deadline=deadline, progress=progress
+                name, sink_of(target), version=version, as_of_ms=as_of_ms, deadline=deadline, progress=progress
             )
         path = target_path(name, Path(target))
         async with replacing_aside(path) as file:
             return await self._get_file(
-                name, file, version=version, as_of_ms=as_of_ms, deadline=deadline, progress=progress
+                name, sink_into(file), version=version, as_of_ms=as_of_ms, deadline=deadline, progress=progress
             )
 
     async def get_folder(
@@ -147,7 +148,7 @@ class Files(Base):
             path.parent.mkdir(parents=True, exist_ok=True)
             async with replacing_aside(path) as file:
                 return await self._get_file(
-                    row.name, file, version=row.version, deadline=deadline, progress=tally.part()
+                    row.name, sink_into(file), version=row.version, deadline=deadline, progress=tally.part()
                 )
 
         infos = await several([(row.size, partial(one, row)) for row in rows])
@@ -174,7 +175,9 @@ class Files(Base):
         for info in found:
             ends.end_line()  # the header is a line of its own, whatever the version before ended with
             ends.write(f"=== {info.name} version {info.version} ===\n".encode())
-            await self._get_file(info.name, ends, version=info.version, deadline=deadline, progress=tally.part())
+            await self._get_file(
+                info.name, sink_of(ends), version=info.version, deadline=deadline, progress=tally.part()
+            )
 
     async def stat(self, name: str, *, version: int | None = None) -> FileInfo:
         """Raises NotFound."""
@@ -283,7 +286,7 @@ class Files(Base):
     async def _get_file(
         self,
         name: str,
-        file: Writable,
+        sink: Sink,
         *,
         deadline: Deadline,
         version: int | None = None,
@@ -292,7 +295,7 @@ class Files(Base):
     ) -> FileInfo:
         return await self._file_client.get(
             name,
-            sink_of(file),
+            sink,
             version=version,
             as_of_ms=as_of_ms,
             progress=progress,

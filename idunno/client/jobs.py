@@ -21,6 +21,7 @@ from idunno.base.errors import Corrupt, DeadlineExceeded, IdunnoError, InvalidAr
 from idunno.client.base import JOB_S, POLL_PAUSE_S, TRANSFER_S, Deadline, new_request
 from idunno.client.models import Models, shortened
 from idunno.client.packing import is_array, kind_of_file, kind_of_stored, pack_array, pack_folder, pack_paths
+from idunno.client.transfer import sink_of
 from idunno.scheduler.messages import (
     CANCEL,
     FORGET,
@@ -240,7 +241,7 @@ class Jobs(Models):
         """One part's content, at its beginning."""
         file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - handed to the caller
         try:
-            await self._get_file(part.name, file, deadline=deadline)
+            await self._get_file(part.name, sink_of(file), deadline=deadline)
             file.seek(0)
         except BaseException:
             file.close()

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable
 from typing import IO, Any, Final, Protocol, TypeVar
 
+from idunno.base.descriptors import set_direct, write_direct
 from idunno.base.disk import Buffer
 from idunno.base.writing import start_writing
 from idunno.coordinator.records import SMALL_BYTES_MAX
@@ -145,6 +146,24 @@ def sink_of(file: Writable) -> Sink:
             await asyncio.to_thread(write_and_start, regular, offset, content)
 
     regular = _regular(file)
+    return take
+
+
+def sink_into(file: IO[bytes]) -> Sink:
+    """Makes what comes the whole content of `file`, a new one of our own: a large content goes past the system's cache, as in
+    the store: through it, each byte costs a copy into fresh pages, and what the machine's own work has there goes."""
+    regular = _regular(file)
+    if regular is None:
+        return sink_of(file)
+
+    async def take(offset: int, content: Buffer) -> None:
+        if len(content) < ASIDE_BYTES:
+            write_direct(regular, offset, [content])
+            return
+        if offset == 0:
+            set_direct(regular)
+        await asyncio.to_thread(write_direct, regular, offset, [content])
+
     return take
 
 

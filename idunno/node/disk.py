@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
 
+from idunno.base.descriptors import O_DIRECT, read, read_direct, write, write_direct
 from idunno.base.disk import Also, Buffer, Entry, File, Space
 from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
 from idunno.base.writing import start_writing
-from idunno.node.descriptors import O_DIRECT, read, read_direct, write, write_direct
 from idunno.node.prompt import BYTES_MAX, Promptness
 
 P = ParamSpec("P")

@@ -1,4 +1,4 @@
-# idunno/node/descriptors.py: whole reads and writes at an offset of a file descriptor, through the page cache or past it.
+# idunno/base/descriptors.py: whole reads and writes at an offset of a file descriptor, through the page cache or past it.
 #
 # Rule 1: `read` and `write` go on after a short step, until all is done or the file ends.
 # Rule 2: past the cache (open(2), O_DIRECT) memory, offset and length are multiples of ALIGN_BYTES. So bytes are copied through a
@@ -8,6 +8,7 @@
 #      the machine's own work has there, and the sync at the end waits for all of them at once.
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -66,6 +67,13 @@ class _Room(threading.local):
 
 
 _room = _Room()
+
+
+def set_direct(descriptor: int) -> None:
+    """From now on past the cache, where the file system knows such a thing."""
+    if O_DIRECT:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | O_DIRECT)
 
 
 def is_direct(descriptor: int) -> bool:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from idunno.base import descriptors
+from idunno.base.descriptors import ALIGN_BYTES, STEP_BYTES, is_direct, read_direct, write_direct
 from idunno.base.disk import Buffer
-from idunno.node import descriptors
-from idunno.node.descriptors import ALIGN_BYTES, STEP_BYTES, is_direct, read_direct, write_direct
 from idunno.node.disk import RealDisk, ThreadOffload
 
 sizes = st.one_of(st.integers(0, 20), st.sampled_from([ALIGN_BYTES - 1, ALIGN_BYTES, 2 * ALIGN_BYTES, STEP_BYTES + 5]))
