@@ -11,7 +11,7 @@ from typing import Protocol
 
 Buffer = bytes | bytearray | memoryview
 Also = Callable[[Sequence[Buffer]], object]
-"""What else is done with bytes that are being written."""
+"""What else is done with bytes that are being written or read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,11 @@ class Space:
 class File(Protocol):
     """An open file. Methods of one file may be awaited one after another only; the caller keeps the order."""
 
-    async def read(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes from `offset`; fewer only at the end of the file."""
+    async def read(self, offset: int, length: int, *, also: Also | None = None) -> bytes:
+        """Up to `length` bytes from `offset`; fewer only at the end of the file.
+
+        `also` is given them before they are, in the thread that read them.
+        """
         ...
 
     def read_now(self, offset: int, length: int) -> bytes | None:

@@ -95,8 +95,14 @@ class RealFile:
         with self._in_use:
             return function()
 
-    async def read(self, offset: int, length: int) -> bytes:
-        return await self._do("read", lambda: self._read(self._descriptor, offset, length))
+    async def read(self, offset: int, length: int, *, also: Also | None = None) -> bytes:
+        def carry_out() -> bytes:
+            data = self._read(self._descriptor, offset, length)
+            if also is not None:
+                also([data])
+            return data
+
+        return await self._do("read", carry_out)
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         if not _RWF_NOWAIT or not self._in_use.acquire(blocking=False):

@@ -51,8 +51,8 @@ class LookingFile:
     def __init__(self, file: File | None) -> None:
         self._file = file
 
-    async def read(self, offset: int, length: int) -> bytes:
-        return await self._file.read(offset, length) if self._file is not None else b""
+    async def read(self, offset: int, length: int, *, also: Also | None = None) -> bytes:
+        return await self._file.read(offset, length, also=also) if self._file is not None else b""
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         return None

@@ -237,7 +237,7 @@ class Node:
             scrub_bytes_per_s=self.config.scrub_bytes_per_s,
             stopped_wait_ms=self.config.stopped_wait_s * 1_000,
         )
-        self.blocks = BlockStore(self.disk, self.platform.offload, sdfs)
+        self.blocks = BlockStore(self.disk, sdfs)
         self.files = FileService(
             self.me, self.coordinator, self.blocks, self.small, self.peers, config=sdfs, rng=self.platform.rng
         )

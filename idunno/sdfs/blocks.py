@@ -20,7 +20,7 @@ from idunno.base.errors import Corrupt, DecodeError, DiskFailed, Exhausted, Idun
 from idunno.base.ids import BlockId
 from idunno.coordinator.records import BLOCK_BYTES_MAX
 from idunno.sdfs.config import SdfsConfig
-from idunno.sdfs.hashing import Digest, Offload, check_block_id
+from idunno.sdfs.hashing import Digest, check_block_id
 from idunno.sdfs.pins import Pins
 
 log = logging.getLogger("idunno.sdfs")
@@ -45,8 +45,8 @@ class BlockStore:
     `on_change(block, held)` is called after a block has come or gone; it must not fail or wait.
     """
 
-    def __init__(self, disk: Disk, offload: Offload, config: SdfsConfig) -> None:
-        self._disk, self._offload, self._config = disk, offload, config
+    def __init__(self, disk: Disk, config: SdfsConfig) -> None:
+        self._disk, self._config = disk, config
         self._held: dict[BlockId, tuple[int, int]] = {}  # size, serial
         self._doubtful: set[BlockId] = set()  # held, but the disk refused to read them, or to sync their name
         self._names = asyncio.Lock()  # over renames: quarantine must not move away what was just published
@@ -203,12 +203,13 @@ class BlockStore:
         if not (offset >= 0 and length >= 0 and offset + length <= size):
             raise InvalidArgument(f"block {block[:16]} has {size} bytes, not {offset} to {offset + length}")
         digest = Digest() if length == size else None
+        also = digest.update if digest is not None else None
         file = await self._open_held(block, serial)
         at, end = offset, offset + length
-        coming: asyncio.Task[bytes] | None = None  # while a piece is hashed and sent, the next is read
+        coming: asyncio.Task[bytes] | None = None  # while a piece is sent, the next is read and hashed
         try:
             while at < end:
-                coming = coming or asyncio.create_task(file.read(at, min(READ_BYTES, end - at)))
+                coming = coming or asyncio.create_task(file.read(at, min(READ_BYTES, end - at), also=also))
                 await asyncio.wait([coming])
                 try:
                     piece = coming.result()
@@ -223,9 +224,7 @@ class BlockStore:
                     await self._quarantine(block, serial, f"ends at {at} of {size} bytes")
                 at, coming = at + len(piece), None
                 if at < end:
-                    coming = asyncio.create_task(file.read(at, min(READ_BYTES, end - at)))
-                if digest is not None:
-                    await self._hash(digest, [piece])
+                    coming = asyncio.create_task(file.read(at, min(READ_BYTES, end - at), also=also))
                 yield piece
         finally:
             try:
@@ -333,9 +332,6 @@ class BlockStore:
             await self._disk.remove(f"quarantine/{block}")
         except NotFound:
             return
-
-    async def _hash(self, digest: Digest, pieces: list[Buffer]) -> None:
-        await self._offload(lambda: digest.update(pieces))
 
 
 class BlockWriter:

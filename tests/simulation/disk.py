@@ -380,10 +380,12 @@ class SimFile:
     def __init__(self, view: DiskView, path: str, inode: Inode) -> None:
         self._view, self._disk, self._path, self._inode = view, view._disk, path, inode
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read(self, offset: int, length: int, *, also: Also | None = None) -> bytes:
         inode = self._inode
         takes = self._disk.takes(max(0, min(length, len(inode.live) - offset)))
         found: bytes = await self._view.do(self._path, ("read", takes, lambda: inode.read(offset, length)))
+        if also is not None:
+            also([found])
         return found
 
     def read_now(self, offset: int, length: int) -> bytes | None:

@@ -73,9 +73,12 @@ class _MemoryFile:
             raise DiskFailed(f"{self._path}: {doing}: opened before the crash")
         self._disk._check(doing, self._path)
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read(self, offset: int, length: int, *, also: Also | None = None) -> bytes:
         self._check("read")
-        return bytes(self._inode.live[offset : offset + length])
+        data = bytes(self._inode.live[offset : offset + length])
+        if also is not None:
+            also([data])
+        return data
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         return None

@@ -12,7 +12,7 @@ from idunno.base.ids import BlockId
 from idunno.sdfs.blocks import QUARANTINE_FILES_MAX, WRITE_BYTES, BlockStore
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.hashing import block_id
-from tests.unit.sdfs.world import CONFIG, MB, ToldDisk, ToldFile, content_of, inline, run
+from tests.unit.sdfs.world import CONFIG, MB, ToldDisk, ToldFile, content_of, run
 
 CONTENT = content_of(WRITE_BYTES + MB)  # two writes
 BLOCK = block_id(CONTENT)
@@ -24,7 +24,7 @@ class PowerLoss(Exception):
 
 
 async def opened(disk: ToldDisk, config: SdfsConfig = CONFIG) -> BlockStore:
-    store = BlockStore(disk, inline, config)
+    store = BlockStore(disk, config)
     await store.open()
     return store
 

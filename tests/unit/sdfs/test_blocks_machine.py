@@ -15,7 +15,7 @@ from idunno.base.ids import BlockId
 from idunno.sdfs.blocks import BlockStore
 from idunno.sdfs.hashing import block_id
 from tests.unit.fakes import MemoryDisk
-from tests.unit.sdfs.world import CONFIG, VirtualLoop, inline
+from tests.unit.sdfs.world import CONFIG, VirtualLoop
 
 CONTENTS = [random.Random(n).randbytes(size) for n, size in enumerate((1, 700, 5_000, 9_000))]
 number = st.integers(0, len(CONTENTS) - 1)
@@ -40,7 +40,7 @@ class Blocks(RuleBasedStateMachine):
         return self.runner.run(work)
 
     def _open(self) -> None:
-        self.store = BlockStore(self.disk, inline, CONFIG)
+        self.store = BlockStore(self.disk, CONFIG)
         self._run(self.store.open())
         self.told = dict.fromkeys(self.store.held(), True)
         self.store.on_change = self.told.__setitem__

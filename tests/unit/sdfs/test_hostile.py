@@ -57,7 +57,7 @@ def test_a_block_found_at_a_start_is_durable_before_it_is_said_to_be_held() -> N
     async def story() -> None:
         content = content_of(1000)
         disk = ToldDisk()
-        store = BlockStore(disk, inline, CONFIG)
+        store = BlockStore(disk, CONFIG)
         await store.open()
 
         async def die(doing: str, path: str) -> None:
@@ -71,11 +71,11 @@ def test_a_block_found_at_a_start_is_durable_before_it_is_said_to_be_held() -> N
             await writer.finish()
         disk.before = None
 
-        second = BlockStore(disk, inline, CONFIG)
+        second = BlockStore(disk, CONFIG)
         await second.open()
         held = block_id(content) in second
         disk.crash(random.Random(1))
-        third = BlockStore(disk, inline, CONFIG)
+        third = BlockStore(disk, CONFIG)
         await third.open()
         assert held
         assert block_id(content) in third
@@ -86,7 +86,7 @@ def test_a_block_found_at_a_start_is_durable_before_it_is_said_to_be_held() -> N
 def test_a_block_that_comes_byte_by_byte_costs_no_more_memory() -> None:
     async def story() -> None:
         content = content_of(5_000)
-        store = BlockStore(ToldDisk(), inline, CONFIG)
+        store = BlockStore(ToldDisk(), CONFIG)
         await store.open()
         writer = await store.begin(block_id(content), len(content))
         for at in range(len(content)):

@@ -108,9 +108,9 @@ class ToldFile(_MemoryFile):
         await self._told("sync")
         await super().sync()
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read(self, offset: int, length: int, *, also: Also | None = None) -> bytes:
         await self._told("read")
-        return await super().read(offset, length)
+        return await super().read(offset, length, also=also)
 
     async def _told(self, doing: str) -> None:
         assert isinstance(self._disk, ToldDisk)
@@ -242,7 +242,7 @@ class Node:
         self.running = asyncio.Event()  # clear it to freeze the node (SIGSTOP): its connections stay, nothing moves
         self.running.set()
         self.server = Server(lambda _: None, name=self.name)
-        self.blocks = BlockStore(disk, inline, world.config)
+        self.blocks = BlockStore(disk, world.config)
         self.small = SmallStore(disk, inline)
         self.callers: dict[tuple[str, Lane], LocalCaller] = {}  # into this node, by who calls
         self.files = FileService(
