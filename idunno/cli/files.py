@@ -120,11 +120,17 @@ def get(name: str, local: str, version: int | None, as_of: int | None) -> None:
         return
     _refuse_json_stream(local)
     began = time.monotonic()
+    from idunno.base.errors import NotFound
 
     async def body(cluster: Cluster) -> Any:
         target = sys.stdout.buffer if local == STREAM else local
         with render.bar(name, in_bytes=True) as progress:
-            return await cluster.get(name, target, version=version, as_of_ms=as_of, progress=progress)
+            try:
+                return await cluster.get(name, target, version=version, as_of_ms=as_of, progress=progress)
+            except NotFound:
+                if (await cluster.file_client.ls_page(f"{name}/", limit=1)).files:
+                    raise NotFound(f"{name} is a folder; get all below it: `idunno get {name}/ DIRECTORY`") from None
+                raise
 
     info = work(body)
     if local == STREAM:
@@ -280,8 +286,9 @@ def retain(prefix: str, versions: int | None, age: float | None, none: bool) -> 
         }
         for row in rows
     ]
+    shown = [row | {"age": None if row["age"] is None else f"{row['age']:,g} s"} for row in document]
     result(
-        document, lambda: render.table(["prefix", "owner", "versions", "age"], [list(row.values()) for row in document])
+        document, lambda: render.table(["prefix", "owner", "versions", "age"], [list(row.values()) for row in shown])
     )
 
 
@@ -299,7 +306,10 @@ def trash_ls(prefix: str) -> None:
         rows,
         lambda: render.table(
             ["name", "versions", "size", "deleted", "by", "purged"],
-            [(row.name, row.versions, row.size, row.deleted, row.by, row.purged) for row in rows],
+            [
+                (row.name, row.versions, row.size, row.deleted, "retention" if row.expired else row.by, row.purged)
+                for row in rows
+            ],
         ),
     )
 
@@ -341,6 +351,10 @@ def repair() -> None:
                 f"{answer.blocks} blocks lack {answer.copies} copies; {render.size(answer.bytes)} to be copied, {about}; "
                 f"{answer.running} under way"
             )
+            if answer.begins_s:
+                click.echo(
+                    f"the next begin in {answer.begins_s:.0f} s: with 3 copies left a short absence is waited out"
+                )
         elif not answer.recovering:
             click.echo("every block has its copies")
         if answer.waiting_for:

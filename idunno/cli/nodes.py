@@ -53,6 +53,8 @@ def up(nodes: int | None, directory: str | None, port: int | None) -> None:
         columns = ["name", "id", "address", "state", "role"]
         render.table(columns, [[member[column] for column in columns] for member in answer["members"]])
         note(f"{answer['started']} nodes started in {answer['seconds']:.1f} s; data in {path}")
+        for name in answer["gone"]:
+            note(f"{name} is no member any more and was not started; {path / name} may be deleted")
 
     result(answer, show)
 
@@ -256,7 +258,9 @@ def leave(name: str | None) -> None:
     """Have NODE leave for good: its copies are moved, then it is out of the cluster. [default: the node that answers]"""
 
     async def body(cluster: Cluster) -> GoneNode:
-        return await cluster.leave(name or (await cluster.status()).node)
+        leaving = name or (await cluster.status()).node
+        note(f"{leaving} is leaving: first its copies are moved, then its vote; `idunno repair` shows how far it is")
+        return await cluster.leave(leaving)
 
     answer = work(body)
     result(answer, lambda: click.echo(f"{answer.name} has left: {answer.text}"))

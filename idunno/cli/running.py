@@ -88,9 +88,9 @@ def _failed(error: Exception, where: str) -> int:
     if isinstance(error, click.UsageError):
         if error.ctx is not None:
             note(error.ctx.get_usage())
-            report(f"{error.format_message()}; see `{error.ctx.command_path} --help`", where)
+            report(f"{error.format_message().rstrip('.')}; see `{error.ctx.command_path} --help`", where)
         else:
-            report(f"{error.format_message()}; see `idunno --help`", where)
+            report(f"{error.format_message().rstrip('.')}; see `idunno --help`", where)
     elif isinstance(error, click.ClickException):
         report(error.format_message(), where)
     elif isinstance(error, IdunnoError):

@@ -65,7 +65,10 @@ class _Place:
             return
         self._temporary = self._path.with_name(f".{self._path.name[:100]}.{secrets.token_hex(6)}.part")
         # Not mkstemp: this way the new file has the mode that the user's umask asks for.
-        handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:  # about the name that was given, not about ours
+            raise OSError(error.errno, error.strerror, str(path)) from None
         self.file = os.fdopen(handle, "wb")
         if mode is not None:
             os.fchmod(handle, stat.S_IMODE(mode))

@@ -2,7 +2,8 @@
 #
 # Rule 1: `up` is idempotent: it makes what is not there, starts what is not running, and waits until all is well.
 # Rule 2: a process that ends while `up` waits is reported with the last lines it wrote, not as a time-out.
-# Rule 3: a cluster whose making was interrupted is made again from the start: none of its nodes has ever run.
+# Rule 3: a node that left or was removed is neither waited for nor left running, once the scheduler's roster is without it.
+# Rule 4: a cluster whose making was interrupted is made again from the start: none of its nodes has ever run.
 from __future__ import annotations
 
 import asyncio
@@ -18,10 +19,11 @@ from typing import Any, Final
 import msgspec
 
 from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, InvalidArgument, Unavailable
-from idunno.coordinator.messages import MEMBERS, STATUS, Member, Members, Status
+from idunno.base.ids import NodeId
+from idunno.coordinator.messages import MEMBERS, STATUS, Member, Members, Status, StatusAnswer
 from idunno.node.config import NodeConfig, load_config, parse_address
 from idunno.node.disk import replace_file, sync_directory
-from idunno.node.identity import BOOT_FILE, IDENTITY_FILE, running_pid
+from idunno.node.identity import BOOT_FILE, IDENTITY_FILE, load_identity, running_pid
 from idunno.node.lifecycle import make_cluster
 from idunno.node.running import run_async
 from idunno.wire.rpc import Connection, connect_unix
@@ -38,8 +40,11 @@ UNFINISHED_FILE: Final = "up.unfinished"
 """There while a cluster is being made, and gone, durably, before the first of its processes starts."""
 
 
-Looked = tuple[list[Member], str | None, str, bool]
-"""Members, the scheduler's name, the cluster's id, and whether the scheduler still waits for reports."""
+class Looked(msgspec.Struct, frozen=True):
+    """What a node says of its cluster."""
+
+    members: list[Member]
+    status: StatusAnswer
 
 
 class LocalCluster(msgspec.Struct, frozen=True):
@@ -53,7 +58,8 @@ class LocalCluster(msgspec.Struct, frozen=True):
 def up(directory: Path, nodes: int | None = None, port: int | None = None) -> dict[str, Any]:
     """Start the cluster of `directory`, making it with `nodes` (5) nodes from `port` (7400) on if there is none.
 
-    Returns {cluster, scheduler, members: [...], seconds, started}. Raises InvalidArgument, Conflict, DeadlineExceeded.
+    Returns {cluster, scheduler, members: [...], seconds, started, gone}; `gone`: names of nodes that left or were removed, which
+    do not run. Raises InvalidArgument, Conflict, DeadlineExceeded.
     """
     directory = directory.absolute()
     clock = asyncio.new_event_loop()
@@ -74,7 +80,7 @@ def up(directory: Path, nodes: int | None = None, port: int | None = None) -> di
         _check_port(load_config(node))
     processes = {node: _spawn(node) for node in stopped}
     try:
-        members, scheduler, cluster = run_async(_until_ready(found, processes))
+        members, scheduler, cluster, gone = run_async(_until_ready(found, processes))
     except BaseException:
         for process in processes.values():  # what this call started is not left behind half-way
             process.terminate()
@@ -87,7 +93,8 @@ def up(directory: Path, nodes: int | None = None, port: int | None = None) -> di
         "scheduler": scheduler,
         "members": msgspec.to_builtins(members),
         "seconds": round(seconds, 3),
-        "started": len(stopped),
+        "started": sum(node.name not in gone for node in stopped),
+        "gone": gone,
     }
 
 
@@ -156,8 +163,11 @@ def _spawn(node: Path) -> subprocess.Popen[bytes]:
 
 async def _until_ready(
     nodes: list[Path], processes: dict[Path, subprocess.Popen[bytes]]
-) -> tuple[list[Member], str, str]:
-    """Wait until every node answers, sees all others active, and knows one and the same scheduler."""
+) -> tuple[list[Member], str, str, list[str]]:
+    """Wait until every node answers, sees all others active, and knows one and the same scheduler: members, the scheduler's
+    name, the cluster's id, and the names of those that are no members any more, ended here if they were started here."""
+    ids = {node: load_identity(node).node for node in nodes}
+    gone: list[str] = []
     waits_for = "the nodes to answer"
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
@@ -168,12 +178,20 @@ async def _until_ready(
                             f"node {node.name} ended with status {process.returncode}: {_last_words(node)}"
                         )
                 seen = await asyncio.gather(*(look(node) for node in nodes))
-                answers = [answer for answer in seen if isinstance(answer, tuple)]
+                answers = [answer for answer in seen if isinstance(answer, Looked)]
+                if left := _left(ids, answers):
+                    for node in left:
+                        if (started := processes.pop(node, None)) is not None:
+                            started.terminate()
+                    gone += [node.name for node in left]
+                    nodes = [node for node in nodes if node not in left]
+                    ids = {node: ids[node] for node in nodes}
+                    continue
                 waits_for = _missing(nodes, seen)
                 if not waits_for:
-                    members, scheduler, cluster, _ = answers[0]
-                    assert scheduler is not None
-                    return members, scheduler, cluster
+                    first = answers[0].status
+                    assert first.scheduler is not None
+                    return answers[0].members, first.scheduler, first.cluster, gone
                 await asyncio.sleep(LOOK_AGAIN_S)
     except TimeoutError:
         raise DeadlineExceeded(
@@ -182,19 +200,29 @@ async def _until_ready(
         ) from None
 
 
+def _left(ids: dict[Path, NodeId], answers: list[Looked]) -> list[Path]:
+    """Who is no member any more, by the word of a scheduler whose roster is up to date; nobody else's word counts."""
+    for answer in answers:
+        status = answer.status
+        if status.node == status.scheduler and not status.recovering and status.applied == status.commit:
+            members = {member.id for member in answer.members}
+            return [node for node, its_id in ids.items() if its_id not in members]
+    return []
+
+
 def _missing(nodes: list[Path], seen: list[Looked | IdunnoError]) -> str:
     """What is not ready yet, "" when all is."""
     schedulers = set()
     for node, answer in zip(nodes, seen, strict=True):
         if isinstance(answer, IdunnoError):
             return f"node {node.name} to answer"
-        members, scheduler, _, recovering = answer
+        scheduler = answer.status.scheduler
         if scheduler is None:
             return f"node {node.name} to know a scheduler"
-        if recovering:
+        if answer.status.recovering:
             return "the scheduler to hear from all nodes"
         schedulers.add(scheduler)
-        active = sum(member.state == "active" for member in members)
+        active = sum(member.state == "active" for member in answer.members)
         if active < len(nodes):
             return f"node {node.name} to see all members: {active} of {len(nodes)} are active there"
     return "" if len(schedulers) == 1 else f"one scheduler: there are {' and '.join(sorted(schedulers))}"
@@ -207,7 +235,7 @@ async def look(node: Path) -> Looked | IdunnoError:
         connection = await connect_unix(str(node / "node.sock"), timeout_s=1.0)
         status = await connection.call(STATUS, Status(), timeout_s=2.0)
         members = await connection.call(MEMBERS, Members(), timeout_s=2.0)
-        return members.members, status.scheduler, status.cluster, status.recovering
+        return Looked(members.members, status)
     except IdunnoError as error:
         return error
     finally:

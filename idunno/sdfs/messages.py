@@ -361,6 +361,7 @@ class RepairAnswer(msgspec.Struct, frozen=True):
     lost_files: list[str]  # files that refer to these; the first 100
     waiting_for: list[str]  # stopped nodes that are expected back
     nodes: list[StoreNode]
+    begins_s: float = 0.0  # until the next copy is begun, when all that are left wait; else 0
 
 
 class Scrub(msgspec.Struct, frozen=True):

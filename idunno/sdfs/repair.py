@@ -323,6 +323,16 @@ class RepairCore:
         """Also when that is not known for sure yet."""
         return block in self._short or block in self._dirty or block in self._held_back
 
+    def begins_s(self, now_ms: int) -> float:
+        """Until the next copy is begun: more than 0 when nothing is under way, for what is left has 3 copies and waits."""
+        waiting = self._queues[-1]
+        if self._busy or self._dirty or not waiting or any(self._queues[:-1]):
+            return 0.0
+        short = self._short[next(iter(waiting))]  # the longest short
+        if self._is_due(short, now_ms):
+            return 0.0
+        return (short.since_ms + self._config.repair_wait_ms - now_ms) / 1000
+
     def estimate_s(self, now_ms: int) -> float | None:
         """Until `bytes_left` is 0, by what was copied in the last 10 s; None when that was nothing."""
         while self._done and self._done[0][0] < now_ms - RATE_WINDOW_MS:

@@ -280,6 +280,7 @@ class Repairing:
             lost_files=await self._files_of(frozenset(lost)),
             waiting_for=[machine.roster.name(node) for node in self.waited()],
             nodes=nodes,
+            begins_s=core.begins_s(now_ms),
         )
 
     async def _files_of(self, blocks: frozenset[BlockId]) -> list[str]:
@@ -323,7 +324,7 @@ class Repairing:
         while True:
             left, size, held = await self._left_of(node)
             if not left and not self.recovering:
-                return f"{name}: each of its {held:,} blocks ({size:,} bytes) has its copies on other nodes"
+                return f"each of its {held:,} blocks ({size:,} bytes) has its copies on other nodes"
             if self._loop.time() - said_s > DRAIN_SAY_S:
                 said_s = self._loop.time()
                 log.info("draining", extra={"holder": node, "blocks": held, "left": left})

@@ -271,7 +271,7 @@ def test_a_cluster_on_this_machine(idunno: Terminal, tmp_path: Path, monkeypatch
     def up(directory: Path, nodes: int | None, port: int | None) -> dict[str, Any]:
         calls.append((directory, nodes, port))
         member = {"name": "n1", "id": "1", "address": "127.0.0.1:7400", "state": "active", "role": "scheduler"}
-        return {"cluster": "c", "scheduler": "n1", "members": [member], "seconds": 1.0, "started": 1}
+        return {"cluster": "c", "scheduler": "n1", "members": [member], "seconds": 1.0, "started": 1, "gone": ["n2"]}
 
     def down(directory: Path, purge: bool) -> dict[str, Any]:
         calls.append((directory, purge))
@@ -281,7 +281,9 @@ def test_a_cluster_on_this_machine(idunno: Terminal, tmp_path: Path, monkeypatch
     monkeypatch.setattr(local, "down", down)
     monkeypatch.setenv("IDUNNO_HOME", str(tmp_path))
     assert idunno.ok("up", "--json").json["members"][0]["name"] == "n1"
-    assert "scheduler" in idunno.ok("up", "--nodes", "3", "--dir", str(tmp_path / "d"), "--port", "7500").out
+    told = idunno.ok("up", "--nodes", "3", "--dir", str(tmp_path / "d"), "--port", "7500")
+    assert "scheduler" in told.out
+    assert "n2 is no member any more" in told.err
     idunno.ok("up", "--cluster", str(tmp_path / "e"))
     assert idunno.ok("down", "--purge", "--json").json == {"stopped": 1, "killed": 0, "purged": True}
     assert calls == [
@@ -307,3 +309,14 @@ def test_the_bounds_of_grep_are_those_of_the_nodes() -> None:
     from idunno.grep import engine
 
     assert (logs.CONTEXT_MAX, logs.LIMIT_MAX) == (engine.CONTEXT_LINES_MAX, engine.LIMIT_MAX)
+
+
+def test_a_folder_that_is_got_as_a_file_is_called_one(idunno: Terminal, tmp_path: Path) -> None:
+    idunno.fake.world.put("x/a", b"")
+    assert "x is a folder; get all below it: `idunno get x/ DIRECTORY`" in idunno("get", "x", str(tmp_path / "x")).error
+    assert "no file y" in idunno("get", "y", str(tmp_path / "y")).error
+    assert "is a folder" not in idunno("get", "x/a", str(tmp_path / "x"), "--version", "9").error
+
+
+def test_usage_errors_are_one_sentence(idunno: Terminal) -> None:
+    assert "error: Missing argument 'PREFIX'; see `idunno retain --help`" in idunno("retain").err

@@ -228,3 +228,9 @@ def test_a_listing_that_names_what_was_not_asked_for_writes_nothing(
         assert not outside.exists()
 
     asyncio.run(story())
+
+
+def test_a_target_that_cannot_be_is_named_as_it_was_given(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "none" / "a"):
+        pass
+    assert caught.value.filename == str(tmp_path / "none" / "a")

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from idunno.base.ids import NodeId
+from idunno.coordinator.messages import Member, StatusAnswer
 from idunno.node import lifecycle, local
 from idunno.node.identity import BOOT_FILE, Identity, load_identity, write_identity
 
@@ -20,9 +22,9 @@ class Killed(BaseException):
 def up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], dict[str, Any]]:
     """`idunno up --nodes 3` without the processes."""
 
-    async def ready(nodes: list[Path], processes: object) -> tuple[list[object], str, str]:
+    async def ready(nodes: list[Path], processes: object) -> tuple[list[object], str, str, list[str]]:
         await asyncio.sleep(0)
-        return [], nodes[0].name, load_identity(nodes[0]).cluster
+        return [], nodes[0].name, load_identity(nodes[0]).cluster, []
 
     monkeypatch.setattr(local, "_spawn", lambda node: None)
     monkeypatch.setattr(local, "_until_ready", ready)
@@ -65,3 +67,51 @@ def test_a_node_that_has_run_is_never_removed(up: Callable[[], dict[str, Any]], 
     (tmp_path / "cluster" / local.UNFINISHED_FILE).touch()
     (tmp_path / "cluster" / "n2" / BOOT_FILE).write_text("1")
     assert up()["cluster"] == made
+
+
+class Process:
+    """A node process, as far as `up` looks at it."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def poll(self) -> int | None:
+        return 0 if self.ended else None
+
+    def terminate(self) -> None:
+        self.ended = True
+
+
+def looked(me: str, ids: dict[str, NodeId], *, recovering: bool = False) -> local.Looked:
+    members = [Member(name, node, "", "active", "worker", 0, "", 1, "") for name, node in ids.items()]
+    status = StatusAnswer(
+        True, "", "c", me, "n1" if ids else None, 1, [], [], {}, 5, 5, 0, 0, {}, {}, {}, recovering=recovering
+    )  # fmt: skip
+    return local.Looked(members, status)
+
+
+def test_a_node_that_left_is_neither_waited_for_nor_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [tmp_path / name for name in ("n1", "n2", "n3")]
+    ids = {node.name: NodeId(f"{number:016x}") for number, node in enumerate(nodes, 1)}
+    for node in nodes:
+        node.mkdir()
+        write_identity(node, Identity(1, "ab" * 16, ids[node.name]))
+    roster = {name: ids[name] for name in ("n1", "n2")}
+    looks = 0
+
+    async def look(node: Path) -> local.Looked:
+        nonlocal looks
+        looks += 1
+        if node.name == "n3":
+            return looked("n3", {})
+        # Of the scheduler the first word is not its last: it does not know yet who is there.
+        return looked(node.name, roster if looks > 3 else {"n1": ids["n1"]}, recovering=looks <= 3)
+
+    monkeypatch.setattr(local, "look", look)
+    processes = {node: Process() for node in nodes}
+    started = dict(processes)
+    found = asyncio.run(local._until_ready(nodes, processes))  # type: ignore[arg-type]
+    assert ([member.name for member in found[0]], found[1], found[3]) == (["n1", "n2"], "n1", ["n3"])
+    assert [started[node].ended for node in nodes] == [False, False, True]

@@ -379,9 +379,7 @@ def test_a_node_that_leaves_gives_its_copies_away_first() -> None:
             await world.put(CONTENT, "f")
             leaving = victim_of(world, leader=False)
             said = await world.leading.drain(leaving.id)
-            assert said.startswith(
-                f"{leaving.name}: each of its 2 blocks (9,437,184 bytes) has its copies on other nodes"
-            )
+            assert said.startswith("each of its 2 blocks (9,437,184 bytes) has its copies on other nodes")
             others = [node for node in good(world, BLOCKS[0]) if node is not leaving]
             assert len(others) == 4
             await world.put(content_of(MB, 5), "g")

@@ -65,9 +65,11 @@ def test_256_mb_of_what_has_three_copies_at_once_the_rest_after_a_minute() -> No
             store.core.copied(order, 1_000)
     assert copied == 32 * 8 * MB
     assert store.next(59_000) == []
+    assert store.core.begins_s(59_000) == 2.0
     urgent = store.add(99, NODES[:2])
     assert [order.block for order in store.next(59_500)] == [urgent]
     assert len(store.next(61_000)) > 0
+    assert store.core.begins_s(61_000) == 0.0
     assert store.core.estimate_s(61_000) is None  # nothing was copied in the last 10 s
 
 
