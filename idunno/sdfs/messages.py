@@ -307,7 +307,7 @@ class Inventory(msgspec.Struct, frozen=True):
     last: bool = False  # ends it
     free_bytes: int = 0
     total_bytes: int = 0
-    problem: str = ""  # why the node takes no blocks at all now: its disk fails
+    problem: str = ""  # why the node takes no blocks at all now: its disk fails, or has less free than it keeps
     rotten: int = 0  # blocks that it found rotten or unreadable since its start
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from idunno.base.errors import Unavailable
 from idunno.base.ids import BlockId, NodeId, Term
@@ -122,6 +123,19 @@ def test_the_wish_to_report_too_many_changes_becomes_a_full_report() -> None:
         desk.gate.set()
         await until(lambda: len(desk.pages) == 3)
         assert [page.first for _, page in desk.pages] == [True, True, False]
+        await made.stop()
+
+    run(story)
+
+
+def test_a_node_that_keeps_more_of_its_disk_free_than_the_leader_does_says_that_it_is_full() -> None:
+    async def story() -> None:
+        desk, store = Desk(), await opened(ToldDisk(capacity_bytes=10**9))
+        made = Reporter(ME, store, desk.report, replace(CONFIG, floor_bytes=2 * 10**9))
+        made.start()
+        made.leader_changed(LEADER, Term(1))
+        await until(lambda: bool(desk.pages))
+        assert desk.locator(1).problem(ME) == "1,000,000,000 bytes free, 2,000,000,000 are kept free"
         await made.stop()
 
     run(story)
