@@ -106,8 +106,6 @@ class Reporter:
         last: bool = False,
     ) -> None:
         space = await self._blocks.space()
-        floor = self._config.floor(space)  # this node's own: the leader may keep another part of its disk free
-        full = f"{space.free_bytes:,} bytes free, {floor:,} are kept free" if space.free_bytes < floor else ""
         page = Inventory(
             self._me,
             term,
@@ -117,7 +115,8 @@ class Reporter:
             last,
             space.free_bytes,
             space.total_bytes,
-            self._blocks.problem or full,
+            self._blocks.problem,
             self._blocks.rotten,
+            self._config.floor(space),
         )
         await self._report(leader, page)

@@ -44,6 +44,7 @@ class Locator:
         self._coming: dict[NodeId, dict[BlockId, None]] = {}
         self._complete: set[NodeId] = set()
         self._space: dict[NodeId, Space] = {}
+        self._floor_bytes: dict[NodeId, int] = {}
         self._problem: dict[NodeId, str] = {}
         self._rotten: dict[NodeId, int] = {}
 
@@ -66,6 +67,8 @@ class Locator:
                 _take_off(known, page.removed)
                 known.update(dict.fromkeys(page.added))
         self._space[node] = Space(page.free_bytes, page.total_bytes)
+        if page.floor_bytes >= 0:
+            self._floor_bytes[node] = page.floor_bytes
         self._problem[node], self._rotten[node] = page.problem, page.rotten
         changed = dict.fromkeys((*page.added, *page.removed))
         hints = self._hints.get(node)
@@ -111,7 +114,7 @@ class Locator:
     def forget(self, node: NodeId) -> Iterable[BlockId]:
         """The node is out of the roster. The blocks concerned."""
         gone = self.doubt(node)
-        for known in (self._held, self._space, self._problem, self._rotten):
+        for known in (self._held, self._space, self._floor_bytes, self._problem, self._rotten):
             known.pop(node, None)
         return gone
 
@@ -136,6 +139,10 @@ class Locator:
 
     def space(self, node: NodeId) -> Space | None:
         return self._space.get(node)
+
+    def floor_bytes(self, node: NodeId) -> int | None:
+        """What it keeps free; None when it has not said."""
+        return self._floor_bytes.get(node)
 
     def problem(self, node: NodeId) -> str:
         return self._problem.get(node, "")

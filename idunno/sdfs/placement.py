@@ -33,6 +33,7 @@ class Candidate:
     presence: str  # as in the roster
     space: Space | None  # as last reported, None: not reported yet
     problem: str = ""  # why it takes no blocks, as it said itself
+    floor_bytes: int | None = None  # it keeps free, None: as this node does
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def unable(candidate: Candidate, config: SdfsConfig, size: int) -> str:
         return candidate.problem
     if candidate.space is None:
         return ""  # the node itself refuses when it must
-    floor = config.floor(candidate.space)
+    floor = candidate.floor_bytes if candidate.floor_bytes is not None else config.floor(candidate.space)
     if candidate.space.free_bytes - size < floor:
         return f"{candidate.space.free_bytes:,} bytes free, {size:,} asked for, {floor:,} are kept free"
     return ""

@@ -128,6 +128,7 @@ class Repairing:
                 n.presence,
                 locator.space(n.node),
                 "it is leaving" if n.node in self.draining else locator.problem(n.node),
+                locator.floor_bytes(n.node),
             )
             for n in self._roster()
         ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import pytest
+
 from idunno.base.errors import Unavailable
 from idunno.base.ids import BlockId, NodeId, Term
 from idunno.sdfs.blocks import BlockStore
 from idunno.sdfs.inventory import Reporter
 from idunno.sdfs.locator import INVENTORY_BLOCKS_MAX, Locator
 from idunno.sdfs.messages import Inventory
+from idunno.sdfs.placement import Candidate, unable
 from tests.unit.sdfs.test_blocks import keep, opened
 from tests.unit.sdfs.world import CONFIG, ToldDisk, run, until
 
@@ -128,14 +131,18 @@ def test_the_wish_to_report_too_many_changes_becomes_a_full_report() -> None:
     run(story)
 
 
-def test_a_node_that_keeps_more_of_its_disk_free_than_the_leader_does_says_that_it_is_full() -> None:
+@pytest.mark.parametrize(("kept", "able"), [(2 * 10**9, False), (0, True)])
+def test_a_leader_goes_by_what_each_node_keeps_free_itself(kept: int, able: bool) -> None:
     async def story() -> None:
         desk, store = Desk(), await opened(ToldDisk(capacity_bytes=10**9))
-        made = Reporter(ME, store, desk.report, replace(CONFIG, floor_bytes=2 * 10**9))
+        made = Reporter(ME, store, desk.report, replace(CONFIG, floor_bytes=kept, floor_percent=0))
         made.start()
         made.leader_changed(LEADER, Term(1))
         await until(lambda: bool(desk.pages))
-        assert desk.locator(1).problem(ME) == "1,000,000,000 bytes free, 2,000,000,000 are kept free"
+        known = desk.locator(1)
+        candidate = Candidate(ME, "n1", "", "present", known.space(ME), floor_bytes=known.floor_bytes(ME))
+        leaders = replace(CONFIG, floor_bytes=2 * 10**9 - kept, floor_percent=0)
+        assert (unable(candidate, leaders, 1) == "") == able
         await made.stop()
 
     run(story)
