@@ -206,6 +206,8 @@ def _left(ids: dict[Path, NodeId], answers: list[Looked]) -> list[Path]:
         status = answer.status
         if status.node == status.scheduler and not status.recovering and status.applied == status.commit:
             members = {member.id for member in answer.members}
+            if status.node not in {member.name for member in answer.members}:
+                continue  # who does not know itself yet knows nobody
             return [node for node, its_id in ids.items() if its_id not in members]
     return []
 

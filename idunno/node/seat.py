@@ -95,7 +95,9 @@ class Seat:
     def _leader_view(self) -> LeaderView:
         node = self._node
         lag = {node.known.name(follower): behind for follower, behind in node.driver.lag().items()}
-        recovering = node.files.leading.recovering or node.scheduler.recovering
+        leading = node.files.leading
+        # Until it has taken over, its machine is perhaps that of its start: an old roster, or none.
+        recovering = not leading.begun or leading.recovering or node.scheduler.recovering
         missing = 0 if recovering else node.files.leading.copies_missing
         lost = tuple(node.files.leading.lost()[:BLOCKS_TOLD_MAX])
         disks = {node.known.name(of): why for of, why in node.files.leading.disk_problems().items()}

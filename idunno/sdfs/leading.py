@@ -114,6 +114,11 @@ class Leading:
             self._expiry.wake()
 
     @property
+    def begun(self) -> bool:
+        """Whether this node leads, has applied all that was committed before, and has taken over."""
+        return self._repairing is not None
+
+    @property
     def recovering(self) -> bool:
         """Whether this leader has not yet heard from every present node. False on others."""
         return self._repairing is not None and self._repairing.recovering
