@@ -25,7 +25,7 @@ from idunno.base.errors import (
 )
 from idunno.client.locate import Door, Place
 from idunno.sdfs.asking import UNDECIDED
-from idunno.wire.calls import A, Actor, Caller, Empty, Item, Method, Q, Role, Stream
+from idunno.wire.calls import A, Actor, Caller, Empty, Item, Method, Q, Stream
 
 CONNECT_TIMEOUT_S: Final = 3.0
 """For one door. A handshake takes milliseconds; a machine that is off would otherwise hold us for minutes."""
@@ -78,7 +78,7 @@ class Session:
         async def once(link: Link, left_s: float) -> A:
             return await link.call(method, request, timeout_s=left_s, body=body, actor=actor)
 
-        return await self._persist(once, method.name, method.access, request, timeout_s)
+        return await self._persist(once, method.name, method.changes, request, timeout_s)
 
     async def call_with_body(
         self, method: Method[Q, A], request: Q, *, timeout_s: float, body: Buffer = b"", actor: Actor | None = None
@@ -86,7 +86,7 @@ class Session:
         async def once(link: Link, left_s: float) -> tuple[A, bytes]:
             return await link.call_with_body(method, request, timeout_s=left_s, body=body, actor=actor)
 
-        return await self._persist(once, method.name, method.access, request, timeout_s)
+        return await self._persist(once, method.name, method.changes, request, timeout_s)
 
     def open(self, method: Method[Q, A], request: Q, *, timeout_s: float, actor: Actor | None = None) -> Stream[A]:
         return _SessionStream(self, method, request, timeout_s, actor)
@@ -104,14 +104,14 @@ class Session:
         self,
         once: Callable[[Link, float], Awaitable[R]],
         name: str,
-        access: Role,
+        changes: bool,
         request: msgspec.Struct,
         timeout_s: float,
     ) -> R:
         """Rules 1 to 3. `once` sends the request on a link, with the time it may take."""
         loop = asyncio.get_running_loop()
         end_s = loop.time() + timeout_s
-        asks = access is Role.READER
+        asks = not changes
         again = asks or _has_id(request)
         unsure, pause_s = False, PAUSE_MIN_S
         last: IdunnoError = DeadlineExceeded(f"no time left for {name}: give a larger --timeout")
@@ -195,7 +195,7 @@ class _SessionStream(Stream[A]):
         self._open: Callable[[Link], Stream[A]] = lambda link: link.open(
             method, request, timeout_s=timeout_s, actor=actor
         )
-        self._asks = method.access is Role.READER
+        self._asks = not method.changes
         self._timeout_s = timeout_s
         self._inner: Stream[A] | None = None
         self._index = -1  # of the door it went through

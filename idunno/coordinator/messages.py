@@ -35,7 +35,7 @@ class ReadIndexAnswer(msgspec.Struct, frozen=True):
     term: int
 
 
-PROPOSE: Final = Method("coordinator.propose", Propose, Proposed, Role.READER)
+PROPOSE: Final = Method("coordinator.propose", Propose, Proposed, Role.READER, also_changes=True)
 READ_INDEX: Final = Method("coordinator.read-index", ReadIndex, ReadIndexAnswer, Role.READER)
 
 # -- joining ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from idunno.base.errors import (
     Unauthenticated,
     Unavailable,
 )
-from idunno.wire.calls import A, Caller, Method, Q, Role
+from idunno.wire.calls import A, Caller, Method, Q
 
 ATTEMPT_S: Final = 10.0
 """For one attempt: a node that is frozen is left for another after this."""
@@ -76,7 +76,7 @@ class Asker:
                 if not may_repeat(error):
                     raise
                 last = error
-                unsure = unsure or (error.may_have_happened and method.access is not Role.READER)
+                unsure = unsure or (error.may_have_happened and method.changes)
             await self.pause(attempt)
             attempt += 1
         if last is not None and (last.may_have_happened or not unsure) and not self.problem:

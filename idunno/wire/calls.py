@@ -75,6 +75,13 @@ class Method(Generic[Q, A]):
     request: type[Q]
     answer: type[A]
     access: Role
+    also_changes: bool = False
+    """Readers may call it, and in some cases it changes something all the same."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether an answer that was lost leaves it open what has happened."""
+        return self.also_changes or self.access is not Role.READER
 
 
 class Empty(msgspec.Struct, frozen=True):

@@ -328,6 +328,7 @@ HANDLERS: list[tuple[Method[Any, Any], Callable[[World, Any], Any]]] = [
     (sdfs.WRITE_BLOCK, _write),
     (sdfs.COMMIT, _commit),
     (sdfs.ABORT, lambda world, call: Empty()),
+    (sdfs.RETAIN, lambda world, call: sdfs.RetainAnswer([])),
     (sdfs.STAT, _stat),
     (sdfs.READ_BLOCK, _read),
     (sdfs.LIST, _list),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,8 @@ from idunno.base.errors import (
     Unauthenticated,
     Unavailable,
 )
-from idunno.sdfs.messages import BEGIN, DELETE, LIST, PUT_SMALL, Begin, Delete, List, PutSmallFile
+from idunno.sdfs.messages import BEGIN, DELETE, LIST, PUT_SMALL, RETAIN, Begin, Delete, List, PutSmallFile, Retain
+from idunno.wire.calls import Method
 from tests.unit.client.fake import FakeCluster
 
 
@@ -81,14 +83,23 @@ def test_a_change_whose_answer_was_lost_is_sent_again_under_the_same_id() -> Non
     asyncio.run(story())
 
 
-def test_giving_up_after_an_unconfirmed_attempt_says_that_it_may_have_happened() -> None:
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [(PUT_SMALL, PutSmallFile("p1", "a")), (RETAIN, Retain("a/", "r1", versions=2))],  # readers may call the second
+)
+def test_giving_up_after_an_unconfirmed_attempt_says_that_it_may_have_happened(
+    method: Method[Any, Any], request_: Any
+) -> None:
     async def story() -> None:
         fake = FakeCluster()
         fake.world.lost = {"n1", "n2"}
-        fake.world.trouble = lambda node, method: None if fake.world.lost else NoQuorum("2 of 5 nodes answer")
+        fake.world.trouble = lambda node, name: None if fake.world.lost else NoQuorum("2 of 5 nodes answer")
         async with await fake.connect() as cluster:
-            with pytest.raises(DeadlineExceeded, match=r"file.put-small was sent, no answer within 0.5 s \(2 of 5"):
-                await cluster.session.call(PUT_SMALL, PutSmallFile("p1", "a"), timeout_s=0.5)
+            with pytest.raises(
+                DeadlineExceeded, match=rf"{method.name} was sent, no answer within 0.5 s \(2 of 5"
+            ) as told:
+                await cluster.session.call(method, request_, timeout_s=0.5)
+            assert told.value.may_have_happened
             assert cluster.session.changed
 
     asyncio.run(story())
