@@ -317,7 +317,10 @@ def main() -> int:
         peaks = {name: peak_mb(pid) for name, pid in cluster.pids().items()}
         print(f"{'nodes peak MB':<28} {', '.join(f'{n} {p:.0f}' for n, p in peaks.items()):>24}   bound 160")
         if "repair" in rows:
-            repair(cluster, folder, arguments.kills)
+            # In a cluster of its own: with other files' blocks lost as well, most would rest a minute before they are copied.
+            down(directory)
+            shutil.rmtree(directory)
+            repair(Cluster(directory, arguments.port), folder, arguments.kills)
     finally:
         with contextlib.suppress(FileNotFoundError):
             down(directory)
