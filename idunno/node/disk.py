@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
 
-from idunno.base.descriptors import O_DIRECT, read, read_direct, write, write_direct
+from idunno.base.descriptors import O_DIRECT, is_direct, read, read_direct, write, write_direct
 from idunno.base.disk import Also, Buffer, Entry, File, Space
 from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
 from idunno.base.writing import start_writing
@@ -64,7 +64,6 @@ class RealFile:
     ) -> None:
         self._offload, self._descriptor, self._path, self._promptness = offload, descriptor, path, promptness
         self._read, self._write = (read_direct, write_direct) if direct else (read, write)
-        self._direct = direct
         # Who was cancelled while it awaited a call may close the file while a thread still carries that call out: the
         # number of the descriptor must not go to another file under its hands.
         self._in_use = threading.Lock()
@@ -124,7 +123,7 @@ class RealFile:
             self._write(self._descriptor, offset, data, also)
             if sync:
                 os.fdatasync(self._descriptor)
-            elif also is not None and not self._direct:
+            elif also is not None and not is_direct(self._descriptor):
                 start_writing(self._descriptor, offset, sum(map(len, data)))
             if promptness is not None:
                 promptness.took(promptness.clock_s() - begun)
