@@ -5,7 +5,7 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from idunno.base.errors import IdunnoError
+from idunno.base.errors import IdunnoError, Unavailable
 from idunno.coordinator.messages import (
     KNOWN_MEMBERS,
     MEMBER_EVENTS,
@@ -50,7 +50,13 @@ class Seat:
         return MembersAnswer(members(node.machine.roster.nodes(), view, node.me, node.driver.leader))
 
     async def _members(self, call: Call[Members]) -> MembersAnswer:
-        return self.own_members()
+        answer = self.own_members()
+        if not answer.members:  # not even this node: an empty table would be taken for the truth
+            raise Unavailable(
+                f"node {self._node.config.name} has heard nothing of the cluster since its start, so it does not know who is a "
+                "member; ask another node, or see `idunno status`"
+            )
+        return answer
 
     async def _known_members(self, call: Call[Empty]) -> KnownMembers:
         return KnownMembers(self._node.known.members())

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from idunno.base.errors import Conflict, Corrupt, IdunnoError, NoQuorum, Unavailable, Unconfirmed
-from idunno.coordinator.messages import STATUS, Status
+from idunno.coordinator.messages import MEMBERS, STATUS, Members, Status
 from idunno.grep.messages import QUERY, Line, LineBatch, Query, QueryAnswer
 from idunno.sdfs.client import source_of
 from idunno.wire.calls import Actor, Peer, Role
@@ -283,6 +283,25 @@ def test_who_asks_too_few_is_told_so() -> None:
         assert "voters" in str(caught.value), caught.value
 
     cluster = make("too few", clients=1)
+    cluster.world.run(story)
+
+
+def test_a_node_that_has_heard_of_nobody_says_so_and_not_that_there_are_no_members() -> None:
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        world.kill(*(machine.name for machine in world.machines))
+        alone = world.machines[0]
+        world.start(alone.name)
+        await world.until(lambda: alone.node is not None and alone.running, "it runs")
+        node = alone.node
+        assert node is not None
+        own = Peer(Actor(node.me, Role.NODE), node=node.me, local=True)
+        with pytest.raises(Unavailable, match=f"node {alone.name} has heard nothing of the cluster since its start"):
+            await world.inside(
+                alone.name, lambda: LocalCaller(node.server, own).call(MEMBERS, Members(), timeout_s=5.0)
+            )
+
+    cluster = make("one alone", nodes=3, clients=0)
     cluster.world.run(story)
 
 
