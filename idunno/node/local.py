@@ -217,10 +217,10 @@ def _missing(nodes: list[Path], seen: list[Looked | IdunnoError]) -> str:
     schedulers = set()
     for node, answer in zip(nodes, seen, strict=True):
         if isinstance(answer, IdunnoError):
-            return f"node {node.name} to answer"
+            return f"node {node.name} to answer: {answer}"
         scheduler = answer.status.scheduler
         if scheduler is None:
-            return f"node {node.name} to know a scheduler"
+            return f"node {node.name} to know a scheduler: {answer.status.why}"
         if answer.status.recovering:
             return "the scheduler to hear from all nodes"
         schedulers.add(scheduler)
@@ -236,6 +236,8 @@ async def look(node: Path) -> Looked | IdunnoError:
     try:
         connection = await connect_unix(str(node / "node.sock"), timeout_s=1.0)
         status = await connection.call(STATUS, Status(), timeout_s=2.0)
+        if status.scheduler is None:  # since its start it may have heard of nobody, and then names no members
+            return Looked([], status)
         members = await connection.call(MEMBERS, Members(), timeout_s=2.0)
         return Looked(members.members, status)
     except IdunnoError as error:

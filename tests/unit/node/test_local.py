@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from idunno.base.errors import DeadlineExceeded, Unavailable
 from idunno.base.ids import NodeId
-from idunno.coordinator.messages import Member, StatusAnswer
+from idunno.coordinator.messages import STATUS, Member, StatusAnswer
 from idunno.node import lifecycle, local
 from idunno.node.identity import BOOT_FILE, Identity, load_identity, write_identity
 
@@ -120,3 +121,30 @@ def test_a_node_that_left_is_neither_waited_for_nor_left_running(
     found = asyncio.run(local._until_ready(nodes, processes))  # type: ignore[arg-type]
     assert ([member.name for member in found[0]], found[1], found[3]) == (["n1", "n2"], "n1", ["n3"])
     assert [started[node].ended for node in nodes] == [False, False, True]
+
+
+def test_nodes_that_find_no_scheduler_are_not_said_to_be_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just started and without a quorum they know no members, and refuse to tell them: but they answer, and say why."""
+    why = "no quorum: 1 of 3 voters are active"
+
+    class Alone:
+        async def call(self, method: object, request: object, *, timeout_s: float) -> StatusAnswer:
+            if method is STATUS:
+                return msgspec.structs.replace(looked("n1", {}).status, why=why)
+            raise Unavailable("node n1 has heard nothing of the cluster since its start")
+
+        async def close(self) -> None:
+            return
+
+    async def connect(path: str, *, timeout_s: float) -> Alone:
+        return Alone()
+
+    monkeypatch.setattr(local, "connect_unix", connect)
+    monkeypatch.setattr(local, "READY_TIMEOUT_S", 0.05)
+    node = tmp_path / "n1"
+    node.mkdir()
+    write_identity(node, Identity(1, "ab" * 16, NodeId(f"{1:016x}")))
+    with pytest.raises(DeadlineExceeded, match=f"waiting for node n1 to know a scheduler: {why}"):
+        asyncio.run(local._until_ready([node], {}))
