@@ -360,6 +360,11 @@ class Node:
             await self._bounded(what, stop(), STEP_S)
         return not self._late
 
+    @property
+    def is_late(self) -> bool:
+        """A step of its stop took too long: a thread may still wait for a disk that does not answer."""
+        return self._late
+
     async def _bounded(self, what: str, work: Awaitable[None], seconds: float) -> None:
         """One step of a stop: neither its failure nor its slowness keeps the others from theirs."""
         left_s = self._stop_by_s - asyncio.get_running_loop().time()

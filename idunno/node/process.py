@@ -51,7 +51,7 @@ async def _until(wanted: asyncio.Event, node: Node) -> bool:
         if not starting.done():  # a signal while it starts: what was started is stopped by `start` itself
             starting.cancel()
             await asyncio.wait([starting])
-            return True
+            return not node.is_late
         await starting
         failing = asyncio.create_task(node.failed.wait())
         watching = asyncio.create_task(watch(node.lateness, lambda: node.datanode.busy))
