@@ -222,6 +222,7 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     warnings: list[str] = []  # what does not make it unhealthy, but should be mended
     blocks_lost: list[str] = []  # blocks of files without a copy on a present node, the first 100; the leader knows
     disk_problems: dict[str, str] = {}  # node -> why it takes no blocks; the leader knows
+    blocks_rotten: dict[str, int] = {}  # node -> blocks it found rotten or unreadable since its start; the leader knows
     loop_late: dict[str, int] = {}  # of the node asked: samples of its loop by how late it ran, by upper bound in ms
 
 

@@ -96,6 +96,7 @@ class Seat:
             answer.queue.get("waiting", 0),
             tuple(answer.blocks_lost),
             answer.disk_problems,
+            answer.blocks_rotten,
         )
 
     def _leader_view(self) -> LeaderView:
@@ -107,7 +108,8 @@ class Seat:
         missing = 0 if recovering else node.files.leading.copies_missing
         lost = tuple(node.files.leading.lost()[:BLOCKS_TOLD_MAX])
         disks = {node.known.name(of): why for of, why in node.files.leading.disk_problems().items()}
-        return LeaderView(missing, lag, recovering, node.scheduler.waiting, lost, disks)
+        rotten = {node.known.name(of): count for of, count in leading.blocks_rotten().items()}
+        return LeaderView(missing, lag, recovering, node.scheduler.waiting, lost, disks, rotten)
 
     def _seen(self, leader_view: LeaderView | None) -> Seen:
         node = self._node

@@ -29,6 +29,7 @@ class LeaderView(msgspec.Struct, frozen=True):
     waiting: int  # tasks out on lease
     blocks_lost: tuple[str, ...] = ()  # the first BLOCKS_TOLD_MAX
     disk_problems: Mapping[str, str] = msgspec.field(default_factory=dict)  # by node's name
+    blocks_rotten: Mapping[str, int] = msgspec.field(default_factory=dict)  # by node's name
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -97,6 +98,7 @@ def status(seen: Seen) -> StatusAnswer:
     why = _why(seen, rows)
     extra = seen.leader_view
     disks = dict(extra.disk_problems) if extra is not None else {}
+    rotten = dict(extra.blocks_rotten) if extra is not None else {}
     tasks = dict(seen.tasks)
     if extra is not None:
         tasks["waiting"] = extra.waiting
@@ -126,9 +128,15 @@ def status(seen: Seen) -> StatusAnswer:
         warnings=[
             *(f"{row.name}: {row.problem}" for row in rows if row.problem),
             *(f"{node} takes no blocks: {problem}" for node, problem in sorted(disks.items())),
+            *(
+                f"{node} found {count} {'block' if count == 1 else 'blocks'} rotten or unreadable since its start, replaced "
+                "from other copies; if it goes on, replace its disk"
+                for node, count in sorted(rotten.items())
+            ),
         ],
         blocks_lost=list(extra.blocks_lost) if extra is not None else [],
         disk_problems=disks,
+        blocks_rotten=rotten,
         loop_late=seen.loop_late,
     )
 

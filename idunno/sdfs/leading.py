@@ -139,6 +139,13 @@ class Leading:
         found = [(c.node, unable(c, self._config, 0)) for c in self._repairing.candidates() if c.presence == "present"]
         return {node: why for node, why in found if why}
 
+    def blocks_rotten(self) -> dict[NodeId, int]:
+        """Nodes that found blocks rotten or unreadable since their start, and how many."""
+        if self._repairing is None or self._locator is None:
+            return {}
+        found = {candidate.node: self._locator.rotten(candidate.node) for candidate in self._repairing.candidates()}
+        return {node: count for node, count in found.items() if count}
+
     async def drain(self, node: NodeId) -> str:
         """Move the copies of a node that is to leave; returns, with a line to show, when each has its copies elsewhere.
 

@@ -97,6 +97,9 @@ def test_a_flipped_byte_is_found_by_a_read_and_by_a_scrub_and_the_copy_is_replac
     until(lambda: copies(cluster, blocks[1]) == 4 and _all_good(cluster), "the scrub", timeout_s=90.0)
     rotten = {row["node"]: row["rotten"] for row in cluster.json("repair")["nodes"]}
     assert {name for name, count in rotten.items() if count} == {first, second}
+    warned = " ".join(cluster.json("status")["warnings"])
+    assert f"{first} found " in warned
+    assert f"{second} found " in warned
 
 
 def _all_good(cluster: Cluster) -> bool:

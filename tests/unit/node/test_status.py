@@ -48,6 +48,16 @@ def test_all_is_well() -> None:
     assert (answer.voters, answer.learners, answer.lag) == (["n1", "n2", "n3"], ["n4"], {"n2": 0, "n3": 12})
 
 
+def test_rotten_blocks_are_a_warning_and_no_illness() -> None:
+    told = LeaderView(0, {}, recovering=False, waiting=0, blocks_rotten={"n3": 2, "n2": 1})
+    answer = status(replace(seen(record(1), record(2), record(3)), leader_view=told))
+    assert (answer.healthy, answer.blocks_rotten) == (True, {"n2": 1, "n3": 2})
+    assert [text.partition(" or unreadable")[0] for text in answer.warnings] == [
+        "n2 found 1 block rotten",
+        "n3 found 2 blocks rotten",
+    ]
+
+
 def three_of_four() -> Seen:
     return seen(record(1), record(2), record(3), record(4, "failed"))
 

@@ -115,6 +115,7 @@ def test_a_cluster_with_no_node_to_spare_says_what_is_missing_and_repairs_when_o
             await asyncio.sleep(2)
             await repaired(world)
             assert (await asked(world)).nodes[2].rotten == 1
+            assert world.leading.blocks_rotten() == {world.node(3).id: 1}
 
     run(story)
 
