@@ -26,7 +26,10 @@ TOP = Path(__file__).parents[2]
 DIGITS = TOP / "examples" / "digits"
 COMMAND_TIMEOUT_S = 60.0
 
-_next_port = itertools.count(20_000 + os.getpid() % 500 * 40, 16)
+# Below the ports that the system gives to outgoing connections (32,768 and up), a half of them for each of two test processes,
+# and somewhere else in it for each run.
+_half = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
+_next_port = itertools.count(12_000 + _half * 10_000 + os.getpid() % 45 * 200, 16)
 
 
 def free_ports(count: int) -> int:
