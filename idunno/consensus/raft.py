@@ -59,6 +59,7 @@ from idunno.consensus.messages import (
 )
 from idunno.consensus.progress import Progress
 from idunno.consensus.quorum import grants_vote, majority, reached
+from idunno.consensus.read_index import ReadIndex
 from idunno.consensus.terms import Terms
 from idunno.consensus.voters import Voters, decode_voters, encode_voters, names_voters
 
@@ -104,12 +105,7 @@ class Raft:
         self._heartbeat_ms = self._election_ms = now_ms
         self._notice_ms: int | None = None
         self._transfer: tuple[NodeId, int] | None = None  # to whom, until when
-        self._round = 0
-        self._reading: tuple[int, Index, tuple[int, ...]] | None = None  # round, index, reads
-        self._reads: list[int] = []  # wait for the next round
-        self._ask_all_ms: int | None = None  # when all are asked in a round that few were asked in
-        self._quick: frozenset[NodeId] = frozenset()  # voters that answered the last heartbeat first
-        self._answered: set[NodeId] | None = None  # since the last heartbeat, until they are enough
+        self._reads = ReadIndex()
         self._restart_election_timer()
         if self.voters == {me}:
             self._election_ms = now_ms  # nobody to wait for
@@ -156,7 +152,7 @@ class Raft:
     def deadline_ms(self) -> int:
         if not self.is_leader:
             return self._election_ms
-        return min(due for due in (self._heartbeat_ms, self._notice_ms, self._ask_all_ms) if due is not None)
+        return min(due for due in (self._heartbeat_ms, self._notice_ms, self._reads.ask_all_ms) if due is not None)
 
     def copies(self, count: int) -> Index:
         """Of a leader: the index up to which at least `count` nodes, voters or learners, have synced its log."""
@@ -260,8 +256,8 @@ class Raft:
             for node, p in self.peers.items():
                 if min(self.commit, p.match) > p.commit_sent:
                     self._heartbeat(node, p, notice=True)
-        if self._ask_all_ms is not None and self._now >= self._ask_all_ms:
-            self._ask_all_ms = None
+        if self._reads.ask_all_ms is not None and self._now >= self._reads.ask_all_ms:
+            self._reads.ask_all_ms = None
             self._heartbeat_all()
         if self._now >= self._heartbeat_ms:
             self._heartbeat_ms = self._now + self.config.heartbeat_ms
@@ -270,7 +266,7 @@ class Raft:
                 return
             for p in self.peers.values():
                 p.unanswered += 1
-            self._answered = set()
+            self._reads.heartbeat()
             self._heartbeat_all()
 
     # -- elections (3.4, 4.2.3, 9.6, 3.10) --------------------------------------------------------------------------
@@ -359,20 +355,18 @@ class Raft:
             self._heard_ms = self._now
         if self.role is not RaftRole.FOLLOWER:
             self._restart_election_timer()
-        reads = (*(self._reading[2] if self._reading else ()), *self._reads)
-        if reads:
+        if reads := self._reads.all():
             self._out.append(ReadFailed(reads))
         self.role, self.leader = RaftRole.FOLLOWER, leader
-        self.peers, self._reading, self._reads = {}, None, []
-        self._transfer = self._notice_ms = self._ask_all_ms = self._answered = None
-        self._quick = frozenset()
+        self.peers, self._reads = {}, ReadIndex()
+        self._transfer = self._notice_ms = None
 
     def _lead(self) -> None:
         self.role, self.leader = RaftRole.LEADER, self.me
         last = self.terms.last
         others = sorted((self.voters | self.members) - {self.me})
         self.peers = {node: Progress(next=last + 1) for node in others}
-        self._round, self._heartbeat_ms = 0, self._now + self.config.heartbeat_ms
+        self._heartbeat_ms = self._now + self.config.heartbeat_ms
         self._term_start = last + 1
         self._append_own((b"",))  # 6.4 and the erratum: nothing is known committed before an entry of the own term is
 
@@ -417,7 +411,7 @@ class Raft:
                 break  # goes with what comes until one of those under way is acknowledged
             p.sent(last, size)
             p.commit_sent = max(p.commit_sent, min(self.commit, last))
-            self._out.append(SendEntries(node, self.term, prev_term, first, last, self.commit, self._round))
+            self._out.append(SendEntries(node, self.term, prev_term, first, last, self.commit, self._reads.round))
 
     def _heartbeat(self, node: NodeId, p: Progress, *, notice: bool = False, like: Append | None = None) -> Append:
         """An Append without entries just before `next`: where the follower lacks something, its answer says so. `like`: what
@@ -427,7 +421,7 @@ class Raft:
         if like is None or like.prev_index != prev:
             prev_term = self.terms.term(prev)
             assert prev_term is not None
-            like = Append(self.term, Index(prev), prev_term, self.commit, self._round, notice=notice)
+            like = Append(self.term, Index(prev), prev_term, self.commit, self._reads.round, notice=notice)
         self._out.append(Send(node, like))
         return like
 
@@ -442,10 +436,8 @@ class Raft:
             return  # not a leader any more, or a learner that was removed
         p.unanswered = 0
         p.round = max(p.round, answer.round)
-        if self._answered is not None and sender in self.voters:
-            self._answered.add(sender)
-            if len(self._answered) >= self._others_needed():
-                self._quick, self._answered = frozenset(self._answered), None
+        if sender in self.voters:
+            self._reads.heard(sender, self._others_needed())
         if answer.ok:
             p.acknowledged(answer.index)
             p.installing = p.installing and p.next <= self.terms.base
@@ -607,42 +599,38 @@ class Raft:
         if not self.is_leader:
             self._out.append(ReadFailed((read,)))
             return
-        self._reads.append(read)
+        self._reads.add(read)
         self._begin_reads()
 
     def _begin_reads(self) -> None:
-        """One round for all reads that wait. A round under way began before they came and proves nothing for them."""
-        if self._reading is not None or not self._reads or self.commit < self._term_start:
-            return
-        self._round += 1
-        self._reading, self._reads = (self._round, self.commit, tuple(self._reads)), []
-        self._ask_round()
-        self._finish_reads()
+        if self.commit >= self._term_start and self._reads.begin(self.commit):
+            self._ask_round()
+            self._finish_reads()
 
     def _others_needed(self) -> int:
         """How many voters make a majority with this one."""
         return majority(len(self.voters)) - (self.me in self.voters)
 
     def _ask_round(self) -> None:
-        """Of those that were quick of late no more than are needed, and whoever has yet to hear what is committed: who asked may
-        wait for that."""
-        if len(self._quick & self.voters) < self._others_needed():
+        """Whoever has yet to hear what is committed is asked too: who asked may wait for that."""
+        needed = self._others_needed()
+        quick = self._reads.quick(self.voters, needed)
+        if len(quick) < needed:
             self._heartbeat_all()
             return
-        self._ask_all_ms = self._now + self.config.read_wait_ms
+        self._reads.ask_all_ms = self._now + self.config.read_wait_ms
         append: Append | None = None
         for node, p in self.peers.items():
-            if node in self._quick or min(self.commit, p.match) > p.commit_sent:
+            if node in quick or min(self.commit, p.match) > p.commit_sent:
                 append = self._heartbeat(node, p, like=append)
 
     def _finish_reads(self) -> None:
-        if self._reading is None:
+        if not self._reads.under_way:
             return
-        round_, index, reads = self._reading
-        me, peers, voters = self.me, self.peers, self.voters
-        rounds = [self._round if node == me else peers[node].round for node in voters]
+        me, peers, voters, round_ = self.me, self.peers, self.voters, self._reads.round
+        rounds = [round_ if node == me else peers[node].round for node in voters]
         if reached(rounds, majority(len(voters))) >= round_:
-            self._reading = self._ask_all_ms = None
+            index, reads = self._reads.finish()
             self._out.append(ReadReady(reads, index))
             self._begin_reads()
 

@@ -42,8 +42,7 @@ class ReadsWithoutARound(Raft):
     """Planted: a leader that may be deposed answers reads from what it has (6.4)."""
 
     def _begin_reads(self) -> None:
-        if self._reads and self.commit >= self._term_start:
-            reads, self._reads = tuple(self._reads), []
+        if self.commit >= self._term_start and (reads := self._reads.take_waiting()):
             self._out.append(e.ReadReady(reads, self.commit))
 
 

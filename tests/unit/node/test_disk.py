@@ -92,7 +92,6 @@ def test_a_file_is_not_closed_under_the_hands_of_a_write_that_nobody_awaits_any_
         writing.cancel()
         await asyncio.wait({writing})
         closing = asyncio.create_task(file.close())
-        await asyncio.sleep(0)
         other = await disk.open("b", create=True)
         go_on.set()
         await closing

@@ -25,7 +25,6 @@ def up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], dict[str
     """`idunno up --nodes 3` without the processes."""
 
     async def ready(nodes: list[Path], processes: object) -> tuple[list[object], str, str, list[str]]:
-        await asyncio.sleep(0)
         return [], nodes[0].name, load_identity(nodes[0]).cluster, []
 
     monkeypatch.setattr(local, "_spawn", lambda node: None)
