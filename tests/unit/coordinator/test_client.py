@@ -119,8 +119,9 @@ def test_a_leader_that_is_behind_refuses_only_by_what_is_true() -> None:
 def test_a_proposer_waits_for_a_leader_to_be_known() -> None:
     async def story() -> None:
         world = cluster(leader=None)
-        asked = asyncio.create_task(world.nodes[N2].coordinator.propose(small(), actor=ALICE, timeout_s=5))
-        await asyncio.sleep(0)
+        node = world.nodes[N2].coordinator
+        asked = asyncio.create_task(node.propose(small(), actor=ALICE, timeout_s=5))
+        await until(lambda: bool(node._waiters))
         assert not asked.done()
         world.lead(N3)
         assert (await asked)[0].version == 1
@@ -288,7 +289,7 @@ def test_reads_are_bounded_and_end_when_the_node_stops(monkeypatch: pytest.Monke
         waiting = asyncio.create_task(node.read(60))
         await until(lambda: node._rounds._round is not None)
         others = [asyncio.create_task(node.read(60)) for _ in range(3)]
-        await asyncio.sleep(0)
+        await until(lambda: len(node._rounds._waiting) == 2 and any(other.done() for other in others))
         await node.close()
         ended = await asyncio.gather(waiting, *others, return_exceptions=True)
         assert sorted(type(error).__name__ for error in ended) == ["Exhausted", *["Unavailable"] * 3]
@@ -338,23 +339,21 @@ def test_a_call_that_fails_in_the_turn_in_which_its_asker_is_cancelled_leaves_no
         left: list[dict[str, Any]] = []
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: left.append(context))
-        lost = loop.create_future()
+        lost, begun = loop.create_future(), asyncio.Event()
 
         async def call() -> Empty:
+            begun.set()
             await lost
+            asking[0].cancel()
             raise ConnectionLost("gone")
 
-        asker = loop.create_task(node._while_led_by(N2, call()))
-        for _ in range(3):
-            await asyncio.sleep(0)
+        asking = [loop.create_task(node._while_led_by(N2, call()))]
+        await begun.wait()
         lost.set_result(None)
-        await asyncio.sleep(0)
-        asker.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asker
-        del asker
+            await asking[0]
+        asking.clear()
         gc.collect()
-        await asyncio.sleep(0)
         assert left == []
 
     run(story())

@@ -201,10 +201,16 @@ def test_a_close_that_nobody_awaits_any_more_is_carried_out(tmp_path: Path) -> N
         disk = RealDisk(str(tmp_path), offload)
         before = descriptors()
         file = await disk.open("a", create=True)
+        begun_to_close = asyncio.Event()
+
+        async def begin_to_close() -> None:
+            begun_to_close.set()  # whoever waits for it runs when the close stands still
+            await file.close()
+
         blocker = asyncio.create_task(offload(busy))
         await asyncio.to_thread(begun.wait, 10)
-        closing = asyncio.create_task(file.close())
-        await asyncio.sleep(0)
+        closing = asyncio.create_task(begin_to_close())
+        await begun_to_close.wait()
         closing.cancel()
         await asyncio.wait({closing})
         go_on.set()
