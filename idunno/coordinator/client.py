@@ -244,7 +244,7 @@ class Coordinator:
                     raise ConnectionLost(f"{leader} lost the leadership before it answered")
         finally:
             task.cancel()
-            task.add_done_callback(_observe)  # it may have failed in the very turn in which we were cancelled
+            task.add_done_callback(_observe)  # it may fail yet, and nobody asks for its error
 
     def _leader_changed(self, leader: NodeId | None, term: Term) -> None:
         waiters, self._waiters = self._waiters, set()
