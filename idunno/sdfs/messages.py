@@ -309,9 +309,8 @@ class Inventory(msgspec.Struct, frozen=True):
     total_bytes: int = 0
     problem: str = ""  # why the node takes no blocks at all now: its disk fails
     rotten: int = 0  # blocks that it found rotten or unreadable since its start
-    floor_bytes: int = (
-        -1
-    )  # it keeps free, a setting of its own; -1: not said (an older release), then the leader's counts
+    floor_bytes: int = -1
+    """What it keeps free, a setting of its own; -1: not said (an older release), then the leader's counts."""
 
 
 class Copy(msgspec.Struct, frozen=True):
