@@ -108,9 +108,8 @@ def write_direct(descriptor: int, offset: int, data: Sequence[Buffer], also: Als
     while views and offset % ALIGN_BYTES == 0 and is_direct(descriptor):
         filled = _fill(_room.view, views)
         whole = filled - filled % ALIGN_BYTES
-        if (
-            also is not None
-        ):  # here, where they lie in one piece: each call lets go of the interpreter and asks for it again
+        # Here, where they lie in one piece: each call lets the interpreter go and asks for it again.
+        if also is not None:
             also([_room.view[:filled]])
         try:
             written = os.pwrite(descriptor, _room.view[:whole], offset) if whole else 0

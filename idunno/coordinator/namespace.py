@@ -507,9 +507,8 @@ class Namespace:
         for before in file.deletion.puts if file.deletion is not None else ():
             self._made.pop(before.put, None)
         count = len(file.versions) - keep
-        if (
-            self._version >= 2
-        ):  # version 1 forgot some of fewer than `keep`, too: the count below zero was one from the end
+        # Version 1 forgot some of fewer than `keep`, too: a count below zero was one from the end.
+        if self._version >= 2:
             count = max(0, count)
         for record in file.versions[:count]:
             self._made.pop(record.request, None)
