@@ -16,6 +16,7 @@ from tests.simulation.raftcheck import RaftChecks, made_once
 from tests.simulation.scenario import make
 from tests.simulation.world import World
 from tests.unit.consensus.registers import storm
+from tests.unit.consensus.reigns import short_reigns
 
 USERS: Final = 5
 OPERATIONS: Final = 1_000
@@ -66,8 +67,8 @@ def consistent(
     return Proof(cluster.dose, history.counts + raft.counts, world.trace.digest(), world.scheduler.now)
 
 
-def replay(seed: str, nodes: int, *, cores: bool) -> str:
-    return f"tests/simulation/prove --seeds {seed} --nodes {nodes}" + (" --cores" if cores else " --story")
+def replay(seed: str, nodes: int, *, how: str) -> str:
+    return f"tests/simulation/prove --seeds {seed} --nodes {nodes} {how}"
 
 
 def main() -> int:
@@ -79,9 +80,14 @@ def main() -> int:
     parser.add_argument(
         "--cores", action="store_true", help="worlds of Raft cores only, with registers: ten times as fast"
     )
+    parser.add_argument(
+        "--short-reigns", action="store_true", help="the same, and whoever leads is cut off a few appends later"
+    )
     parser.add_argument("--story", action="store_true", help="tell the story of each world")
     asked = parser.parse_args()
     kinds = None if asked.faults == "all" else [] if asked.faults == "none" else asked.faults.split(",")
+    cores = short_reigns if asked.short_reigns else storm if asked.cores else None
+    how = "--short-reigns" if asked.short_reigns else "--cores" if asked.cores else "--story"
     first, _, last = asked.seeds.partition("-")
     dose, counts, failed, worlds = Dose(), Counter[str](), 0, Counter[int]()
     began = time.process_time()
@@ -89,17 +95,17 @@ def main() -> int:
         for nodes in map(int, asked.nodes.split(",")):
             worlds[nodes] += 1
             try:
-                if asked.cores:
-                    counts.update(storm(seed, nodes, operations=asked.operations).dose)
+                if cores is not None:
+                    counts.update(cores(seed, nodes, operations=asked.operations).dose)
                     continue
                 proof = consistent(seed, nodes, operations=asked.operations, kinds=kinds, watch=asked.story)
             except (AssertionError, TimeoutError) as error:
                 failed += 1
-                print(f"FAILED: {error}\nreplay: {replay(str(seed), nodes, cores=asked.cores)}\n", flush=True)  # noqa: T201
+                print(f"FAILED: {error}\nreplay: {replay(str(seed), nodes, how=how)}\n", flush=True)  # noqa: T201
                 continue
             dose.add(proof.dose)
             counts.update(proof.counts)
-    if not asked.cores:
+    if cores is None:
         print("\n".join(dose.table()))  # noqa: T201
     print("counts: " + ", ".join(f"{what} {count}" for what, count in sorted(counts.items())))  # noqa: T201
     sizes = ", ".join(f"{count} of {nodes} nodes" for nodes, count in sorted(worlds.items()))

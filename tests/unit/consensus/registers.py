@@ -250,13 +250,18 @@ def storm(seed: int, nodes: int, *, operations: int = 1_000, **planted: Any) -> 
     while world.now_ms < end:
         world.run(rng.randint(50, 400))
         _strike(world, rng)
+    finish(world)
+    return world
+
+
+def finish(world: Registers) -> None:
+    """Peace, and then the judgement."""
     _mend(world)
     world.run(12_000)
     world.elect()
     world.run(3_000)
     world.check()
     world.judge()
-    return world
 
 
 def _strike(world: Registers, rng: random.Random) -> None:
