@@ -29,12 +29,14 @@ from idunno.consensus.durability import Durability
 from idunno.consensus.events import (
     ChangeVoters,
     Committed,
+    Copy,
     HardState,
     Input,
     InstallAnswered,
     Output,
     PeerLost,
     Persist,
+    Propose,
     ReadFailed,
     ReadReady,
     Received,
@@ -292,13 +294,27 @@ class RaftDriver:
         self._proved = True
         self._health.proved()
 
+    def copy(self) -> None:
+        """Unproved for longer: its log was found to be an old one. It takes in the leader's, and promises nothing."""
+        self._step(Copy())
+
+    @property
+    def copying(self) -> bool:
+        return self._core.copying
+
+    def holds(self, term: Term, index: Index) -> bool:
+        """Whether this node's synced log has the entry `index` of `term`, which is committed; or a snapshot in its place."""
+        terms = self._core.terms
+        return self._core.synced >= index and (terms.base >= index or terms.term(index) == term)
+
     def refuse(self, why: str) -> None:
         """Take no part any more, for good."""
         self._health.broken(why, None)
 
-    def receive(self, sender: NodeId, message: RaftMessage) -> None:
+    def receive(self, sender: NodeId, message: RaftMessage, *, counts: bool = True) -> None:
+        """`counts`: not if the sender only copies the log."""
         if self._running:
-            self._step(Received(sender, message))
+            self._step(Received(sender, message, counts))
 
     def peer_lost(self, node: NodeId) -> None:
         """The connection to `node` closed: if it led, stand for election without waiting for its silence."""
@@ -322,13 +338,23 @@ class RaftDriver:
         why = self._core.change_refused(wanted)
         if why:
             raise Conflict(f"the voters cannot be changed now: {why}")
+        log.info("voters changed", extra={"voters": sorted(wanted), "index": self.last_index + 1, "term": self.term})
+        return (await self._commit(ChangeVoters(wanted), timeout_s))[1]
+
+    async def mark_end(self, timeout_s: float) -> tuple[Term, Index]:
+        """Have an entry committed that means nothing, behind all that this leader's log holds; returns its term and index.
+        Raises NotLeader, NoQuorum (nothing happened); Unconfirmed, DeadlineExceeded."""
+        self._callers.leading()
+        return await self._commit(Propose((b"",)), timeout_s)
+
+    async def _commit(self, event: ChangeVoters | Propose, timeout_s: float) -> tuple[Term, Index]:
+        """Have its one entry appended, committed and applied here."""
         term, index = self._core.term, Index(self._core.terms.last + 1)
-        self._step(ChangeVoters(wanted))
-        log.info("voters changed", extra={"voters": sorted(wanted), "index": index, "term": term})
+        self._step(event)
         await self.applied(index, timeout_s)
         if self._core.terms.term(index) != term:
-            raise Unconfirmed(f"leadership was lost before the change of voters, entry {index}, was committed")
-        return index
+            raise Unconfirmed(f"leadership was lost before entry {index} was committed")
+        return term, index
 
     async def hand_over(self, timeout_s: float) -> None:
         """Give the leadership to the voter that is furthest along. Raises Conflict when there is none, DeadlineExceeded."""

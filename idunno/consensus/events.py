@@ -35,8 +35,11 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Received:
+    """`counts`: not if the sender only copies the log, because its own was an old one: then its answers decide nothing."""
+
     sender: NodeId
     message: RaftMessage
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,12 @@ class Halt:
     on: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Halted as it is, this node takes in the leader's log, in place of its own where they differ, and says how far it has
+    come; it goes on so until Halt(False)."""
+
+
 Input: TypeAlias = (
     Tick
     | Received
@@ -125,6 +134,7 @@ Input: TypeAlias = (
     | Installed
     | Compacted
     | Halt
+    | Copy
 )
 
 

@@ -119,6 +119,7 @@ class RaftEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
 
     message: RaftMessage
     run: int = 0  # of the sender's process (standing.py); 0 from a release that has none
+    silent: bool = False  # the sender copies the log, its own being an old one, and promises nothing (readmission.py)
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -144,8 +145,26 @@ class Marks(msgspec.Struct, frozen=True):
     runs: dict[NodeId, int] = {}
 
 
+class Readmit(msgspec.Struct, frozen=True):
+    """To the leader, from a process whose log was found to be an old one: its run, which promises nothing yet."""
+
+    run: int
+
+
+class ReadmitAnswer(msgspec.Struct, frozen=True):
+    """Once its log holds entry `index` of `term`, its word may count again. Without an index: not now, and why; above which
+    `boot` its number must be; whether another process of it was heard (`alive`)."""
+
+    term: Term = Term(0)
+    index: Index = Index(0)
+    why: str = ""
+    boot: int = 0
+    alive: bool = False
+
+
 RAFT: Final = Method("raft", RaftEnvelope, Empty, Role.NODE)
 HELLO: Final = Method("raft.hello", Hello, HelloAnswer, Role.NODE)
 WHO: Final = Method("raft.who", Empty, Empty, Role.NODE)
 """To a process that is not heard, because it has not said hello here."""
 MARKS: Final = Method("raft.marks", Marks, Empty, Role.NODE)
+READMIT: Final = Method("raft.readmit", Readmit, ReadmitAnswer, Role.NODE)

@@ -21,6 +21,7 @@ class Progress:
     probing: bool = True
     probe_sent: bool = False
     round: int = 0  # the latest of the leader's rounds it answered
+    silent: bool = False  # it copies the log and promises nothing: no majority counts it
     installing: bool = False  # the log no longer holds what it needs: it is sent a snapshot
     commit_sent: int = 0  # the highest commit index it can have taken from what was sent
     inflight: deque[tuple[int, int]] = field(default_factory=deque)  # (last index, bytes) of appends under way

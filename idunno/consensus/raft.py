@@ -20,6 +20,7 @@ from idunno.consensus.events import (
     ChangeVoters,
     Committed,
     Compacted,
+    Copy,
     Halt,
     HardState,
     Input,
@@ -94,6 +95,7 @@ class Raft:
         self.peers: dict[NodeId, Progress] = {}  # of a leader: every other voter and learner
         self.synced = terms.last  # how far this node's own log is durable
         self.halted = False
+        self.copying = False  # while halted: see Copy
         self._rng, self._now, self._out = rng, now_ms, list[Output]()
         self._heard_ms = now_ms  # when the leader was last heard
         self._votes: set[NodeId] = set()
@@ -174,8 +176,8 @@ class Raft:
         self._now, self._out = now_ms, []
         before = (self.role, self.term, self.leader)
         match event:
-            case Received(sender, message):
-                self._received(sender, message)
+            case Received(sender, message, counts):
+                self._received(sender, message, counts)
             case Persisted(seq):
                 self._persisted(seq)
             case Propose(payloads):
@@ -200,8 +202,10 @@ class Raft:
             case Compacted(index):
                 self.terms.compact(index)
                 self.named.compact(index)
+            case Copy():
+                self.copying = self.halted
             case Halt(on):
-                self.halted = on
+                self.halted, self.copying = on, self.copying and on
                 if on and self.role is not RaftRole.FOLLOWER:
                     self._follow(self.term, None)
                 elif not on and self.voters == {self.me}:
@@ -212,7 +216,9 @@ class Raft:
             self._out.append(RoleChanged(self.role, self.term, self.leader))
         return self._out
 
-    def _received(self, sender: NodeId, message: RaftMessage) -> None:
+    def _received(self, sender: NodeId, message: RaftMessage, counts: bool) -> None:
+        if not counts and not isinstance(message, AppendAnswer | InstallAnswer):
+            return
         match message:
             case VoteRequest():
                 self._asked_for_vote(sender, message)
@@ -232,10 +238,12 @@ class Raft:
             case Append():
                 self._appended(sender, message)
             case AppendAnswer():
+                self._heed(sender, counts, less=not message.ok, index=message.hint_index)
                 self._append_answered(sender, message)
             case Install():
                 self._offered_snapshot(sender, message)
             case InstallAnswer():
+                self._heed(sender, counts)
                 self._install_answered(sender, message)
             case VoteAnswer(granted=True):
                 if self.role is RaftRole.CANDIDATE and sender in self.voters:
@@ -430,14 +438,27 @@ class Raft:
         for node, p in self.peers.items():
             append = self._heartbeat(node, p, like=append)
 
+    def _heed(self, sender: NodeId, counts: bool, *, less: bool = False, index: Index = _NONE) -> None:
+        """Whether its answers count. Of one whose log turned out to be an old one nothing is known; `less`: it says that its
+        log agrees up to `index` at most, which may be less than it had once."""
+        p = self.peers.get(sender)
+        if p is None:
+            return
+        if not counts and (not p.silent or (less and index < p.match)):
+            never = self.config.silent_heartbeats_max + 1
+            self.peers[sender] = Progress(next=self.terms.last + 1, unanswered=never, silent=True)
+        elif counts and p.silent:
+            p.silent = False
+
     def _append_answered(self, sender: NodeId, answer: AppendAnswer) -> None:
         p = self.peers.get(sender)
         if p is None:
             return  # not a leader any more, or a learner that was removed
-        p.unanswered = 0
-        p.round = max(p.round, answer.round)
-        if sender in self.voters:
-            self._reads.heard(sender, self._others_needed())
+        if not p.silent:
+            p.unanswered = 0
+            p.round = max(p.round, answer.round)
+            if sender in self.voters:
+                self._reads.heard(sender, self._others_needed())
         if answer.ok:
             p.acknowledged(answer.index)
             p.installing = p.installing and p.next <= self.terms.base
@@ -457,7 +478,8 @@ class Raft:
 
     def _synced_by_majority(self) -> int:
         me, peers, voters = self.me, self.peers, self.voters
-        return reached([self.synced if node == me else peers[node].match for node in voters], majority(len(voters)))
+        promised = [self.synced if node == me else 0 if peers[node].silent else peers[node].match for node in voters]
+        return reached(promised, majority(len(voters)))
 
     def _advance_commit(self) -> None:
         index = self._synced_by_majority()
@@ -497,9 +519,11 @@ class Raft:
             self._follow(self.term, sender)
         self.leader, self._heard_ms = sender, self._now
         self._restart_election_timer()
+        if self.copying:
+            self._use_up_vote(sender)
         append = self._behind_base(append)
         agrees = self.terms.term(append.prev_index) == append.prev_term
-        if self.halted:  # goes on learning and applying what it has, and acknowledges nothing
+        if self.halted and not self.copying:  # goes on learning and applying what it has, and acknowledges nothing
             if agrees:
                 self._commit_to(min(append.commit, append.prev_index))
             return
@@ -518,6 +542,11 @@ class Raft:
         elif not append.notice:
             self._answer(sender, AppendAnswer(self.term, True, Index(min(last, self.synced)), append.round))
         self._commit_to(min(append.commit, last))
+
+    def _use_up_vote(self, leader: NodeId) -> None:
+        """Its log being an old one, it may have voted in this term, and have forgotten."""
+        if self.voted_for is None:
+            self.voted_for, self._hard_dirty = leader, True
 
     def _behind_base(self, append: Append) -> Append:
         """An append that came late, without what a snapshot covers: that is committed, so every leader's log agrees there."""
@@ -560,7 +589,9 @@ class Raft:
             self._follow(self.term, sender)
         self.leader, self._heard_ms = sender, self._now
         self._restart_election_timer()
-        if self.halted:
+        if self.copying:
+            self._use_up_vote(sender)
+        elif self.halted:
             return
         if offer.index <= self.commit:
             self._answer(sender, InstallAnswer(self.term, Index(min(offer.index, self.synced)), offer.size, True))
@@ -571,7 +602,8 @@ class Raft:
         p = self.peers.get(sender)
         if p is None:
             return
-        p.unanswered = 0
+        if not p.silent:
+            p.unanswered = 0
         self._out.append(InstallAnswered(sender, answer))
         if answer.done:
             p.installed(answer.index)

@@ -2,7 +2,8 @@
 #
 # Rule 1: this process takes no part until as many others have accepted its claim as make, with it, a majority of the voters.
 #         A lone voter asks those who follow it, and goes on without them after a while.
-# Rule 2: whoever is refused by anybody stops for good: what it said to others may help nobody any more.
+# Rule 2: whoever is refused by anybody stops: what it said to others may help nobody any more. Its next process brings its log up
+#         to date first (readmission.py), and vouches for nobody until then.
 # Rule 3: what others acknowledged is saved once a second, and told by the leader to all. What this process claims is saved
 #         before it asks, and stays as it is, over restarts, until it is accepted: what the disk takes in meanwhile proves
 #         nothing.
@@ -32,6 +33,7 @@ from idunno.consensus.messages import (
     RaftMessage,
 )
 from idunno.consensus.quorum import majority
+from idunno.consensus.readmission import CLAIM_PATH, Readmission
 from idunno.consensus.records import REJOIN
 from idunno.consensus.standing import Claim, Run, Witness, sealed, unsealed
 from idunno.wire.calls import Call, Empty, Lane, Peer, Peers, Switchboard
@@ -39,7 +41,6 @@ from idunno.wire.codec import encode
 
 log = logging.getLogger("idunno.consensus")
 
-CLAIM_PATH: Final = "log/claim"
 MARKS_PATH: Final = "log/marks"
 FILE_BYTES_MAX: Final = 1024 * 1024
 ASK_AGAIN_S: Final = 0.25
@@ -70,13 +71,29 @@ class Vouching:
         members: Callable[[], Collection[NodeId]],
         boot_seen: Callable[[NodeId], int],
         name: Callable[[NodeId], str],
-        refused: Callable[[str], None],
+        begin_again: Callable[[int], None],
+        is_copy: Callable[[str], None],
     ) -> None:
-        """`boot_seen`: a node's boot number in the roster. `refused` is told why this node is not heard by others."""
+        """`boot_seen`: a node's boot number in the roster. `begin_again`, `is_copy`: see Readmission."""
         self._me, self._driver, self._peers, self._disk = me, driver, peers, disk
         self._run, self._cluster, self._members = run.number, cluster, members
-        self._boot_seen, self._name, self._refused = boot_seen, name, refused
+        self._boot_seen, self._name = boot_seen, name
         self.witness = Witness()
+        self.readmission = Readmission(
+            me,
+            driver,
+            peers,
+            server,
+            disk,
+            self.witness,
+            run=run.number,
+            boot_seen=boot_seen,
+            name=name,
+            begin_again=begin_again,
+            is_copy=is_copy,
+        )
+        self.proved = asyncio.Event()
+        """Others have confirmed this process."""
         self._started = False
         self._claim = Claim(Term(0), Index(0))  # as the disk held it at the start
         self._proving = True  # the claim is on the disk, and not accepted yet
@@ -104,7 +121,9 @@ class Vouching:
                 self.witness.load(await self._read(MARKS_PATH), self._cluster, MARKS_PATH)
         except Corrupt as error:  # one witness less; the others have theirs
             log.error("what others acknowledged is lost here", extra={"problem": str(error)})
-        await self._begin_claim()
+        await self.readmission.open()
+        if not self.readmission.why:
+            await self._begin_claim()
         self._started = True
         self._spawn(self._prove(), "prove")
         self._spawn(self._spread(), "spread marks")
@@ -165,6 +184,9 @@ class Vouching:
 
     async def _prove(self) -> None:
         now_s = asyncio.get_running_loop().time
+        if self.readmission.why:
+            await self.readmission.become_whole(self._others)
+            self._claim = Claim(*self._driver.durable)
         begun_s = now_s()
         while not self._is_proved():
             if self._why:
@@ -183,6 +205,7 @@ class Vouching:
         await self._end_claim()
         if not self._why:
             self._driver.prove()
+            self.proved.set()
 
     def _waits_for(self) -> str:
         voters = self._voters()
@@ -220,7 +243,7 @@ class Vouching:
             if not self._why:
                 self._why = answer.why
                 self._driver.refuse(f"{self._name(node)} does not hear this node: {answer.why}")
-                self._refused(answer.why)
+                self._spawn(self.readmission.found_old(answer.why), "found old")
         else:
             self._accepted.add(node)
             if answer.voters_index > self._heard_voters[0]:
@@ -230,14 +253,15 @@ class Vouching:
     async def _who(self, call: Call[Empty]) -> Empty:
         """Somebody does not hear this process, who may have restarted: say hello."""
         node = call.peer.node
-        if self._started and node is not None and not self._why and node not in self._asking:
+        old = self._why or self.readmission.why
+        if self._started and node is not None and not old and node not in self._asking:
             self._asking.add(node)
             await self._ask(node)
         return Empty()
 
     def send(self, node: NodeId, message: RaftMessage) -> None:
         if message is not self._sent[0]:  # an append goes to all, one after another
-            self._sent = (message, msgspec.Raw(encode(RaftEnvelope(message, self._run))))
+            self._sent = (message, msgspec.Raw(encode(RaftEnvelope(message, self._run, self._driver.copying))))
         self._peers.to(node, Lane.CONSENSUS).notify(RAFT, self._sent[1])
 
     # -- the others -------------------------------------------------------------------------------------------------
@@ -250,7 +274,7 @@ class Vouching:
             self._met |= {sender}
         if self._hears(sender, envelope.run):
             self.witness.heard(sender, envelope.message)
-            self._driver.receive(sender, envelope.message)
+            self._driver.receive(sender, envelope.message, counts=not envelope.silent)
 
     def _hears(self, sender: NodeId, run: int) -> bool:
         if not self._started:
@@ -272,6 +296,8 @@ class Vouching:
         why = self.witness.judge(sender, Run.of(hello.run), Claim(hello.term, hello.index), self._boot_seen(sender))
         if why:
             log.error("node is not heard", extra={"node_id": sender, "name_of_node": self._name(sender), "why": why})
+        elif self.readmission.why:
+            raise Unavailable("this node's own log is an old one: its word counts for nobody")
         return HelloAnswer(why, sorted(self._driver.voters), self._driver.voters_index)
 
     async def _marks(self, call: Call[Marks]) -> Empty:

@@ -116,6 +116,8 @@ class Node:
         self.problem = ""
         """Why this node cannot go on, "" while it can."""
         self.failed = asyncio.Event()
+        self.again = False
+        """Once `failed`: another process of this node is to begin in this one's place."""
         self._stop_by_s = 0.0
         self._late = False
         self.lateness = Lateness()
@@ -159,7 +161,8 @@ class Node:
             members=lambda: [member.node for member in self.known.members()],
             boot_seen=self.outcast.boot_seen,
             name=self.known.name,
-            refused=self.outcast.not_heard,
+            begin_again=self.outcast.begin_again,
+            is_copy=self.outcast.is_copy,
         )
         over_tcp = membership_service.OverTcp(self.peers)
         sealer = Sealer([held.cluster_key], me, self.boot, platform.boot_salt)
@@ -512,6 +515,10 @@ class Node:
             zone=self.config.zone,
             software=VERSION,
         )
+        if (
+            self.vouching.readmission.why
+        ):  # until the log is whole the others may know better, and another process be the node
+            await self.vouching.proved.wait()
         while True:
             try:
                 await self.coordinator.propose(command, actor=Actor(self.me, Role.NODE), timeout_s=INTRODUCE_S)

@@ -1,13 +1,13 @@
 # idunno/node/outcast.py: what a node does when it is not to be trusted any more: said in one line, with the next step.
 #
-# Rule 1: a node that the others do not hear (an old disk, a copy) ends.
+# Rule 1: a process whose log the others find to be an old one ends, and the next one brings it up to date (readmission.py). One
+#         whose node runs elsewhere ends for good.
 # Rule 2: a node whose machine differs from the others' applies, votes and answers nothing any more. It stays up, for its blocks
 #         are good by their names; it does not start again with that log.
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from typing import TYPE_CHECKING, Final
 
 from idunno.base.errors import Conflict, Corrupt, IdunnoError, NotFound
@@ -28,46 +28,43 @@ def replaced(name: str) -> str:
     return f"run `idunno remove {name}` on another node while this one is down, then join again with an empty directory"
 
 
-def replaced_or_recovered(name: str) -> str:
-    """The next step of who knows no leader: many may be refused at once, and their logs are all that there is."""
-    return (
-        "this node knows no leader: if the others have none either (`idunno status` there), remove nothing, stop all and run "
-        f"`idunno recover --dir DIR --dir DIR ...` with all nodes' directories; if they have one, {replaced(name)}"
-    )
-
-
-def _boot_file(why: str) -> str:
-    """What may be done first when only the boot number is too low."""
-    seen = re.search(r"\bbut boot (\d+) of it was seen\b", why)
-    return (
-        f"if this is its newest disk, write {seen[1]} into the file `{BOOT_FILE}` and start again; else "
-        if seen
-        else ""
-    )
-
-
 class Outcast:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._writing: asyncio.Task[None] | None = None
-
-    def _next_step(self) -> str:
-        name, driver = self._node.config.name, self._node.driver
-        return replaced(name) if driver.leader not in (None, self._node.me) else replaced_or_recovered(name)
+        self._again: asyncio.Task[None] | None = None
 
     def boot_seen(self, node: NodeId) -> int:
         """As the roster has it."""
         record = self._node.machine.roster.find(node)
         return record.boot if record is not None else 0
 
-    def not_heard(self, why: str) -> None:
-        node = self._node
-        node.fail(
+    def is_copy(self, why: str) -> None:
+        name = self._node.config.name
+        self._node.fail(
             Conflict(
-                f"the others do not hear node {node.config.name} ({node.me}) any more: {why}; "
-                f"{_boot_file(why)}{self._next_step()}"
+                f"{why}: this data directory is a copy of node {name} ({self._node.me}), which runs elsewhere; stop the one "
+                "that is not wanted: if that one stops, this one comes back by itself when it is started again"
             )
         )
+
+    def begin_again(self, boot: int) -> None:
+        """End this process, and begin one whose boot number is above its own and above `boot`."""
+        if self._again is None:
+            self._again = asyncio.get_running_loop().create_task(self._begin_again(boot), name="begin again")
+
+    async def _begin_again(self, boot: int) -> None:
+        node = self._node
+        while boot > node.boot:
+            try:
+                await node.disk.replace(BOOT_FILE, str(boot).encode())
+                break
+            except IdunnoError as error:
+                log.warning("boot number not written", extra={"boot": boot, "problem": str(error)})
+                await asyncio.sleep(WRITE_AGAIN_S)
+        log.warning("node begins again", extra={"node_id": node.me, "boot": node.boot})
+        node.again = True
+        node.failed.set()
 
     def differs(self, why: str) -> None:
         text = f"{why}; {replaced(self._node.config.name)}"
@@ -86,9 +83,10 @@ class Outcast:
                 await asyncio.sleep(WRITE_AGAIN_S)
 
     async def stop(self) -> None:
-        if self._writing is not None:
-            self._writing.cancel()
-            await asyncio.gather(self._writing, return_exceptions=True)
+        for task in (self._writing, self._again):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     async def check(self) -> None:
         """At start. Raises Corrupt."""

@@ -33,8 +33,11 @@ async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signalled)
-    node = Node(config, real_platform(directory, config, identity), seed)
-    ended = await _until(wanted, node)
+    while True:
+        node = Node(config, real_platform(directory, config, identity), seed)
+        ended = await _until(wanted, node)
+        if not node.again or wanted.is_set() or not ended:
+            break
     lock.release()
     if node.problem:
         raise Incompatible(node.problem)

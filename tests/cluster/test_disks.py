@@ -1,18 +1,21 @@
-# Disks of real processes: all of them full, and a log whose last bytes are not what was written.
+# Disks of real processes: all of them full, a log whose last bytes are not what was written, an old image.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import idunno
 from idunno.base.errors import IdunnoError, NotFound
 from idunno.consensus.records import SEGMENT_HEADER_BYTES, Record, decode_record
-from tests.cluster.harness import Cluster, until
+from idunno.node.identity import running_pid
+from tests.cluster.harness import Cluster, CommandFailed, until
 
 pytestmark = pytest.mark.cluster
 
@@ -101,7 +104,66 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
-def test_a_torn_write_is_cut_and_a_log_that_lost_what_it_acknowledged_is_refused(tmp_path: Path) -> None:
+def status_of(cluster: Cluster, name: str) -> dict[str, Any]:
+    """As that node itself tells it; nothing while it starts."""
+    try:
+        found: dict[str, Any] = cluster.json("status", where=str(cluster.directory / name))
+    except CommandFailed:
+        return {"problem": "starts"}
+    return found
+
+
+def is_back(cluster: Cluster, name: str) -> None:
+    """It takes part, votes, and is alive for the others, without anybody having done anything."""
+    until(lambda: status_of(cluster, name)["problem"] == "", f"{name} takes part again", timeout_s=60)
+    until(lambda: {row["name"]: row["state"] for row in cluster.members()}[name] == "active", f"{name} is active")
+    assert name in cluster.json("status")["voters"]
+
+
+def test_a_node_whose_disk_is_an_old_image_says_what_it_waits_for_and_comes_back_whole(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 1_000)
+    (tmp_path / "large").write_bytes(b"l" * 300_000)
+    with Cluster(3) as cluster:
+        with idunno.connect(str(cluster.directory)) as client:
+            client.put(tmp_path / "large", "before")
+            leader = cluster.scheduler()
+            old, other = (name for name in cluster.names() if name != leader)
+            cluster.kill(old)
+            shutil.copytree(cluster.directory / old, tmp_path / "image", ignore=shutil.ignore_patterns("*.sock"))
+            cluster.start_node(old)
+            is_back(cluster, old)
+            for number in range(5):
+                client.put(tmp_path / "file", f"since-{number}")
+
+        for name in (old, other):
+            cluster.kill(name)
+        shutil.rmtree(cluster.directory / old)
+        shutil.copytree(tmp_path / "image", cluster.directory / old)
+        cluster.start_node(old)
+        log = cluster.directory / old / "logs" / "node.jsonl"
+        until(lambda: running_pid(cluster.directory / old) is not None, "its start")
+        cluster.start_node(other)
+        seen: set[str] = set()
+
+        def whole() -> bool:
+            seen.add(status_of(cluster, old)["problem"])
+            return "" in seen
+
+        until(whole, "it takes part again", timeout_s=60)
+        assert any("it comes back by itself when that is whole again" in problem for problem in seen), seen
+        assert "log is whole again" in log.read_text()
+        is_back(cluster, old)
+        is_back(cluster, other)
+
+        cluster.kill(other)  # from here on nothing goes without the one that came back
+        with idunno.connect(str(cluster.directory), timeout_s=30.0) as client:
+            client.put(tmp_path / "file", "with it")
+            assert len(client.ls()) == 7
+            client.get("before", tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == b"l" * 300_000
+
+
+def test_a_torn_write_is_cut_and_a_log_that_lost_what_it_acknowledged_is_made_whole_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 1_000)
     with Cluster(3) as cluster:
         with idunno.connect(str(cluster.directory)) as client:
@@ -125,9 +187,10 @@ def test_a_torn_write_is_cut_and_a_log_that_lost_what_it_acknowledged_is_refused
         segment = max((cluster.directory / lost / "log").glob("*.seg"))
         last = last_record(segment)
         overwrite(segment, last.offset, bytes(36 + len(last.payload)))
-        log = cluster.directory / lost / "logs" / "stderr.log"
+        log = cluster.directory / lost / "logs" / "node.jsonl"
         cluster.start_node(lost)
-        until(lambda: "lost what it had synced" in log.read_text() or "older image" in log.read_text(), "its refusal")
+        until(lambda: "lost what it had synced" in log.read_text(), "its refusal")
+        is_back(cluster, lost)
         with idunno.connect(str(cluster.directory)) as client:
             client.get("more", tmp_path / "back")
             client.put(tmp_path / "file", "without it")

@@ -102,7 +102,7 @@ class Cluster:
         self.not_one = f"leaders {leaders}, (applied, last) {applied}, not active {sorted(states)}, problems {problems}"
         one = len(set(leaders.values())) == 1 and None not in leaders.values()
         equal = len({number for pair in applied.values() for number in pair}) == 1
-        return one and equal and not states
+        return one and equal and not states and not problems
 
     def _count(self) -> None:
         happened = self.dose.happened

@@ -203,7 +203,17 @@ class World:
             return
         await node.failed.wait()
         await node.stop(hurry=True)
+        if node.again:
+            self.loop.call_soon(self._begins_again, machine, loop)
+            return
         self.loop.call_soon(self._exits, machine, loop, f"cannot go on: {node.problem}")
+
+    def _begins_again(self, machine: Machine, loop: SimLoop) -> None:
+        """The node of a process gives way to another."""
+        if machine.loop is loop:
+            self.trace.tell("begins again", machine=machine.name)
+            self._gone(machine, "begins again", power_lost=False)
+            self.start(machine.name)
 
     def _exits(self, machine: Machine, loop: SimLoop, why: str) -> None:
         if machine.loop is loop:

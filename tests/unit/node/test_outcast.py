@@ -1,46 +1,82 @@
-# What a node that nobody hears any more says is to be done.
+# What a node does whose log the others find to be an old one, and one that runs elsewhere as well.
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from idunno.base.errors import IdunnoError
-from idunno.base.ids import Index, NodeId, Term
-from idunno.consensus.standing import Claim, Run, Witness
+from idunno.base.errors import DiskFailed, IdunnoError
+from idunno.base.ids import NodeId
+from idunno.node import outcast
 from idunno.node.outcast import Outcast
 
-ME, OTHER = NodeId("1" * 16), NodeId("2" * 16)
-OLD_LOG = "its log ends before what it acknowledged"
+ME = NodeId("1" * 16)
 
 
-def said(why: str, leader: NodeId | None) -> str:
+class BootDisk:
+    def __init__(self, failures: int = 0) -> None:
+        self.boot, self.failures = b"", failures
+
+    async def replace(self, path: str, data: bytes) -> None:
+        assert path == "boot"
+        if self.failures:
+            self.failures -= 1
+            raise DiskFailed("no space left")
+        self.boot = data
+
+
+def node_on(disk: BootDisk) -> Any:
     errors: list[IdunnoError] = []
-    node: Any = SimpleNamespace(
-        config=SimpleNamespace(name="n1"), me=ME, driver=SimpleNamespace(leader=leader), fail=errors.append
+    return SimpleNamespace(
+        config=SimpleNamespace(name="n1"),
+        me=ME,
+        boot=4,
+        disk=disk,
+        again=False,
+        failed=asyncio.Event(),
+        fail=errors.append,
+        errors=errors,
     )
-    Outcast(node).not_heard(why)
-    return str(errors[0])
 
 
-def test_who_is_refused_is_replaced_by_the_cluster_that_goes_on() -> None:
-    text = said(OLD_LOG, OTHER)
-    assert text.endswith(
-        "run `idunno remove n1` on another node while this one is down, then join again with an empty directory"
-    )
-    assert "idunno recover" not in text
-    assert "`boot`" not in text
+@pytest.mark.parametrize(("seen", "written"), [(0, b""), (4, b""), (5, b"5"), (9, b"9")])
+def test_the_next_process_has_a_boot_number_above_its_own_and_above_all_that_were_seen(
+    seen: int, written: bytes
+) -> None:
+    """A start raises what it finds in the file by one; this one has raised it to its own."""
+
+    async def run() -> None:
+        node = node_on(BootDisk())
+        it = Outcast(node)
+        it.begin_again(seen)
+        it.begin_again(seen + 1)  # asked for once more: it is under way
+        await asyncio.wait_for(node.failed.wait(), 5)
+        assert (node.again, node.errors, node.disk.boot) == (True, [], written)
+        await it.stop()
+
+    asyncio.run(run())
 
 
-@pytest.mark.parametrize("leader", [None, ME])
-def test_without_a_leader_nothing_is_thrown_away_before_it_is_known_that_others_go_on(leader: NodeId | None) -> None:
-    """All disks may come from images of slightly different times: then all are refused, and their logs are all there is."""
-    text = said(OLD_LOG, leader)
-    recover = text.index("`idunno recover --dir DIR --dir DIR ...` with all nodes' directories")
-    assert text.index("remove nothing") < recover < text.index("if they have one, run `idunno remove n1`")
+def test_it_does_not_end_before_the_boot_number_is_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcast, "WRITE_AGAIN_S", 0.01)
+
+    async def run() -> None:
+        node = node_on(BootDisk(failures=3))
+        Outcast(node).begin_again(7)
+        await asyncio.wait_for(node.failed.wait(), 5)
+        assert (node.disk.boot, node.disk.failures) == (b"7", 0)
+
+    asyncio.run(run())
 
 
-def test_a_boot_number_that_is_too_low_may_be_put_right_on_the_newest_disk() -> None:
-    why = Witness().judge(ME, Run(3, 1), Claim(Term(1), Index(1)), 7)
-    assert "if this is its newest disk, write 7 into the file `boot` and start again; else run" in said(why, OTHER)
+def test_a_copy_of_a_node_that_runs_elsewhere_ends_for_good() -> None:
+    async def run() -> None:
+        node = node_on(BootDisk())
+        Outcast(node).is_copy("boot 5 of it answered n2, which leads")
+        assert not node.again
+        assert "this data directory is a copy of node n1" in str(node.errors[0])
+        assert "stop the one that is not wanted" in str(node.errors[0])
+
+    asyncio.run(run())
