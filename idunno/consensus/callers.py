@@ -2,7 +2,7 @@
 #
 # Rule 1: a proposal is answered when it is committed, applied and synced on `copies_needed` nodes. NotLeader, NoQuorum and
 #         Exhausted mean: certainly not appended. Anything later is Unconfirmed or DeadlineExceeded.
-# Rule 2: all proposals of one turn of the loop become one append.
+# Rule 2: all proposals of one turn of the loop become one append, with those that it is worth to wait for (gathering.py).
 # Rule 3: every wait ends, and an error says how far things had come.
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from idunno.base.ids import Index, NodeId
 from idunno.consensus.applying import Applying
 from idunno.consensus.config import RaftConfig
 from idunno.consensus.events import Propose, Read
+from idunno.consensus.gathering import Gathering
 from idunno.consensus.health import Health
 from idunno.consensus.messages import PAYLOAD_BYTES_MAX
 from idunno.consensus.quorum import majority
@@ -47,7 +48,9 @@ class Callers:
         self.copies_needed = copies_needed
         self._me, self._config, self._applying, self._health, self._step = me, config, applying, health, step
         self._core: Raft | None = None
-        self._new: list[Proposal] = []  # to be appended at the end of this turn of the loop
+        self._new: list[Proposal] = []  # to be appended at the end of this turn of the loop, or when all are there
+        self._gathering = Gathering()
+        self._waiting: asyncio.TimerHandle | None = None  # for more of them
         self._proposals: OrderedDict[Index, Proposal] = OrderedDict()  # appended here, in this term, not answered
         self._reads: dict[int, asyncio.Future[Index]] = {}
         self._read_number = 0
@@ -60,6 +63,10 @@ class Callers:
     def close(self) -> None:
         self.lose("this node is stopping")
         self._core = None
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+            self._append_new()  # which refuses them
 
     # -- what they ask ------------------------------------------------------------------------------------------------
 
@@ -76,9 +83,7 @@ class Callers:
                 f"{waiting} proposals wait at the leader, at most {self._config.proposals_max}; try again later"
             )
         proposal = Proposal(payload, self._loop.create_future())
-        if not self._new:
-            self._loop.call_soon(self._append_new)
-        self._new.append(proposal)
+        self._gather(proposal)
         expiry = self._loop.call_later(timeout_s, self._expire, proposal, timeout_s)
         try:
             return await proposal.answer
@@ -177,11 +182,14 @@ class Callers:
         self._awaited.reached(applied)
         if not self._proposals or next(iter(self._proposals)) > applied or core is None or not core.is_leader:
             return
-        ready = min(applied, core.copies(self.copies_needed))
+        ready, answered = min(applied, core.copies(self.copies_needed)), 0
         while self._proposals and next(iter(self._proposals)) <= ready:
             index, proposal = self._proposals.popitem(last=False)
             if not proposal.answer.done():
                 proposal.answer.set_result((index, core.copies_of(index), proposal.value))
+                answered += 1
+        if answered:
+            self._gathering.answered(answered, self._loop.time())
 
     def lose(self, why: str) -> None:
         """The leadership is gone, or this node is about to be: what was appended here may or may not be committed."""
@@ -197,7 +205,28 @@ class Callers:
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    def _gather(self, proposal: Proposal) -> None:
+        """Have it appended: at the end of this turn of the loop, or when those came whom it is worth to wait for."""
+        self._new.append(proposal)
+        if len(self._new) == 1:
+            wait_s = self._gathering.first(self._loop.time())
+            if wait_s:
+                self._waiting = self._loop.call_later(wait_s, self._gathered)
+            else:
+                self._loop.call_soon(self._append_new)
+        elif self._waiting is not None and self._gathering.another():
+            self._waiting.cancel()
+            self._waiting = None
+            self._loop.call_soon(self._append_new)
+
+    def _gathered(self) -> None:
+        wait_s = self._gathering.on(self._loop.time())
+        self._waiting = self._loop.call_later(wait_s, self._gathered) if wait_s else None
+        if self._waiting is None:
+            self._append_new()
+
     def _append_new(self) -> None:
+        self._gathering.appended()
         new, self._new = [p for p in self._new if not p.answer.done()], []
         core = self._core
         if core is None or not core.accepts_proposals:

@@ -17,8 +17,9 @@ class RaftConfig:
     """Added by chance to each timeout. As wide as the timeout itself: split votes stay rare (Raft thesis, 9.4)."""
     lost_leader_spread_ms: int = 100
     """The chance delay when the leader's connection closed: twenty times a LAN round trip with a disk sync."""
-    commit_notice_ms: int = 2
-    """How long followers may lag in hearing of a commit when no append carries it: reads on them wait that long."""
+    commit_notice_ms: int = 10
+    """How long followers may lag in hearing of a commit when no append carries it. A read on one of them does not wait for it:
+    the round that its index takes tells whoever has yet to hear. Above the time to the next append of a busy leader."""
     read_wait_ms: int = 5
     """A read asks no more voters than make a majority; when these are silent for so long it asks all: several round trips of a
     LAN, and a small part of what a user notices."""

@@ -47,6 +47,10 @@ def test_a_world_begins_with_the_machine_of_a_dump_and_goes_on(tmp_path: Path) -
         await world.add_admin()
         for number in range(20):
             await put(world, f"files/{number}", b"content %d" % number)
+        nodes = [machine.node for machine in world.machines if machine.node is not None]
+        await world.until(  # a dump has what the node that is asked has applied
+            lambda: all(node.machine.namespace.find("files/19") for node in nodes), "the files everywhere"
+        )
         return await dumped(client, path)
 
     made = cluster.world.run(story)
