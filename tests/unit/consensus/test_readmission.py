@@ -296,6 +296,7 @@ def storm(seed: int, fence: Callable[[Forgetful, NodeId], tuple[Term, Index]], m
         world.run(50)
         world.readmit()
     assert not world.old, f"seed {seed}: {world.old} did not come back"
+    world.run(5_000)  # a leader that was cut off has heard of the next one
     leader = world.elect()
     assert world.propose(leader, b"last")
     last = world.core(leader).terms.last
@@ -311,7 +312,7 @@ def test_worlds_in_which_disks_are_replaced_by_old_images_lose_nothing(seed: int
 
 def test_a_log_that_counts_at_once_is_seen() -> None:
     with pytest.raises(AssertionError, match="without entry"):
-        storm(57, nothing)
+        storm(1, nothing)
 
 
 def forgotten_vote(fence: Callable[[Forgetful, NodeId], tuple[Term, Index]]) -> Forgetful:
