@@ -67,10 +67,6 @@ def consistent(
     return Proof(cluster.dose, history.counts + raft.counts, world.trace.digest(), world.scheduler.now)
 
 
-def replay(seed: str, nodes: int, *, how: str) -> str:
-    return f"tests/simulation/prove --seeds {seed} --nodes {nodes} {how}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/simulation/prove", description=__doc__)
     parser.add_argument("--seeds", default="1", metavar="A-B", help="worlds of these seeds, each of every size")
@@ -87,7 +83,8 @@ def main() -> int:
     asked = parser.parse_args()
     kinds = None if asked.faults == "all" else [] if asked.faults == "none" else asked.faults.split(",")
     cores = short_reigns if asked.short_reigns else storm if asked.cores else None
-    how = "--short-reigns" if asked.short_reigns else "--cores" if asked.cores else "--story"
+    how = f"--operations {asked.operations} "
+    how += "--short-reigns" if asked.short_reigns else "--cores" if asked.cores else f"--faults {asked.faults} --story"
     first, _, last = asked.seeds.partition("-")
     dose, counts, failed, worlds = Dose(), Counter[str](), 0, Counter[int]()
     began = time.process_time()
@@ -101,7 +98,8 @@ def main() -> int:
                 proof = consistent(seed, nodes, operations=asked.operations, kinds=kinds, watch=asked.story)
             except (AssertionError, TimeoutError) as error:
                 failed += 1
-                print(f"FAILED: {error}\nreplay: {replay(str(seed), nodes, how=how)}\n", flush=True)  # noqa: T201
+                again = f"tests/simulation/prove --seeds {seed} --nodes {nodes} {how}"
+                print(f"FAILED: {error}\nreplay: {again}\n", flush=True)  # noqa: T201
                 continue
             dose.add(proof.dose)
             counts.update(proof.counts)
