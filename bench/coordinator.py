@@ -85,7 +85,7 @@ async def rate(nodes: Nodes, etcd: Etcd, what: str, in_flight: int, seconds: flo
 
 async def gaps(nodes: Nodes, etcd: Etcd, name: str, fault: failover.Fault, trials: int, goal: str) -> None:
     ours = [await failover.trial(nodes, fault) for _ in range(trials)]
-    theirs = [] if name == "cut" else await asyncio.to_thread(etcd.run, name, str(max(3, trials // 4)))
+    theirs = await asyncio.to_thread(etcd.run, name, str(max(3, trials // 4)))
     other = [row["gap_s"] for row in theirs]
     middle = statistics.median(ours)
     say(

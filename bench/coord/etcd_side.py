@@ -2,6 +2,7 @@
 #
 # The peers' script is loaded from where it lies (argument 1) for its cluster of three and its hand-encoded messages; nothing of
 # it is kept here. Run by bench/coordinator.py; alone: PYTHON etcd_side.py PEERS puts 64 6 | reads 64 6 | killed 5 | frozen 5
+# | cut 5
 from __future__ import annotations
 
 import asyncio
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 peers = Path(sys.argv[1])
-sys.path.insert(0, str(peers))
+sys.path[:0] = [str(peers), str(Path(__file__).resolve().parents[2])]
+from bench.coord import cutting  # noqa: E402 - the path comes first
+
 ref: dict[str, Any] = {"__name__": "etcd_ref"}
 exec(  # the script runs its own main at the end; its parts are wanted
     compile((peers / "etcd_ref.py").read_text().replace("asyncio.run(main())", ""), "etcd_ref.py", "exec"), ref
@@ -90,6 +93,8 @@ async def failover(cluster: Any, fault: str, trials: int) -> None:
             ended.append(time.perf_counter())
 
         struck, heard, number = 0.0, 0.0, 0
+        pid, every = cluster.m[leader].pid, [*ref["CP"], *ref["PP"]]
+        rules = cutting.rules(pid, [ref["CP"][leader], ref["PP"][leader]], every) if fault == "cut" else []
         begun = time.perf_counter()
         while running:
             task = asyncio.create_task(put(number))
@@ -100,7 +105,10 @@ async def failover(cluster: Any, fault: str, trials: int) -> None:
             now = time.perf_counter()
             if not struck and now > begun + 1.2:
                 struck = now
-                os.kill(cluster.m[leader].pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+                if rules:
+                    await asyncio.to_thread(cutting.apply, rules)
+                else:
+                    os.kill(pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
             if struck and not heard and any(at > struck + 0.05 for at in ended):
                 heard = now
             running = not (heard and now > heard + 0.3) and now < begun + 30
@@ -110,8 +118,10 @@ async def failover(cluster: Any, fault: str, trials: int) -> None:
         if fault == "killed":
             cluster.m[leader].kill9()
             cluster.start(leader)
+        elif rules:
+            cutting.lift(rules)
         else:
-            os.kill(cluster.m[leader].pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
         for channel in channels:
             await channel.close()
         times = [at for at in sorted(ended) if at > struck - 0.5]

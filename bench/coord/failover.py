@@ -9,13 +9,12 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
-from pathlib import Path
 
+from bench.coord import cutting
 from bench.coord.cluster import Nodes, closed
 from idunno.base.errors import IdunnoError
 from idunno.client.session import Session
@@ -112,39 +111,13 @@ def cut(nodes: Nodes) -> Fault:
     async def strike(name: str) -> Callable[[], Awaitable[None]]:
         pid = nodes.pid(name)
         assert pid is not None
-        ports = sorted({*local_ports(pid), nodes.port + int(name[1:]) - 1})
-        rules = [
-            ["INPUT", "-i", "lo", "-p", protocol, side, str(port), "-j", "DROP"]
-            for port in ports
-            for protocol in ("tcp", "udp")
-            for side in ("--sport", "--dport")
-        ]
-        # A connection that the node begins now comes from a port that no rule names: none is begun to a node meanwhile.
-        rules += [
-            ["INPUT", "-i", "lo", "-p", "tcp", "--dport", str(nodes.port + i), "--syn", "-j", "DROP"]
-            for i in range(nodes.count)
-        ]
-        await asyncio.to_thread(_iptables, "-A", rules)
+        every = [nodes.port + i for i in range(nodes.count)]
+        rules = cutting.rules(pid, [nodes.port + int(name[1:]) - 1], every)
+        await asyncio.to_thread(cutting.apply, rules)
 
         async def heal() -> None:
-            await asyncio.to_thread(_iptables, "-D", rules)
+            await asyncio.to_thread(cutting.lift, rules)
 
         return heal
 
     return strike
-
-
-def local_ports(pid: int) -> list[int]:
-    """Of the TCP sockets that a process holds."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            inodes.add(os.readlink(entry))
-    rows = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    fields = [row.split() for row in rows]
-    return [int(row[1].rpartition(":")[2], 16) for row in fields if f"socket:[{row[9]}]" in inodes]
-
-
-def _iptables(action: str, rules: list[list[str]]) -> None:
-    for rule in rules:
-        subprocess.run(["iptables", "-w", action, *rule], check=True)
