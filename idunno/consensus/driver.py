@@ -294,9 +294,10 @@ class RaftDriver:
         self._proved = True
         self._health.proved()
 
-    def copy(self) -> None:
-        """Unproved for longer: its log was found to be an old one. It takes in the leader's, and promises nothing."""
-        self._step(Copy())
+    def copy(self, term: Term) -> None:
+        """Unproved for longer: its log was found to be an old one. It takes in the leader's, and promises nothing. `term`: in
+        which it once was, as others know."""
+        self._step(Copy(term))
 
     @property
     def copying(self) -> bool:

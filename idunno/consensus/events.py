@@ -118,7 +118,9 @@ class Halt:
 @dataclass(frozen=True, slots=True)
 class Copy:
     """Halted as it is, this node takes in the leader's log, in place of its own where they differ, and says how far it has
-    come; it goes on so until Halt(False)."""
+    come; it goes on so until Halt(False). `term`: in which it once was, as others know, whatever its disk says."""
+
+    term: Term
 
 
 Input: TypeAlias = (

@@ -134,6 +134,7 @@ class HelloAnswer(msgspec.Struct, frozen=True):
     why: str  # in one line, why it is not heard; "" if it is
     voters: list[NodeId] = []  # as the log of who answers names them, in entry `voters_index`
     voters_index: Index = Index(0)
+    term: Term = Term(0)  # if it is not heard: in which it once said something, as far as who answers knows
 
 
 class Marks(msgspec.Struct, frozen=True):

@@ -202,8 +202,10 @@ class Raft:
             case Compacted(index):
                 self.terms.compact(index)
                 self.named.compact(index)
-            case Copy():
+            case Copy(term):
                 self.copying = self.halted
+                if self.copying and term > self.term:
+                    self._follow(term, None)
             case Halt(on):
                 self.halted, self.copying = on, self.copying and on
                 if on and self.role is not RaftRole.FOLLOWER:

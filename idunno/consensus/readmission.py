@@ -22,7 +22,7 @@ import msgspec
 
 from idunno.base.disk import Disk
 from idunno.base.errors import Conflict, Corrupt, IdunnoError, NotFound, NotLeader
-from idunno.base.ids import NodeId
+from idunno.base.ids import NodeId, Term
 from idunno.consensus.driver import RaftDriver
 from idunno.consensus.messages import READMIT, Readmit, ReadmitAnswer
 from idunno.consensus.standing import Run, Witness, sealed, unsealed
@@ -46,6 +46,7 @@ COPY_S: Final = 30.0
 class _Saved(msgspec.Struct, frozen=True):
     format: int
     why: str
+    term: Term = Term(0)
 
 
 class Readmission:
@@ -72,6 +73,7 @@ class Readmission:
         self._begin_again, self._is_copy = begin_again, is_copy
         self.why = ""
         """Why this disk's log is an old one; "" if it is not, as far as is known."""
+        self._term = Term(0)  # in which this node once was, as who refused it knows
         self._turn = 0
         server.register(READMIT, self._readmit)
 
@@ -80,18 +82,19 @@ class Readmission:
     async def open(self) -> None:
         """At start. Raises DiskFailed."""
         try:
-            self.why = unsealed(await self._disk.read_all(PATH, bytes_max=FILE_BYTES_MAX), _Saved, PATH).why
+            saved = unsealed(await self._disk.read_all(PATH, bytes_max=FILE_BYTES_MAX), _Saved, PATH)
+            self.why, self._term = saved.why, saved.term
         except NotFound:
             return
         except Corrupt as error:  # that it is there says enough
             self.why = str(error)
 
-    async def found_old(self, why: str) -> None:
-        """Others refuse this process: end it in favour of one that knows."""
+    async def found_old(self, why: str, term: Term) -> None:
+        """Another refuses this process, and knows that it once was in `term`: end it in favour of one that knows."""
         self.why = why
         while True:
             try:
-                await self._disk.replace(PATH, sealed(_Saved(FORMAT, why)))
+                await self._disk.replace(PATH, sealed(_Saved(FORMAT, why, term)))
                 break
             except IdunnoError as error:  # until it is there a restart would show its claim again, and be refused again
                 log.warning("not remembered that the log is an old one", extra={"problem": str(error)})
@@ -100,7 +103,8 @@ class Readmission:
 
     async def become_whole(self, voters: Callable[[], Collection[NodeId]]) -> None:
         """Copy the log until nothing that was ever promised is missing. `voters`: whom to ask while no leader is known."""
-        self._driver.copy()
+        # No leader of an earlier term than it was in has it back: who refused it would again. So that one stands anew, above it.
+        self._driver.copy(self._term)
         log.warning("log is an old one: it is brought up to date before it counts again", extra={"why": self.why})
         loop = asyncio.get_running_loop()
         copy_since_s: float | None = None

@@ -243,7 +243,7 @@ class Vouching:
             if not self._why:
                 self._why = answer.why
                 self._driver.refuse(f"{self._name(node)} does not hear this node: {answer.why}")
-                self._spawn(self.readmission.found_old(answer.why), "found old")
+                self._spawn(self.readmission.found_old(answer.why, answer.term), "found old")
         else:
             self._accepted.add(node)
             if answer.voters_index > self._heard_voters[0]:
@@ -296,7 +296,8 @@ class Vouching:
         why = self.witness.judge(sender, Run.of(hello.run), Claim(hello.term, hello.index), self._boot_seen(sender))
         if why:
             log.error("node is not heard", extra={"node_id": sender, "name_of_node": self._name(sender), "why": why})
-        elif self.readmission.why:
+            return HelloAnswer(why, term=self.witness.mark(sender).term)
+        if self.readmission.why:
             raise Unavailable("this node's own log is an old one: its word counts for nobody")
         return HelloAnswer(why, sorted(self._driver.voters), self._driver.voters_index)
 

@@ -7,6 +7,8 @@ import random
 
 import pytest
 
+from idunno.base.ids import Term
+from idunno.consensus.messages import VoteAnswer
 from idunno.consensus.standing import Witness
 from tests.simulation.disk import Inode
 from tests.simulation.machine import Machine
@@ -299,4 +301,37 @@ def test_killed_at_any_step_of_coming_back_it_comes_back_all_the_same(seed: int)
 
     rng = random.Random(seed)
     cluster = make(f"steps {seed}", 3)
+    cluster.world.run(story)
+
+
+def test_who_stood_in_a_term_that_nobody_took_up_comes_back_above_it() -> None:
+    """A witness knows of that term, and refuses every log of an earlier one; the leader has not heard of it."""
+
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        leader = await world.has_leader()
+        machine, other = (world.machine(name) for name in others(cluster, leader))
+        image = machine.disk.image()
+        assert await put(cluster, "since", 2_000) == 1
+        heal = world.partition([machine.name], [leader.name])
+        assert machine.node is not None
+        assert other.node is not None
+        driver, witness = machine.node.driver, other.node.vouching.witness
+        await world.until(lambda: driver.leader is None, "it misses the leader", 10)
+        term = Term(driver.term + 1)
+
+        async def stands() -> None:
+            driver.receive(
+                other.id, VoteAnswer(term, True, pre=True)
+            )  # as if that one missed the leader too, for a moment
+
+        await world.inside(machine.name, stands)
+        await world.until(lambda: witness.mark(machine.id).term == term, "its candidacy is heard", 5)
+        put_back(cluster, machine, image)
+        heal()
+        await is_back(world, machine)
+        assert machine.boot <= 6
+        await cluster.end()
+
+    cluster = make("a term of its own", 3)
     cluster.world.run(story)

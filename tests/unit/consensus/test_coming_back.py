@@ -37,7 +37,8 @@ class Driver:
         self.marked += 1
         return Term(4), Index(91)
 
-    def copy(self) -> None: ...
+    def copy(self, term: Term) -> None:
+        self.term = max(self.term, term)
 
     def unproved(self, why: str) -> None:
         self.waits_for.append(why)
@@ -126,7 +127,7 @@ async def marked_old(shell: Shell) -> None:
     assert shell.it.why == ""
     await shell.disk.make_directory("log")
     await shell.disk.replace(CLAIM_PATH, b"the claim of the old log")
-    await shell.it.found_old("its log ends too early")
+    await shell.it.found_old("its log ends too early", Term(7))
     assert shell.boots == [0]
     shell.boots.clear()
     shell.it.why = ""
@@ -150,6 +151,17 @@ def test_it_counts_again_when_it_has_the_entry_and_not_before() -> None:
         assert shell.it.why == ""
         shell.disk.crash(random.Random(1))
         assert not {PATH, CLAIM_PATH} & set(shell.disk.paths())
+
+    asyncio.run(run())
+
+
+def test_the_term_that_it_was_in_as_others_know_is_remembered_for_the_next_process() -> None:
+    async def run() -> None:
+        shell = Shell(Driver(), lambda asked: ReadmitAnswer(Term(4), Index(91)))
+        await marked_old(shell)
+        shell.driver.held = True
+        await shell.it.become_whole(lambda: [ME, LEADER])
+        assert shell.driver.term == 7
 
     asyncio.run(run())
 

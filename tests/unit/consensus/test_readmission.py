@@ -31,7 +31,7 @@ def silent(raft: Raft, sender: NodeId, message: RaftMessage) -> list[e.Output]:
 def copying(*log_terms: int, term: int = 0) -> Raft:
     raft = core(*log_terms, term=term)
     raft.handle(e.Halt(True), 0)
-    raft.handle(e.Copy(), 0)
+    raft.handle(e.Copy(Term(0)), 0)
     return raft
 
 
@@ -131,10 +131,26 @@ def test_it_takes_a_snapshot_in() -> None:
     assert persist.then == (e.Send(A, InstallAnswer(Term(2), Index(7), 0, True)),)
 
 
+def test_a_term_that_others_know_it_was_in_is_its_term_again() -> None:
+    """It may have voted in it: a leader of an earlier term is told so, and stands again above it."""
+    raft = core(1)
+    raft.handle(e.Halt(True), 0)
+    (persist,) = of(e.Persist, raft.handle(e.Copy(Term(5)), 0))
+    assert isinstance(persist, e.Persist)
+    assert persist.hard == e.HardState(Term(5))
+    sync(raft)
+    (answer,) = of(e.Send, raft.handle(e.Received(A, append(2, (1, 1), 2)), 1))
+    assert answer == e.Send(A, AppendAnswer(Term(5), False, Index(1), 0))
+    leader = core(1)
+    lead(leader)
+    silent(leader, A, AppendAnswer(Term(5), False, Index(1), 0))
+    assert (leader.role, leader.term) == (e.RaftRole.FOLLOWER, 5)
+
+
 def test_who_is_not_halted_does_not_begin_to_copy_and_the_end_of_the_halt_ends_it() -> None:
     raft = core(1)
-    raft.handle(e.Copy(), 0)
-    assert not raft.copying
+    raft.handle(e.Copy(Term(9)), 0)
+    assert (raft.copying, raft.term) == (False, 1)
     raft = copying(1)
     assert raft.copying
     raft.handle(e.Halt(False), 0)
@@ -162,7 +178,7 @@ class Forgetful(World):
         self.asked.pop(name, None)
         if name in self.old:
             self.step(name, e.Halt(True))
-            self.step(name, e.Copy())
+            self.step(name, e.Copy(Term(0)))
 
     def _send(self, sender: NodeId, to: NodeId, message: RaftMessage) -> None:
         boot, silent_, at = self.nodes[sender].boot, sender in self.old, self.at
