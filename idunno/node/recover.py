@@ -168,7 +168,7 @@ async def examine(directories: Sequence[Path]) -> Survey:
 async def _report(
     survivors: Sequence[Survivor], best: Survivor, machine: Machine, smalls: dict[BlockId, bytes]
 ) -> Report:
-    seen = {survivor.identity.node for survivor in survivors if survivor.use_log}
+    seen = {survivor.identity.node for survivor in survivors if survivor.use_log and not survivor.is_old}
     given = {survivor.identity.node for survivor in survivors}
     roster = machine.roster.nodes()
     held = {block for survivor in survivors for block in survivor.blocks}

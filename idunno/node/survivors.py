@@ -15,6 +15,7 @@ from idunno.base.errors import Corrupt, DecodeError, DiskFailed, IdunnoError, In
 from idunno.base.ids import BlockId, Index, Term
 from idunno.consensus import snapshot as files
 from idunno.consensus.log import Log
+from idunno.consensus.readmission import PATH as READMISSION_PATH
 from idunno.consensus.terms import Terms
 from idunno.coordinator import snapshot as snapshots
 from idunno.coordinator.effects import KeepSmall
@@ -47,6 +48,7 @@ class Survivor:
     base: int = 0  # the log holds entries behind this
     problem: str = ""
     use_log: bool = True  # False: only its snapshot can be read
+    is_old: bool = False  # it may lack what it acknowledged: it is used, and proves nothing
     terms: Terms = field(default_factory=Terms)
     blocks: dict[BlockId, int] = field(default_factory=dict)
 
@@ -68,6 +70,9 @@ async def look(directory: Path) -> Survivor:
     if (directory / QUARANTINE_PATH).exists():
         found.problem, found.use_log = "its machine differed from the others': its log and snapshot are not used", False
         return found
+    if (directory / READMISSION_PATH).exists():
+        found.is_old = True
+        found.problem = "its log is an old one, as the others found: it may lack what it acknowledged"
     async with _looking(directory) as disk:
         head = await _head(disk, found)
         try:

@@ -312,6 +312,22 @@ def test_a_majority_of_the_logs_holds_everything(five: Remains) -> None:
     assert (report.acknowledged, report.logs_not_seen) == ("all-there", ["n1", "n5"])
 
 
+def test_a_log_that_others_found_to_be_an_old_one_is_used_and_proves_nothing_about_what_was_acknowledged(
+    five: Remains,
+) -> None:
+    for directory in five.directories[1:3]:
+        (directory / "log" / "readmission").write_bytes(b"whatever it says")
+    report = look(five.directories[1:4])
+    assert (report.acknowledged, report.logs_not_seen) == ("may-be-missing", ["n1", "n2", "n3", "n5"])
+    assert [found.problem for found in report.survivors] == [
+        *["its log is an old one, as the others found: it may lack what it acknowledged"] * 2,
+        "",
+    ]
+    assert look(five.directories[1:3]).last.index == 7
+    recover(five.directories[1:4], yes)
+    assert not (five.directories[1] / "log" / "readmission").exists()
+
+
 def test_one_that_is_not_in_the_roster_is_left_out(five: Remains, tmp_path: Path) -> None:
     four = five.directories[3]
     old = load_identity(four)
