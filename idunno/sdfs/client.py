@@ -5,6 +5,7 @@
 # Rule 3: nothing here touches files, threads or clocks: content comes from a `Source`, goes to a `Sink`, hashing to `offload`.
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 from collections.abc import Callable, Sequence
@@ -81,6 +82,8 @@ REPAIRS_MAX: Final = 100
 
 ABORT_S: Final = 5.0
 """For ending a put that has failed: its error is waiting to be told."""
+CANCELLED_S: Final = 2.0
+"""Likewise where somebody waits for the end of it: long for a cluster that answers, short for him."""
 REASON_MAX: Final = 200  # characters
 
 
@@ -156,15 +159,14 @@ class FileClient:
             raise
         if (done := placed.committed) is not None:  # an earlier try of the caller got that far
             return await asker.ask(COMMIT, Commit(put, name, done.size, done.blocks, write_quorum, if_version))
-        able = len(placed.replicas) + len(placed.spares)
-        if (wanted := write_quorum or placed.quorum) > able:
+        if why := upload.lacking():
             await self._abort(put, "not enough nodes")
-            raise Exhausted(
-                f"{name}: {wanted} copies are asked for, and {able} nodes can take blocks now "
-                f"({'; '.join(placed.left_out) or 'there are no others'}); free some space, add nodes, or give --write-quorum"
-            )
+            raise Exhausted(why)
         try:
             await upload.send(first, source)
+        except asyncio.CancelledError:  # Ctrl-C: nobody is left who would send the rest
+            await self._abort(put, "its client gave it up", CANCELLED_S)
+            raise
         except (
             Exception
         ) as error:  # out of time as well: nothing was committed yet, so nobody waits for what becomes of it
@@ -363,10 +365,10 @@ class FileClient:
                 await upload.begin(proven=True)
         raise NotReady(f"put of {begin.name}: nodes came and went {REPAIRS_MAX} times during the commit; try again")
 
-    async def _abort(self, put: str, reason: str) -> None:
+    async def _abort(self, put: str, reason: str, timeout_s: float = ABORT_S) -> None:
         """End a put that has failed, so that nothing waits for it. If that cannot be had soon, the leader does it later."""
         with contextlib.suppress(IdunnoError):  # why it failed is what matters, and is raised
-            await self._asker(f"abort of put {put}", ABORT_S).ask(ABORT, Abort(put, reason[:REASON_MAX]))
+            await self._asker(f"abort of put {put}", timeout_s).ask(ABORT, Abort(put, reason[:REASON_MAX]))
 
 
 def _verified(info: FileInfo, content: bytes) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from idunno.base.errors import Conflict, IdunnoError, NotFound, Unavailable
 from idunno.base.ids import BlockId, NodeId
-from idunno.coordinator.records import NodeRecord
+from idunno.coordinator.records import BLOCK_BYTES_MAX, NodeRecord
 from idunno.sdfs import tasks
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.locator import Locator
@@ -263,7 +263,7 @@ class Repairing:
         nodes = []
         for candidate in self.candidates():
             node, space = candidate.node, candidate.space
-            why = unable(candidate, self._config, 0) if candidate.presence == "present" else ""
+            why = unable(candidate, self._config, BLOCK_BYTES_MAX) if candidate.presence == "present" else ""
             free = space.free_bytes if space is not None else 0
             nodes.append(
                 StoreNode(candidate.name, candidate.presence, locator.count(node), free, locator.rotten(node), why)

@@ -2,7 +2,8 @@
 #
 # Rule 1: BLOCKS_UNDER_WAY blocks are sent while the next is read: four in memory, 32 MiB, whatever the file's size.
 # Rule 2: a block is done when a quorum of nodes has said that it is synced there. Nodes that fail are replaced by spares, then
-#         by a new placement (`file.begin` with the same put id), until the time is over.
+#         by a new placement (`file.begin` with the same put id) for what is left, until the time is over. Where too few nodes
+#         can take that for PATIENCE_S, they are full: more time would not help.
 # Rule 3: blocks are named by content, so sending one again is harmless, and equal ones are sent once.
 from __future__ import annotations
 
@@ -48,17 +49,53 @@ class Upload:
         self._placement: BeginAnswer | None = None
         self._generation = 0
         self._failed: dict[NodeId, str] = {}  # under this placement; a new one gives them another chance
+        self._lacking_since_s: float | None = None  # loop time; since when too few nodes can take what is left
         self._renewing = asyncio.Lock()
 
     async def begin(self, *, proven: bool = False) -> BeginAnswer:
-        """Open the put, or ask again where its blocks should go; with `proven` also which of their copies count."""
-        patience_s = PATIENCE_S if self._placement is None else math.inf
-        request = msgspec.structs.replace(self._request, claimed=self.copies()) if proven else self._request
+        """Open the put, or ask again where its blocks should go; with `proven` also which of their copies count.
+
+        Raises Exhausted when too few nodes could take what is left for PATIENCE_S.
+        """
+        request, patience_s = self._request, PATIENCE_S
+        if self._placement is not None:
+            request, patience_s = msgspec.structs.replace(request, size=self._left_bytes()), math.inf
+        if proven:
+            request = msgspec.structs.replace(request, claimed=self.copies())
         self._placement = await self._asker.ask(BEGIN, request, patience_s=patience_s)
         self._stored.update((copies.block, dict.fromkeys(copies.nodes)) for copies in self._placement.proven)
         self._generation += 1
         self._failed.clear()
+        self._look_at_room()
         return self._placement
+
+    def lacking(self) -> str:
+        """Why too few nodes can take blocks, and what to do; "" if there are enough."""
+        placed = self._placement
+        assert placed is not None, "begin comes first"
+        able, wanted = len(placed.replicas) + len(placed.spares), self._quorum()
+        if able >= wanted:
+            return ""
+        return (
+            f"{self._request.name}: {wanted} copies are asked for, and {able} nodes can take blocks now "
+            f"({'; '.join(placed.left_out) or 'there are no others'}); free some space, add nodes, or give --write-quorum"
+        )
+
+    def _look_at_room(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if not (why := self.lacking()):
+            self._lacking_since_s = None
+        elif self._lacking_since_s is None:
+            self._lacking_since_s = now_s
+        elif now_s - self._lacking_since_s >= PATIENCE_S:
+            raise Exhausted(why)
+
+    def _left_bytes(self) -> int | None:
+        """Of the content: what has yet to be stored."""
+        if self._request.size is None:
+            return None
+        under_way = sum(block.size for block in self.short())
+        return max(0, self._request.size - self.size) + under_way
 
     async def send(self, first: Buffer, source: Source) -> None:
         """Send `first`, which is a whole block or all there is, and what `source` gives after it."""

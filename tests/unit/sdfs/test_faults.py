@@ -18,6 +18,7 @@ from idunno.base.errors import (
     NotFound,
 )
 from idunno.base.ids import NodeId, Term
+from idunno.sdfs.asking import PATIENCE_S
 from idunno.sdfs.client import source_of
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.hashing import block_id
@@ -229,6 +230,72 @@ def test_a_put_that_no_node_can_take_ends_and_keeps_nothing_from_being_removed()
             await world.client().delete("f")
             await world.client().empty_trash()
             await until(lambda: not any(node.blocks.held() for node in world.living))
+
+    run(story)
+
+
+def fills_up_behind_the_first_block(world: World, number: int) -> None:
+    """That node's disk takes nothing more as soon as it has one whole block."""
+    full = world.node(number)
+
+    def before(node: Node, doing: str, path: str) -> None:
+        if node is full and doing == "rename" and path.startswith("blocks/"):
+            full.disk.capacity_bytes = 20 * MB
+
+    world.before = before
+
+
+def test_a_node_that_fills_up_in_the_middle_is_replaced_by_one_that_has_room_for_the_rest_only() -> None:
+    async def story() -> None:
+        config = SdfsConfig(floor_bytes=20 * MB, floor_percent=0)
+        async with World(5, config=config, capacity_bytes=1000 * MB) as world:
+            world.node(5).disk.capacity_bytes = (
+                36 * MB
+            )  # 16 above what is kept free: two blocks, not the four of this file
+            await asyncio.sleep(60)
+            fills_up_behind_the_first_block(world, 1)
+            content, begun_s = content_of(30 * MB), asyncio.get_running_loop().time()
+            answer = await world.put(content, "f", size=len(content), write_quorum=4)
+            assert answer.copies == 4
+            assert asyncio.get_running_loop().time() - begun_s < PATIENCE_S
+            assert await world.get("f", entry=2) == content
+
+    run(story)
+
+
+def test_a_put_for_whose_rest_too_few_nodes_have_room_says_so_after_a_minute() -> None:
+    async def story() -> None:
+        config = SdfsConfig(floor_bytes=20 * MB, floor_percent=0)
+        async with World(4, config=config, capacity_bytes=1000 * MB) as world:
+            fills_up_behind_the_first_block(world, 1)
+            content, begun_s = content_of(30 * MB), asyncio.get_running_loop().time()
+            with pytest.raises(Exhausted, match=r"f: 4 copies are asked for, and 3 nodes can take .*n1: .* bytes free"):
+                await world.put(content, "f", size=len(content))
+            assert asyncio.get_running_loop().time() - begun_s < 3 * PATIENCE_S
+            assert world.machine.namespace.open_puts() == []
+
+    run(story)
+
+
+def test_a_put_that_its_client_gives_up_pins_nothing() -> None:
+    async def story() -> None:
+        async with World(4) as world:
+            stored = asyncio.Event()
+
+            def before(node: Node, doing: str, path: str) -> None:
+                if doing == "rename" and path.startswith("blocks/"):
+                    stored.set()
+
+            world.before = before
+            putting = asyncio.create_task(world.put(content_of(40 * MB), "f"))
+            await stored.wait()
+            putting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await putting
+            assert world.machine.namespace.open_puts() == []
+            await until(lambda: not any(node.blocks.held() for node in world.living))
+            with pytest.raises(NotFound):
+                await world.get("f")
 
     run(story)
 
