@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-# bench/coordinator.py: three real nodes against etcd in the same run: commits, reads, failover; and the machine's memory.
+# bench/coordinator.py: three real nodes against etcd in the same run: commits, reads, failover; the machine's memory, and its
+# snapshot sent.
 #
 # Ours: the shipped node, TLS between all, every acknowledgement synced on three nodes; clients are the shipped client's sessions
 # over TLS, at most 8 connections, puts of 256-byte files (an entry of about 500 bytes). etcd: no TLS, its own defaults.
@@ -24,10 +25,10 @@ import uvloop
 ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.coord import failover, load, memory  # noqa: E402 - the path comes first
+from bench.coord import failover, load, memory, sent  # noqa: E402 - the path comes first
 from bench.coord.cluster import Nodes  # noqa: E402
 
-ROWS: Final = ("puts1", "puts16", "puts64", "reads64", "killed", "frozen", "cut", "memory", "plain")
+ROWS: Final = ("puts1", "puts16", "puts64", "reads64", "killed", "frozen", "cut", "memory", "sent", "plain")
 
 
 class Etcd:
@@ -103,6 +104,11 @@ async def measure(asked: argparse.Namespace) -> None:
     if "memory" in rows:
         for figure, value, goal in await asyncio.to_thread(memory.measure, asked.files):
             say(figure, value, "", "", goal)
+    if "sent" in rows:
+        for figure, value, goal in await asyncio.to_thread(sent.measure, asked.files, asked.directory):
+            say(figure, value, "", "", goal)
+    if not {*rows} - {"memory", "sent"}:
+        return
     with Nodes(directory=asked.directory) as nodes:
         work: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "puts1": lambda: rate(nodes, etcd, "puts", 1, seconds, ">= 1.5x"),
@@ -134,7 +140,7 @@ def main() -> None:
     parser.add_argument("--directory", help="where the nodes' directories go")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each rate")
     parser.add_argument("--trials", type=int, default=20, help="of each fault")
-    parser.add_argument("--files", type=int, default=1_000_000, help="of the row `memory`")
+    parser.add_argument("--files", type=int, default=1_000_000, help="of the rows `memory` and `sent`")
     asked = parser.parse_args()
     if unknown := [row for row in asked.rows if row not in ROWS]:
         parser.error(f"no such row: {', '.join(unknown)}")

@@ -264,6 +264,11 @@ class RaftDriver:
     def snapshot_index(self) -> Index:
         return self._snapshots.index if self._snapshots is not None else Index(0)
 
+    @property
+    def busy_with_snapshot(self) -> bool:
+        """One is being taken, sent or taken in."""
+        return self._snapshots is not None and self._snapshots.busy
+
     def followers(self) -> dict[NodeId, FollowerView]:
         """Of a leader: what it knows of each other voter and member."""
         return {

@@ -97,6 +97,11 @@ class Snapshots:
         self._receiving = False
         self._part: _Part | None = None
 
+    @property
+    def busy(self) -> bool:
+        """One is being taken, sent or taken in."""
+        return self._taking or self._receiving or bool(self._sending)
+
     async def load(self) -> files.Head | None:
         """At start: become the machine of the snapshot on disk, if there is one. Raises Corrupt, Incompatible, DiskFailed."""
         await files.clear(self._disk)

@@ -42,15 +42,16 @@ class Applier:
         self._tell(index, applied.effects)
         return applied
 
-    def replace(self, machine: Machine) -> None:
-        """A snapshot's machine takes the place of this one: followers look at all that they follow anew."""
+    def replace(self, machine: Machine) -> Machine:
+        """A snapshot's machine takes the place of this one: followers look at all that they follow anew. Returns the old one."""
         jobs = {job.job: None for job in [*self.machine.ledger.jobs(), *machine.ledger.jobs()]}
         models = {model.model: None for model in [*self.machine.registry.models(), *machine.registry.models()]}
-        self.machine.become(machine)
+        was = self.machine.become(machine)
         effects: list[Effect] = [RosterChanged()]
         effects += [ModelChanged(model) for model in models]
         effects += [JobChanged(job) for job in jobs]
         self._tell(machine.index, effects)
+        return was
 
     def _tell(self, index: Index, effects: Iterable[Effect]) -> None:
         for effect in effects:

@@ -4,11 +4,15 @@
 #         counts, all that it refers to are in this node's own store, synced (docs/consensus.md).
 # Rule 2: whoever holds the machine goes on holding it: a restored one takes its place within. Followers are told what may be
 #         different, as if it had just been changed.
+# Rule 3: a machine of a million files is made, and the one before it is taken apart, in a thread, in steps that leave the others
+#         their turn (steps.py). Neither is searched for garbage: what it holds is no garbage.
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from idunno.base.ids import BlockId, NodeId
 from idunno.coordinator import snapshot as snapshots
@@ -28,15 +32,28 @@ class Smalls(Protocol):
     async def flush(self) -> None: ...
 
 
+T = TypeVar("T")
+
+
 class Offload(Protocol):
-    async def __call__(self, work: Callable[[], Machine], /) -> Machine: ...
+    async def __call__(self, work: Callable[[], T], /) -> T: ...
 
 
 class Keeper:
     """consensus.install.StateMachine."""
 
-    def __init__(self, applier: Applier, smalls: Smalls, fetch: Fetch, offload: Offload) -> None:
-        self.applier, self.smalls, self.fetch, self.offload = applier, smalls, fetch, offload
+    def __init__(
+        self,
+        applier: Applier,
+        smalls: Smalls,
+        fetch: Fetch,
+        offload: Offload,
+        *,
+        lasting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`lasting`: around the making of what stays."""
+        self.applier, self.smalls, self.fetch, self.offload, self.lasting = applier, smalls, fetch, offload, lasting
+        self._freeing: set[asyncio.Task[None]] = set()
         self._lacking: dict[BlockId, None] = {}
 
     def capture(self) -> Iterator[bytes]:
@@ -51,6 +68,15 @@ class Keeper:
 
     def restore(self) -> Restoring:
         return Restoring(self)
+
+    def install(self, machine: Machine) -> None:
+        was = self.applier.replace(machine)
+        task = asyncio.get_running_loop().create_task(self._free(was), name="free the old machine")
+        self._freeing.add(task)
+        task.add_done_callback(self._freeing.discard)
+
+    async def _free(self, was: Machine) -> None:
+        await self.offload(was.free)
 
 
 class Restoring:
@@ -68,8 +94,13 @@ class Restoring:
                 note_lacking(kind, record, self._keeper.smalls, self._lacking)
 
     async def finish(self) -> None:
-        supports = self._keeper.applier.machine.supports
-        self._machine = await self._keeper.offload(lambda: Machine.restored(self._reader, supports))
+        self._machine = await self._keeper.offload(self._make)
+
+    def _make(self) -> Machine:
+        with self._keeper.lasting():
+            machine = Machine.restored(self._reader, self._keeper.applier.machine.supports)
+            self._reader.free()
+        return machine
 
     async def complete(self, leader: NodeId) -> None:
         assert self._machine is not None
@@ -77,7 +108,7 @@ class Restoring:
 
     def install(self) -> None:
         assert self._machine is not None
-        self._keeper.applier.replace(self._machine)
+        self._keeper.install(self._machine)
 
 
 def holders(machine: Machine) -> list[NodeId]:

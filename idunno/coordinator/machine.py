@@ -178,9 +178,17 @@ class Machine:
         machine.references = machine.recount()
         return machine
 
-    def become(self, other: Machine) -> None:
-        """Whoever holds this machine sees the other from now on."""
+    def become(self, other: Machine) -> Machine:
+        """Whoever holds this machine sees the other from now on. Returns what it was."""
+        was = Machine.__new__(Machine)
+        vars(was).update(vars(self))
         vars(self).update(vars(other))
+        return was
+
+    def free(self) -> None:
+        """Nobody looks at it any more: let go of it, in steps."""
+        self.namespace.free()
+        self.references.free()
 
     def recount(self) -> References:
         """The references as the parts have them: what `references` holds, counted anew."""

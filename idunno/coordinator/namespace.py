@@ -24,6 +24,7 @@ from idunno.coordinator.names import SYSTEM, check_request, is_block_id
 from idunno.coordinator.records import BLOCK_BYTES_MAX, SMALL_BYTES_MAX, Block, OpenPut, Record, VersionRecord
 from idunno.coordinator.results import Done, FileGone, PutDone, PutOpen
 from idunno.coordinator.rows import Row, runs
+from idunno.coordinator.steps import free, in_order
 from idunno.coordinator.trash import Retention, RetentionRule, Trash, TrashEntry
 
 BLOCKS_MAX: Final = 6_000
@@ -87,7 +88,7 @@ class Namespace:
         self._captures = 0
         self._files: dict[str, _File] = {}
         self._tombstones: dict[str, _File] = {}
-        self._names: list[str] = sorted(file.name for file in state.files)
+        self._names: list[str] = in_order([file.name for file in state.files])
         self._puts: dict[str, OpenPut] = {}
         self._puts_of: dict[str, int] = {}  # by owner
         for put in state.puts:
@@ -109,6 +110,11 @@ class Namespace:
         # Files outside .idunno/
         self.files = sum(not name.startswith(SYSTEM) for name in self._names)
 
+    def free(self) -> None:
+        """Nobody looks at it any more: let go of it, in steps."""
+        for table in (self._files, self._tombstones, self._made, self._names):
+            free(table)
+
     def raise_version(self, version: int) -> None:
         """Do as this machine version does from now on."""
         if self._version < 2 <= version:
@@ -117,8 +123,11 @@ class Namespace:
             for name, file in chain(self._files.items(), self._tombstones.items()):
                 for before in file.deletion.puts if file.deletion is not None else ():
                     made[before.put] = (name, before.version)
-            # Version 1 forgot them, so a retry may have made a newer one: that one counts.
-            self._made = made | self._made
+            for (
+                put,
+                version_of,
+            ) in made.items():  # version 1 forgot them, so a retry may have made a newer one: that one counts
+                self._made.setdefault(put, version_of)
         self._version = max(self._version, version)
 
     def state(self) -> NamespaceState:

@@ -12,6 +12,7 @@ from typing import Final
 
 from idunno.base.ids import BlockId
 from idunno.coordinator.records import Block, ModelRecord
+from idunno.coordinator.steps import free
 
 _SIZE_BITS: Final = 24  # a block has at most 2**23 bytes
 _SIZE_MASK: Final = (1 << _SIZE_BITS) - 1
@@ -50,6 +51,10 @@ class References:
             del owners[owner]
         if not owners:
             del self._private[block]
+
+    def free(self) -> None:
+        """Nobody looks at it any more: let go of it, in steps."""
+        free(self._held)
 
     def is_for(self, block: BlockId, user: str) -> bool:
         """Whether a user may read the block: something mentions it that is his, or that everybody may look at."""

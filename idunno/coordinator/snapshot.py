@@ -36,6 +36,7 @@ from idunno.coordinator.records import (
 from idunno.coordinator.registry import ModelState, RegistryState
 from idunno.coordinator.roster import RosterState
 from idunno.coordinator.rows import PAGE_WEIGHT, Row
+from idunno.coordinator.steps import free
 from idunno.coordinator.trash import RetentionRule, TrashEntry
 
 FORMAT: Final = 2
@@ -198,6 +199,11 @@ class Reader:
             raise DecodeError(f"{len(self._waiting)} bytes are no snapshot of a machine")
         if not self._ended or self._waiting:
             raise Corrupt(f"a snapshot ends after {self._count} rows, without its end")
+
+    def free(self) -> None:
+        """Let go of the rows, in steps."""
+        for rows in self.rows.values():
+            free(rows)
 
     # -- the parts' states --------------------------------------------------------------------------------------------
 

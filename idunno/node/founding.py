@@ -165,7 +165,7 @@ def _filler(
             save_config(place, config)
         voters = tuple(sorted(node.node for node in new.nodes if node.voter))
         head = snapshot_file.Head(Index(machine.index), Term(term), voters, Index(machine.index))
-        asyncio.run(_write_log(place, head, machine.capture()))
+        asyncio.run(write_log(place, head, machine.capture()))
 
     return fill
 
@@ -174,7 +174,7 @@ def _address(record: NodeRecord) -> MemberAddress:
     return MemberAddress(record.node, record.name, record.address, record.fingerprint, record.voter)
 
 
-async def _write_log(place: Path, head: snapshot_file.Head, content: Iterator[bytes]) -> None:
+async def write_log(place: Path, head: snapshot_file.Head, content: Iterator[bytes]) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for piece in content:
             yield piece

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Final
 
 BOUNDS_MS: Final = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1_000)
-BUSY_S: Final = 0.02
-"""Between two samples while blocks are under way: each is as likely to meet a stall as anything else that happens."""
+BUSY_S: Final = 0.005
+"""Between two samples while blocks or snapshots are under way: each is as likely to meet a stall as anything else that happens,
+and tells of it but for so much."""
 IDLE_S: Final = 0.25
 """Between two samples otherwise, and the longest until a busy time is noticed: four wake-ups a second cost nothing."""
 

@@ -147,7 +147,7 @@ class Node:
             voters=[member.node for member in remembered.members if member.voter],
             members=[member.node for member in remembered.members],
             copies_needed=min(4, max(1, len(remembered.members))),
-            machine=Keeper(applier, self.small, self.small_copies.fetch, platform.offload),
+            machine=Keeper(applier, self.small, self.small_copies.fetch, platform.offload, lasting=platform.lasting),
             proved=False,
         )
         self.vouching = Vouching(

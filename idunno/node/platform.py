@@ -9,6 +9,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from secrets import token_bytes
 from ssl import SSLContext
@@ -20,6 +21,7 @@ from idunno.coordinator.messages import Succession
 from idunno.grep.process import Spawn, spawn_child
 from idunno.node.config import NodeConfig
 from idunno.node.disk import RealDisk, ThreadOffload
+from idunno.node.garbage import lasting
 from idunno.node.identity import Identity, KnownPeers, Secrets, load_peers, load_secrets, next_boot
 from idunno.node.lineage import load_succession
 from idunno.node.prompt import Promptness
@@ -63,6 +65,8 @@ class Platform(msgspec.Struct, frozen=True, kw_only=True):
     cores: int
     random_bytes: Callable[[int], bytes] = token_bytes
     """For keys, where `rng` could be guessed."""
+    lasting: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around the making of what stays for long: in a real process it is not searched for garbage."""
     close: Callable[[], None]
     """Ends the threads, after everything else has ended."""
 
@@ -101,5 +105,6 @@ def real_platform(directory: Path, config: NodeConfig, identity: Identity) -> Pl
         succeeds=load_succession(directory),
         socket_path=str(directory / "node.sock"),
         cores=os.cpu_count() or 1,
+        lasting=lasting,
         close=close,
     )

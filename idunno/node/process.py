@@ -57,7 +57,9 @@ async def _until(wanted: asyncio.Event, node: Node) -> bool:
             return not node.is_late
         await starting
         failing = asyncio.create_task(node.failed.wait())
-        watching = asyncio.create_task(watch(node.lateness, lambda: node.datanode.busy))
+        watching = asyncio.create_task(
+            watch(node.lateness, lambda: node.datanode.busy or node.driver.busy_with_snapshot)
+        )
         await asyncio.wait([waiting, failing], return_when=asyncio.FIRST_COMPLETED)
         failing.cancel()
         watching.cancel()

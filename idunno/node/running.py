@@ -1,11 +1,11 @@
 # idunno/node/running.py: running the node of a directory in the foreground. Little is loaded before that is wanted.
 from __future__ import annotations
 
-import gc
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
+
+from idunno.node.garbage import lasting
 
 T = TypeVar("T")
 
@@ -22,20 +22,9 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
         return runner.run(work)
 
 
-@contextmanager
-def _loading() -> Iterator[None]:
-    """Around imports: what they make stays until the process ends, so it is not searched for garbage, neither now nor later."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 def run(directory: Path, seed: str | None = None, *, verbose: bool = False) -> None:
     """Run the node of `directory` in the foreground until SIGINT or SIGTERM."""
-    with _loading():
+    with lasting():
         from idunno.node.config import load_config, parse_address
         from idunno.node.identity import check_settled, load_identity
         from idunno.node.process import run_node

@@ -79,9 +79,9 @@ class Expiry:
 
     async def _look_below(self, machine: Machine, rule: RetentionRule, limit: int) -> int:
         """Expire what the rule says; the number of proposals."""
-        namespace = machine.namespace
         proposed, after, more = 0, "", True
         while more and proposed < limit:
+            namespace = machine.namespace  # a snapshot may take its place while others have their turn
             names, more = namespace.names(rule.prefix, after, NAMES_SLICE)
             for name in names:
                 versions = namespace.history(name)

@@ -286,10 +286,12 @@ class Repairing:
 
     async def _files_of(self, blocks: frozenset[BlockId]) -> list[str]:
         """Names of the first files that refer to any of these. Looks through all names: only for what should never happen."""
-        namespace = self._coordinator.machine.namespace
         found: list[str] = []
         after, more = "", bool(blocks)
         while more and len(found) < LOST_TOLD_MAX:
+            namespace = (
+                self._coordinator.machine.namespace
+            )  # a snapshot may take its place while others have their turn
             names, more = namespace.names("", after, NAMES_SLICE, system=True)
             for name in names:
                 if any(block.block in blocks for record in namespace.history(name) for block in record.blocks):

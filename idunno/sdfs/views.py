@@ -144,15 +144,14 @@ class Views:
     async def ls(self, call: Call[List]) -> ListAnswer:
         request = call.request
         machine = await self._read(call)
-        namespace = machine.namespace
         limit = max(1, min(request.limit, LONG_ROWS_MAX if request.long else ROWS_MAX))
         rows: list[ListRow] = []
         after, more = request.after, True
         while more and not rows:  # a page with nothing for this actor's eyes is no end
-            names, more = namespace.names(request.prefix, after, limit, system=request.system)
+            names, more = machine.namespace.names(request.prefix, after, limit, system=request.system)
             for name in names:
                 if may_read(name, call.actor, machine):
-                    rows.append(_list_row(name, namespace.history(name), long=request.long))
+                    rows.append(_list_row(name, machine.namespace.history(name), long=request.long))
             after = names[-1] if names else after
             await asyncio.sleep(0)  # other work first: a listing is in no hurry
         return ListAnswer(rows, more)

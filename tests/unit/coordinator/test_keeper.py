@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from idunno.base.ids import BlockId, Index, NodeId
 from idunno.coordinator import commands as c
@@ -14,6 +15,8 @@ from idunno.coordinator.machine import Machine
 from idunno.coordinator.namespace import small_block
 from tests.unit.coordinator.replay import history
 from tests.unit.coordinator.world import ALICE, N1, World
+
+T = TypeVar("T")
 
 
 class Smalls:
@@ -39,7 +42,7 @@ class Fixture:
         self.asked.append((list(blocks), list(sources)))
         self.smalls.held.update(blocks)
 
-    async def offload(self, work: Callable[[], Machine]) -> Machine:
+    async def offload(self, work: Callable[[], T]) -> T:
         return work()
 
 
