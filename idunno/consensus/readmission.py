@@ -39,6 +39,8 @@ QUIET_MS: Final = 3_000
 ASK_AGAIN_S: Final = 0.5
 ANSWER_S: Final = 5.0
 """For an entry to be committed."""
+STANDS_STILL_S: Final = 10.0
+"""When no entry came for so long the leader is asked anew: it may hear another process of this node by now. Twice ANSWER_S."""
 COPY_S: Final = 30.0
 """When another process of this node answers the leader for so long, this one is the copy."""
 
@@ -149,10 +151,14 @@ class Readmission:
             return ReadmitAnswer(why=f"{self._name(node)}, which leads, does not help yet ({error})")
 
     async def _copied(self, answer: ReadmitAnswer) -> bool:
-        """Wait until the log has that entry; False: ask anew, for this leader is gone and the entry may be cut away here."""
-        leader = self._driver.leader
+        """Wait until the log has that entry; False: ask anew, for this leader is gone and the entry may be cut away here, or
+        nothing comes."""
+        loop, leader = asyncio.get_running_loop(), self._driver.leader
+        durable, since_s = self._driver.durable, loop.time()
         while not self._driver.holds(answer.term, answer.index):
-            if self._driver.leader != leader:
+            if self._driver.durable != durable:
+                durable, since_s = self._driver.durable, loop.time()
+            if self._driver.leader != leader or loop.time() - since_s >= STANDS_STILL_S:
                 return False
             await asyncio.sleep(ASK_AGAIN_S)
             self._say(f"it copies the log, up to entry {answer.index}: ")

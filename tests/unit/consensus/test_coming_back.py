@@ -85,6 +85,7 @@ class Shell:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readmission, "ASK_AGAIN_S", 0.002)
     monkeypatch.setattr(readmission, "COPY_S", 0.05)
+    monkeypatch.setattr(readmission, "STANDS_STILL_S", 0.5)
 
 
 def test_a_leader_hears_it_when_no_other_process_of_it_answers_and_its_boot_is_above_all() -> None:
@@ -176,6 +177,20 @@ def test_when_the_leader_changes_it_asks_anew_for_what_that_one_gave_may_be_cut_
             shell.driver.leader = NodeId(f"leader {number}")
         await asyncio.wait_for(work, 5)
         assert shell.asked == 4
+
+    asyncio.run(run())
+
+
+def test_when_nothing_comes_it_asks_anew_for_the_leader_may_hear_another_process_by_now() -> None:
+    async def run() -> None:
+        shell = Shell(Driver(), lambda asked: ReadmitAnswer(Term(4), Index(91)))
+        work = asyncio.create_task(shell.it.become_whole(lambda: [ME, LEADER]))
+        for index in range(51, 71):  # it takes longer, and it goes on
+            await asyncio.sleep(0.04)
+            shell.driver.durable = Term(4), Index(index)
+        assert shell.asked == 1
+        await until(lambda: shell.asked == 2)
+        work.cancel()
 
     asyncio.run(run())
 
