@@ -5,6 +5,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 
 from idunno.base.errors import Incompatible
@@ -42,6 +43,9 @@ async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed
     if node.problem:
         raise Incompatible(node.problem)
     if not ended:
+        if node.again and not wanted.is_set():  # nobody wanted it to end
+            sys.stderr.write("error: the node was to begin again, but a step of its end did not end: start it again\n")
+            os._exit(1)
         os._exit(0)  # the threads that hang would hold up the interpreter's own end; everything that could be closed is
 
 

@@ -2,14 +2,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from idunno.base.ids import NodeId
 from idunno.node import node as nodes
+from idunno.node import process
 from idunno.node.config import NodeConfig
+from idunno.node.identity import Identity
 from idunno.node.process import _until
 
 
@@ -46,3 +51,24 @@ def test_a_signal_while_a_node_starts_does_not_wait_for_threads_that_hang(
             node.answers.set()
 
     assert asyncio.run(story()) is not hangs
+
+
+def test_a_node_that_was_to_begin_again_and_cannot_end_does_not_look_as_if_it_had_been_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leaves(code: int) -> None:
+        raise SystemExit(code)
+
+    async def until(wanted: asyncio.Event, node: Any) -> bool:
+        return False
+
+    monkeypatch.setattr(process, "Node", lambda *_: SimpleNamespace(again=True, problem=""))
+    monkeypatch.setattr(process, "real_platform", lambda *_: None)
+    monkeypatch.setattr(process, "start_logging", lambda *_, **__: None)
+    monkeypatch.setattr(process, "_until", until)
+    monkeypatch.setattr(os, "_exit", leaves)
+    config, identity = NodeConfig(name="n1", listen="127.0.0.1:7400"), Identity(1, "c" * 32, NodeId("0" * 16))
+    with pytest.raises(SystemExit) as ended:
+        asyncio.run(process.run_node(tmp_path, config, identity, None, verbose=False))
+    assert ended.value.code == 1
+    assert "start it again" in capsys.readouterr().err
