@@ -313,6 +313,7 @@ def storm(seed: int, fence: Callable[[Forgetful, NodeId], tuple[Term, Index]], m
         world.readmit()
     assert not world.old, f"seed {seed}: {world.old} did not come back"
     world.run(5_000)  # a leader that was cut off has heard of the next one
+    world.run(5_000)  # who led before it was mended, and was deposed, knows it by now
     leader = world.elect()
     assert world.propose(leader, b"last")
     last = world.core(leader).terms.last
