@@ -23,6 +23,8 @@ from idunno.wire.calls import A, Actor, Call, Empty, Lane, Method, Peers, Q, Reg
 log = logging.getLogger("idunno.coordinator")
 
 LOOK_S: Final = 0.1
+ANSWER_S: Final = 1.0
+"""For an answer to get back to whoever asked, by way of another node."""
 TELL_S: Final = 2.0
 
 Drained = Callable[[NodeId], Awaitable[str]]
@@ -93,10 +95,11 @@ class Departures:
         if record is None:
             return GoneNode(node, node, "it is out of the cluster")
         self._check(record, leave=leave)
-        end_s = asyncio.get_running_loop().time() + timeout_s
+        # What keeps it waiting is to be told before whoever asked hears of nothing but the end of the time.
+        end_s = asyncio.get_running_loop().time() + max(timeout_s - ANSWER_S, timeout_s / 2)
+        moved = await self._drain(node, end_s) if leave else ""
         self._elector.begin_leaving(node)
         try:
-            moved = await self._drain(node, end_s) if leave else ""
             await self._until_no_voter(record, end_s)
             left_s = max(0.1, end_s - asyncio.get_running_loop().time())
             await self._coordinator.propose_here(RemoveNode(node), actor=actor, request=request, timeout_s=left_s)

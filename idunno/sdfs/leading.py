@@ -150,7 +150,7 @@ class Leading:
         """Move the copies of a node that is to leave; returns, with a line to show, when each has its copies elsewhere.
 
         Until then, and after it, this leader counts no copy on that node and places none there. Ask again, of the new leader,
-        after NotLeader. Cancelling gives it up. Raises NotFound, Unavailable when there are too few nodes for the copies.
+        after NotLeader. Cancelling gives it up. Raises NotFound, Conflict when there are too few nodes for the copies.
         """
         repairing = self._leading_repair()
         work = asyncio.ensure_future(repairing.drain(node))

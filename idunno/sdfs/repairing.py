@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
 
-from idunno.base.errors import Conflict, IdunnoError, NotFound, Unavailable
+from idunno.base.errors import Conflict, IdunnoError, NotFound
 from idunno.base.ids import BlockId, NodeId
 from idunno.coordinator.records import BLOCK_BYTES_MAX, NodeRecord
 from idunno.sdfs import tasks
@@ -43,6 +43,8 @@ DRAIN_FIRST_S: Final = 1.0
 DRAINED_MS: Final = 600_000
 """A node that was drained and is still in the roster after this is one like the others again: its leaving was given up."""
 DRAIN_SAY_S: Final = 10.0
+DRAIN_AWAY_S: Final = 60.0
+"""Where too few nodes are there at the beginning that is said at once; later a node may be starting anew."""
 
 
 class Repairing:
@@ -323,7 +325,7 @@ class Repairing:
 
     async def _drained(self, node: NodeId, name: str) -> str:
         self.touch(self._locator.held_by(node))
-        said_s = self._loop.time()
+        said_s = begun_s = able_s = self._loop.time()
         while True:
             left, size, held = await self._left_of(node)
             if not left and not self.recovering:
@@ -331,7 +333,10 @@ class Repairing:
             if self._loop.time() - said_s > DRAIN_SAY_S:
                 said_s = self._loop.time()
                 log.info("draining", extra={"holder": node, "blocks": held, "left": left})
-            self._check_drain(node, name, left)
+            if not (why := self._undrainable(node, name, left)):
+                able_s = self._loop.time()
+            elif able_s == begun_s or self._loop.time() - able_s >= DRAIN_AWAY_S:
+                raise Conflict(why)
             await asyncio.sleep(DRAIN_LOOK_S)
 
     async def _left_of(self, node: NodeId) -> tuple[int, int, int]:
@@ -346,8 +351,8 @@ class Repairing:
                 held += 1
         return left, size, held
 
-    def _check_drain(self, node: NodeId, name: str, left: int) -> None:
-        """Raises Unavailable when the copies cannot be moved, for lack of nodes."""
+    def _undrainable(self, node: NodeId, name: str, left: int) -> str:
+        """Why the copies cannot be moved, for lack of nodes, and what to do; "" if they can. Raises NotFound."""
         roster = self._coordinator.machine.roster
         if roster.find(node) is None:
             raise NotFound(f"{name} is out of the roster already")
@@ -356,7 +361,8 @@ class Repairing:
         wanted = min(len(others), roster.copies_wanted())
         if left and len(present) < wanted:
             away = ", ".join(f"{n.name} ({n.presence})" for n in others if n.presence != "present")
-            raise Unavailable(
+            return (
                 f"{left:,} blocks on {name} need {wanted} other nodes that are present, and {len(present)} are; away: "
                 f"{away}; bring them back or `idunno remove` them"
             )
+        return ""

@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import pytest
 
-from idunno.base.errors import NotFound
+from idunno.base.errors import Conflict, DeadlineExceeded, NotFound
 from idunno.base.ids import NodeId
 from idunno.coordinator import commands as c
-from idunno.coordinator.departure import Departures
+from idunno.coordinator.departure import Departures, Drained
 from idunno.coordinator.messages import NODE_LEAVE, NODE_REMOVE, LeaveNode, RemoveDead
 from idunno.coordinator.service import CoordinatorService
 from idunno.wire.calls import Actor, Peer, Role
@@ -21,17 +21,25 @@ CA_PEM, CA_KEY_PEM = make_ca()
 
 
 class Elector:
-    def begin_leaving(self, node: NodeId) -> None: ...
+    def __init__(self, told: list[str]) -> None:
+        self._told = told
+
+    def begin_leaving(self, node: NodeId) -> None:
+        self._told.append("is not to vote")
 
     def end_leaving(self, node: NodeId) -> None: ...
 
 
-def cluster() -> FakeCluster:
+def cluster(told: list[str] | None = None, drained: Drained | None = None) -> FakeCluster:
+    """`told` hears what the elector does; `drained` moves copies."""
     made = FakeCluster()
     made.begin([N1, N2, N3])
     for name, there in made.nodes.items():
         CoordinatorService(there.coordinator, there, ca_pem=CA_PEM, ca_key_pem=lambda: CA_KEY_PEM)
-        Departures(there.coordinator, cast(Any, Elector()), made.peers(name), there)
+        departures = Departures(
+            there.coordinator, cast(Any, Elector(told if told is not None else [])), made.peers(name), there
+        )
+        departures.drained = drained or departures.drained
     made.lead(N1)
     return made
 
@@ -62,3 +70,53 @@ def test_what_a_node_that_is_behind_passes_on_twice_is_done_once_and_said_twice(
         assert again.text == "it is out of the cluster"
 
     asyncio.run(asyncio.wait_for(story(), 20))
+
+
+def test_a_node_whose_copies_cannot_be_moved_keeps_its_vote_and_the_reason_is_told_once() -> None:
+    async def refuse(node: NodeId) -> str:
+        story.append("asked to move")
+        raise Conflict("3 blocks need 4 other nodes that are present; away: n3")
+
+    story: list[str] = []
+
+    async def run() -> None:
+        world = cluster(story, refuse)
+        with pytest.raises(Conflict, match="away: n3"):
+            await world.nodes[N3].ask(NODE_LEAVE, LeaveNode(N2, "r1"), ADMIN)
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert story == ["asked to move"]
+
+
+def test_copies_are_moved_before_the_vote_goes() -> None:
+    async def move(node: NodeId) -> str:
+        told.append("moved")
+        return "all is elsewhere"
+
+    told: list[str] = []
+
+    async def run() -> None:
+        world = cluster(told, move)
+        newcomer = node(4)
+        await world.nodes[N1].coordinator.propose(c.AddNode(newcomer, "t-node"), actor=SYSTEM, timeout_s=5)
+        world.down.add(newcomer.node)
+        gone = await world.nodes[N1].ask(NODE_LEAVE, LeaveNode(newcomer.node, "r1"), ADMIN)
+        assert gone.text == "all is elsewhere; it is safe to switch it off"
+        assert told == ["moved", "is not to vote"]
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_what_takes_too_long_is_named_before_whoever_asked_has_given_up() -> None:
+    async def never(node: NodeId) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def run() -> None:
+        there = cluster().nodes[N1]
+        departures = Departures(there.coordinator, cast(Any, Elector([])), cast(Any, None), there, drained=never)
+        async with asyncio.timeout(0.2):
+            with pytest.raises(DeadlineExceeded, match="still holds copies that are nowhere else"):
+                await departures._go(N2, "r1", ADMIN, 0.2, leave=True)
+
+    asyncio.run(asyncio.wait_for(run(), 20))

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from idunno.base.errors import NotLeader, StaleTerm, Unavailable
+from idunno.base.errors import Conflict, NotLeader, StaleTerm, Unavailable
 from idunno.base.ids import BlockId, NodeId, Term
 from idunno.sdfs.hashing import block_id
 from idunno.sdfs.messages import DROP, HAVE_BLOCK, REPAIR, Copy, Drop, HaveBlock, Repair, RepairAnswer
@@ -399,9 +399,7 @@ def test_draining_ends_with_the_leadership_and_says_when_there_are_too_few_nodes
             leaving, other = [node for node in held(world, BLOCKS[0]) if node.id != world.leader][:2]
             world.kill(other)
             await asyncio.sleep(10)
-            with pytest.raises(
-                Unavailable, match=rf"need 4 other nodes that are present, and 3 are; away: {other.name}"
-            ):
+            with pytest.raises(Conflict, match=rf"need 4 other nodes that are present, and 3 are; away: {other.name}"):
                 await world.leading.drain(leaving.id)
             assert world.leading._repairing.draining == set()
             await world.restart(other)
