@@ -67,7 +67,7 @@ def up(directory: Path, nodes: int | None = None, port: int | None = None) -> di
     found = existing_nodes(directory)
     if (directory / UNFINISHED_FILE).exists() and not any((node / BOOT_FILE).exists() for node in found):
         for node in found:
-            shutil.rmtree(node)
+            _empty(node)
         found = []
     if not found:
         found = _make(directory, 5 if nodes is None else nodes, 7400 if port is None else port)
@@ -104,6 +104,20 @@ def existing_nodes(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[1:]))
 
 
+def _content(directory: Path) -> list[Path]:
+    """What lies in it; a file system that begins there has a directory of its own."""
+    return [path for path in directory.iterdir() if path.name != "lost+found"]
+
+
+def _empty(directory: Path) -> None:
+    """Remove what lies in it, and leave it itself: a file system may begin there."""
+    for path in _content(directory):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _make(directory: Path, nodes: int, port: int) -> list[Path]:
     if not 1 <= nodes <= NODES_MAX:
         raise InvalidArgument(f"--nodes {nodes}: one machine runs 1 to {NODES_MAX}")
@@ -120,9 +134,14 @@ def _make(directory: Path, nodes: int, port: int) -> list[Path]:
     for config in configs:
         _check_port(config)
     directories = [directory / config.name for config in configs]
-    for leftover in directories:
-        if leftover.exists():  # an `up` that was interrupted before its identities were written
-            shutil.rmtree(leftover)
+    interrupted = (directory / UNFINISHED_FILE).exists()
+    for node in directories:
+        if interrupted and node.is_dir():  # an `up` that did not come to its identities
+            _empty(node)
+        elif node.exists() and (not node.is_dir() or _content(node)):
+            raise Conflict(
+                f"{node} is there already, and is no node of a cluster: move it away, or choose another --dir"
+            )
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(str(directory / UNFINISHED_FILE), b"`idunno up` was making this cluster\n")
     made = make_cluster(directories, configs)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from idunno.base.errors import DeadlineExceeded, Unavailable
+from idunno.base.errors import Conflict, DeadlineExceeded, Unavailable
 from idunno.base.ids import NodeId
 from idunno.coordinator.messages import STATUS, Member, StatusAnswer
 from idunno.node import lifecycle, local
@@ -68,6 +68,30 @@ def test_a_node_that_has_run_is_never_removed(up: Callable[[], dict[str, Any]], 
     (tmp_path / "cluster" / local.UNFINISHED_FILE).touch()
     (tmp_path / "cluster" / "n2" / BOOT_FILE).write_text("1")
     assert up()["cluster"] == made
+
+
+def test_what_is_no_node_is_never_removed(up: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    thesis = tmp_path / "cluster" / "n2" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with pytest.raises(Conflict, match=r"n2 is there already, and is no node of a cluster"):
+        up()
+    assert thesis.read_text() == "years of work"
+
+
+def test_a_node_may_have_a_file_system_of_its_own(
+    up: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted = tmp_path / "cluster" / "n2"
+    (mounted / "lost+found").mkdir(parents=True)
+    inode = mounted.stat().st_ino
+    with monkeypatch.context() as patch:
+        killed_at(2, patch)
+        with pytest.raises(Killed):
+            up()
+    assert up()["started"] == 3
+    assert mounted.stat().st_ino == inode, "it cannot be removed and made anew"
+    assert (mounted / "lost+found").exists()
 
 
 class Process:
