@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -334,4 +335,75 @@ def test_who_stood_in_a_term_that_nobody_took_up_comes_back_above_it() -> None:
         await cluster.end()
 
     cluster = make("a term of its own", 3)
+    cluster.world.run(story)
+
+
+class Storm:
+    """Disks of any nodes are set back, again and again, while others die, hang and are cut off: never more than may be away."""
+
+    def __init__(self, cluster: Cluster, rng: random.Random) -> None:
+        self.cluster, self.world, self.rng = cluster, cluster.world, rng
+        self.images: dict[str, dict[str, Inode]] = {}
+        self.frozen: Machine | None = None
+        self.heal: Callable[[], None] | None = None
+
+    def may_go(self, machine: Machine) -> bool:
+        away = {one.name for one in self.world.machines if not one.running or one is self.frozen or problem(one)}
+        return machine is not self.frozen and len(away | {machine.name}) <= (len(self.world.machines) - 1) // 2
+
+    def step(self) -> None:
+        world, dice, machine = self.world, self.rng.random(), self.rng.choice(self.world.machines)
+        if dice < 0.25:
+            self.images[machine.name] = machine.disk.image()
+        elif dice < 0.55:
+            if machine.name in self.images and self.may_go(machine):
+                if machine.running:
+                    world.kill(machine.name)
+                machine.disk.restore(self.images[machine.name])
+                self.cluster.checkers.forget_terms(machine)
+                world.start(machine.name)
+        elif dice < 0.65:
+            if machine.running and self.may_go(machine):
+                (world.kill if self.rng.random() < 0.5 else world.lose_power)(machine.name)
+        elif dice < 0.8:
+            world.start(*[one.name for one in world.machines if not one.running])
+        elif dice < 0.9:
+            if self.frozen is None and machine.running and self.may_go(machine):
+                world.freeze(machine.name)
+                self.frozen = machine
+            else:
+                self.mend(freeze_too=True)
+        elif self.heal is None:
+            self.heal = world.partition([machine.name], [one.name for one in world.machines if one is not machine])
+        else:
+            self.mend()
+
+    def mend(self, *, freeze_too: bool = False) -> None:
+        if self.heal is not None:
+            self.heal()
+            self.heal = None
+        if freeze_too and self.frozen is not None:
+            self.world.thaw(self.frozen.name)
+            self.frozen = None
+
+
+@pytest.mark.parametrize(("seed", "nodes"), [(0, 3), (1, 3), (2, 5), (3, 5)])
+def test_disks_that_are_set_back_again_and_again_lose_nothing_and_all_come_back(seed: int, nodes: int) -> None:
+    async def story(world: World) -> None:
+        await cluster.begin(jobs=False)
+        cluster.faults.lasts(300.0, lambda: None, world.machines)
+        for number in range(5):
+            assert await put(cluster, f"before-{number}", 2_000) == 1
+        for _ in range(30):
+            await asyncio.sleep(0.05 + rng.random() * rng.choice([0.5, 2.0, 5.0]))
+            storm.step()
+        storm.mend(freeze_too=True)
+        world.start(*[one.name for one in world.machines if not one.running])
+        for machine in world.machines:
+            await is_back(world, machine)
+        await cluster.end()
+
+    rng = random.Random(seed)
+    cluster = make(f"set back {seed}", nodes)
+    storm = Storm(cluster, rng)
     cluster.world.run(story)
