@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, NotLeader
@@ -49,6 +49,8 @@ class Departures:
     ) -> None:
         self._coordinator, self._elector, self._peers = coordinator, elector, peers
         self.drained = drained
+        self._left = asyncio.Event()  # this node is out of the cluster
+        self._last_steps: set[asyncio.Task[None]] = set()
         registrar.register(NODE_LEAVE, self._leave)
         registrar.register(NODE_REMOVE, self._remove)
 
@@ -59,7 +61,27 @@ class Departures:
         async def here(timeout_s: float) -> GoneNode:
             return await self._go(node, request.request, call.actor, timeout_s, leave=True)
 
-        return await self._at_leader(NODE_LEAVE, request, call, here)
+        asked = self._at_leader(NODE_LEAVE, request, call, here)
+        return await (asked if node != self._coordinator.me else self._or_left(asked))
+
+    def has_left(self) -> None:
+        """The leader's last word to this node came."""
+        self._left.set()
+
+    async def _or_left(self, asked: Coroutine[Any, Any, GoneNode]) -> GoneNode:
+        """Of this node's own leaving: its connections are cut with the last step, and the leader's answer is lost with them."""
+        me = self._coordinator.me
+        name = self._coordinator.machine.roster.name(me)
+        asking, left = asyncio.create_task(asked), asyncio.create_task(self._left.wait())
+        try:
+            await asyncio.wait({asking, left}, return_when=asyncio.FIRST_COMPLETED)
+            if left.done():
+                return GoneNode(me, name, "its copies are on other nodes; it is safe to switch it off")
+            return await asking
+        finally:
+            asking.cancel()
+            left.cancel()
+            await asyncio.gather(asking, left, return_exceptions=True)
 
     async def _remove(self, call: Call[RemoveDead]) -> GoneNode:
         node = await self._named(call, call.request.node)
@@ -102,13 +124,25 @@ class Departures:
         try:
             await self._until_no_voter(record, end_s)
             left_s = max(0.1, end_s - asyncio.get_running_loop().time())
-            await self._coordinator.propose_here(RemoveNode(node), actor=actor, request=request, timeout_s=left_s)
+            # To its end whoever asked: the node itself did, perhaps, and this call is cut off with its connections.
+            last = asyncio.create_task(self._end(node, request, actor, left_s, leave=leave), name=f"{node} goes")
+            self._last_steps.add(last)
+            last.add_done_callback(self._ended)
+            await asyncio.shield(last)
         finally:
             self._elector.end_leaving(node)
-        if leave:
-            await self._tell(node)
         safe = "it is safe to switch it off" if leave else "its certificate no longer works"
         return GoneNode(node, record.name, "; ".join(filter(None, [moved, safe])))
+
+    async def _end(self, node: NodeId, request: str, actor: Actor, timeout_s: float, *, leave: bool) -> None:
+        await self._coordinator.propose_here(RemoveNode(node), actor=actor, request=request, timeout_s=timeout_s)
+        if leave:
+            await self._tell(node)
+
+    def _ended(self, last: asyncio.Task[None]) -> None:
+        self._last_steps.discard(last)
+        if not last.cancelled():
+            last.exception()  # whoever asked was told, if he is still there
 
     def _check(self, record: NodeRecord, *, leave: bool) -> None:
         if len(self._coordinator.machine.roster.nodes()) == 1:

@@ -496,6 +496,7 @@ class Node:
         if call.peer.node is None:
             raise Conflict("only a node says so")
         log.info("node has left the cluster", extra={"node_id": self.me})
+        self.departures.has_left()
         self.failed.set()
         return Empty()
 

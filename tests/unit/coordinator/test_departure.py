@@ -120,3 +120,40 @@ def test_what_takes_too_long_is_named_before_whoever_asked_has_given_up() -> Non
                 await departures._go(N2, "r1", ADMIN, 0.2, leave=True)
 
     asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_node_that_asked_for_its_own_leaving_hears_of_it_though_its_call_is_cut_off_with_the_last_step() -> None:
+    async def run() -> None:
+        world, newcomer = cluster(), node(4)
+        await world.nodes[N1].coordinator.propose(c.AddNode(newcomer, "t-node"), actor=SYSTEM, timeout_s=5)
+        passed_on = Peer(Actor(newcomer.node, Role.NODE), node=newcomer.node)
+        asking = asyncio.ensure_future(
+            world.nodes[N1].ask(NODE_LEAVE, LeaveNode(newcomer.node, "r1"), ADMIN, passed_on)
+        )
+        while world.nodes[N1].driver.machine.roster.find(newcomer.node) is not None:  # noqa: ASYNC110 - a turn at a time
+            await asyncio.sleep(0)
+        asking.cancel()  # as the server does, once its connection is cut
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        while (N1, newcomer.node, "node.left") not in world.calls:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_node_that_is_told_that_it_has_left_answers_whoever_asked_it_to() -> None:
+    async def run() -> None:
+        world = cluster()
+        departures = Departures(world.nodes[N3].coordinator, cast(Any, Elector([])), world.peers(N3), world.nodes[N3])
+
+        async def never(call: object) -> None:  # the leader's answer does not come
+            await asyncio.Event().wait()
+
+        world.nodes[N1].handlers[NODE_LEAVE.name] = never
+        asking = asyncio.ensure_future(world.nodes[N3].ask(NODE_LEAVE, LeaveNode(N3, "r1"), ADMIN))
+        while (N3, N1, "node.leave") not in world.calls:  # noqa: ASYNC110 - a turn at a time
+            await asyncio.sleep(0)
+        departures.has_left()
+        assert (await asking).text.endswith("it is safe to switch it off")
+
+    asyncio.run(asyncio.wait_for(run(), 20))
