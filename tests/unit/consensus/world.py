@@ -119,6 +119,7 @@ class World:
         self.reads: dict[int, Index | None] = {}
         self.leaders: dict[Term, NodeId] = {}
         self.chosen: list[Entry] = []  # what any node ever applied, by index
+        self.chosen_in: list[Term] = []  # and in which term it was then
         self.dose: dict[str, int] = {}
         self._entries: dict[tuple[int, Term], tuple[Entry, Term]] = {}  # (index, term) -> it, and the term before
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
@@ -430,6 +431,8 @@ class World:
                 )
             else:
                 self.chosen.append(entry)
+                assert node.core is not None
+                self.chosen_in.append(node.core.term)
             node.applied.append(entry)
 
     def _match(self, node: Node, persist: e.Persist) -> None:
@@ -443,11 +446,12 @@ class World:
             before = entry.term
 
     def _complete(self, node: Node, term: Term) -> None:
-        """Leader completeness: what any node applied is in the log of every later leader."""
+        """Leader completeness: what any node applied is in the log of the leader of every later term. One of an earlier term
+        may win when it is over: its votes were late."""
         for index in range(node.base, len(self.chosen)):
             entry = self.chosen[index]
             held = node.live[index - node.base] if index - node.base < len(node.live) else None
-            assert entry.term >= term or held == entry, (
+            assert self.chosen_in[index] >= term or held == entry, (
                 f"seed {self.seed}: {node.name} leads term {term} without entry {index + 1}, which was applied"
             )
 
