@@ -11,7 +11,7 @@ from tests.simulation.command import SECONDS, one
 from tests.simulation.dose import Dose
 from tests.simulation.faults import KINDS
 
-FIXED = range(1, 101)
+FIXED = range(1, 121)
 FRESH = 20
 NODES = 5
 
