@@ -175,13 +175,13 @@ class Snapshots:
 
     async def _write(self, head: files.Head, pieces: Iterator[bytes]) -> int:
         async def sliced() -> AsyncIterator[bytes]:
-            loop = asyncio.get_running_loop()
-            end_s = loop.time() + self._config.apply_slice_ms / 1000
+            loop, slice_s = asyncio.get_running_loop(), self._config.snapshot_slice_ms / 1000
+            end_s = loop.time() + slice_s
             for piece in pieces:
                 yield piece
                 if loop.time() >= end_s:
-                    await asyncio.sleep(0)
-                    end_s = loop.time() + self._config.apply_slice_ms / 1000
+                    await asyncio.sleep(slice_s * self._config.snapshot_rest)
+                    end_s = loop.time() + slice_s
 
         return await files.write(self._disk, files.NEW_PATH, head, sliced())
 
