@@ -355,7 +355,8 @@ def repair() -> None:
                 click.echo(
                     f"the next begin in {answer.begins_s:.0f} s: with 3 copies left a short absence is waited out"
                 )
-            if not (answer.bytes or answer.running or answer.waiting_for or answer.recovering):
+            waits = answer.bytes or answer.running or answer.waiting_for or answer.recovering
+            if not waits and answer.blocks > answer.lost_blocks:
                 click.echo("no other node can take them now: free some space, or add a node")
         elif not answer.recovering:
             click.echo("every block has its copies")

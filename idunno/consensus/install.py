@@ -180,10 +180,16 @@ class Snapshots:
             for piece in pieces:
                 yield piece
                 if loop.time() >= end_s:
-                    await asyncio.sleep(slice_s * self._config.snapshot_rest)
+                    await asyncio.sleep(0 if self._urgent(head.index) else slice_s * self._config.snapshot_rest)
                     end_s = loop.time() + slice_s
 
         return await files.write(self._disk, files.NEW_PATH, head, sliced())
+
+    def _urgent(self, index: Index) -> bool:
+        """The log waits for this snapshot: it has no space, or has grown again by what makes one due."""
+        config, grown = self._config, self._log.size_bytes - self._log_bytes
+        behind = self._core.commit - index
+        return self._log.short or behind >= config.snapshot_entries or grown >= 2 * config.snapshot_bytes
 
     def _tail_begin(self, index: Index) -> Index:
         """The last entry that need not be kept for followers that are a little behind."""

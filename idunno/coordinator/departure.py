@@ -123,6 +123,8 @@ class Departures:
         self._elector.begin_leaving(node)
         try:
             await self._until_no_voter(record, end_s)
+            if leave:  # what a put that was open then has brought it meanwhile
+                moved = await self._drain(node, end_s)
             left_s = max(0.1, end_s - asyncio.get_running_loop().time())
             # To its end whoever asked: the node itself did, perhaps, and this call is cut off with its connections.
             last = asyncio.create_task(self._end(node, request, actor, left_s, leave=leave), name=f"{node} goes")

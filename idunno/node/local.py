@@ -65,10 +65,11 @@ def up(directory: Path, nodes: int | None = None, port: int | None = None) -> di
     clock = asyncio.new_event_loop()
     began_s = clock.time()
     found = existing_nodes(directory)
-    if (directory / UNFINISHED_FILE).exists() and not any((node / BOOT_FILE).exists() for node in found):
+    if begun := _begun(directory):
         for node in found:
-            _empty(node)
-        found = []
+            if node.name in begun and not any((other / BOOT_FILE).exists() for other in found):
+                _empty(node)
+        found = existing_nodes(directory)
     if not found:
         found = _make(directory, 5 if nodes is None else nodes, 7400 if port is None else port)
     elif nodes is not None and nodes != len(found):
@@ -104,6 +105,14 @@ def existing_nodes(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[1:]))
 
 
+def _begun(directory: Path) -> frozenset[str]:
+    """The nodes that an `up` was making when it was interrupted, by their directories' names."""
+    try:
+        return frozenset((directory / UNFINISHED_FILE).read_text().split())
+    except FileNotFoundError:
+        return frozenset()
+
+
 def _content(directory: Path) -> list[Path]:
     """What lies in it; a file system that begins there has a directory of its own."""
     return [path for path in directory.iterdir() if path.name != "lost+found"]
@@ -134,16 +143,16 @@ def _make(directory: Path, nodes: int, port: int) -> list[Path]:
     for config in configs:
         _check_port(config)
     directories = [directory / config.name for config in configs]
-    interrupted = (directory / UNFINISHED_FILE).exists()
+    begun = _begun(directory)
     for node in directories:
-        if interrupted and node.is_dir():  # an `up` that did not come to its identities
+        if node.name in begun and node.is_dir():  # an `up` that did not come to its identities
             _empty(node)
         elif node.exists() and (not node.is_dir() or _content(node)):
             raise Conflict(
                 f"{node} is there already, and is no node of a cluster: move it away, or choose another --dir"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    replace_file(str(directory / UNFINISHED_FILE), b"`idunno up` was making this cluster\n")
+    replace_file(str(directory / UNFINISHED_FILE), "\n".join(config.name for config in configs).encode())
     made = make_cluster(directories, configs)
     about = LocalCluster(made["cluster"], [c.name for c in configs], [c.address for c in configs])
     replace_file(str(directory / CLUSTER_FILE), msgspec.json.format(msgspec.json.encode(about)))

@@ -153,30 +153,36 @@ class FileClient:
         begin = Begin(put, name, if_version, size, system)
         upload = Upload(asker, begin, self._offload, write_quorum=write_quorum, sent=_counter(progress, size or 0))
         try:
+            return await self._put_blocks(asker, upload, begin, first, source, write_quorum)
+        except asyncio.CancelledError:  # Ctrl-C: nobody is left who would go on. Behind a commit this changes nothing
+            await self._abort(put, "its client gave it up", CANCELLED_S)
+            raise
+
+    async def _put_blocks(
+        self, asker: Asker, upload: Upload, begin: Begin, first: Buffer, source: Source, write_quorum: int | None
+    ) -> PutAnswer:
+        try:
             placed = await upload.begin()
         except Exhausted as error:  # of who can take it; the put was opened before that was asked
-            await self._abort(put, str(error))
+            await self._abort(begin.put, str(error))
             raise
-        if (done := placed.committed) is not None:  # an earlier try of the caller got that far
-            return await asker.ask(COMMIT, Commit(put, name, done.size, done.blocks, write_quorum, if_version))
+        if placed.committed is not None:  # an earlier try of the caller got that far
+            return await asker.ask(COMMIT, _commit_again(begin, placed.committed, write_quorum))
         if why := upload.lacking():
-            await self._abort(put, "not enough nodes")
+            await self._abort(begin.put, "not enough nodes")
             raise Exhausted(why)
         try:
             await upload.send(first, source)
-        except asyncio.CancelledError:  # Ctrl-C: nobody is left who would send the rest
-            await self._abort(put, "its client gave it up", CANCELLED_S)
-            raise
         except (
             Exception
         ) as error:  # out of time as well: nothing was committed yet, so nobody waits for what becomes of it
-            await self._abort(put, str(error))
+            await self._abort(begin.put, str(error))
             raise
         try:
             return await self._commit(asker, upload, begin, write_quorum)
         except Exception as error:
             if not (isinstance(error, IdunnoError) and error.may_have_happened):
-                await self._abort(put, str(error))
+                await self._abort(begin.put, str(error))
             raise
 
     async def upload(
@@ -362,13 +368,20 @@ class FileClient:
             except NotReady:
                 asker.left_s("more copies of its blocks are needed")
                 await asker.pause(attempt)
-                await upload.begin(proven=True)
+                placed = await upload.begin(proven=True)
+                if placed.committed is not None:  # by a question of before, whose answer was lost
+                    return await asker.ask(COMMIT, _commit_again(begin, placed.committed, write_quorum))
         raise NotReady(f"put of {begin.name}: nodes came and went {REPAIRS_MAX} times during the commit; try again")
 
     async def _abort(self, put: str, reason: str, timeout_s: float = ABORT_S) -> None:
         """End a put that has failed, so that nothing waits for it. If that cannot be had soon, the leader does it later."""
         with contextlib.suppress(IdunnoError):  # why it failed is what matters, and is raised
             await self._asker(f"abort of put {put}", timeout_s).ask(ABORT, Abort(put, reason[:REASON_MAX]))
+
+
+def _commit_again(begin: Begin, done: FileInfo, write_quorum: int | None) -> Commit:
+    """Of a put that was committed: the same command, which finds what it made."""
+    return Commit(begin.put, begin.name, done.size, done.blocks, write_quorum, begin.if_version)
 
 
 def _verified(info: FileInfo, content: bytes) -> bytes:

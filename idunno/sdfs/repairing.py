@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
 
@@ -62,6 +63,7 @@ class Repairing:
         self._config = config
         self.core = RepairCore(self._size_of, locator.holders, config, is_small)
         self.draining: set[NodeId] = set()
+        self._drains: dict[NodeId, int] = {}  # how many have a node drained
         self._drained_ms: dict[NodeId, int] = {}  # since when nothing is left on them that others lack
         self._counting: frozenset[NodeId] = frozenset()
         self._presence: dict[NodeId, str] = {}
@@ -172,7 +174,7 @@ class Repairing:
     async def look(self) -> None:
         """Judge what was touched, then order what can be done now."""
         for node, since_ms in list(self._drained_ms.items()):
-            if since_ms < self._now_ms() - DRAINED_MS:
+            if since_ms < self._now_ms() - DRAINED_MS and node not in self._drains:
                 self.undrain(node)
         self._see_nodes()
         if self._loop.time() - self._looked_s > FULL_LOOK_S:
@@ -308,15 +310,19 @@ class Repairing:
         """See Leading.drain."""
         name = self._coordinator.machine.roster.node(node).name
         self.draining.add(node)
+        self._drains[node] = self._drains.get(node, 0) + 1
         self._drained_ms.pop(node, None)
         try:
             await asyncio.sleep(DRAIN_FIRST_S)
             said = await self._drained(node, name)
             self._drained_ms[node] = self._now_ms()
             return said
-        except BaseException:
-            self.undrain(node)  # whoever gave up on it wants the node as it was
-            raise
+        finally:
+            self._drains[node] -= 1
+            if not self._drains[node]:
+                del self._drains[node]
+                if node not in self._drained_ms:  # all gave up on it: whoever did wants the node as it was
+                    self.undrain(node)
 
     def undrain(self, node: NodeId) -> None:
         self.draining.discard(node)
@@ -325,7 +331,7 @@ class Repairing:
 
     async def _drained(self, node: NodeId, name: str) -> str:
         self.touch(self._locator.held_by(node))
-        said_s = begun_s = able_s = self._loop.time()
+        said_s, able_s = self._loop.time(), -math.inf
         while True:
             left, size, held = await self._left_of(node)
             if not left and not self.recovering:
@@ -335,7 +341,7 @@ class Repairing:
                 log.info("draining", extra={"holder": node, "blocks": held, "left": left})
             if not (why := self._undrainable(node, name, left)):
                 able_s = self._loop.time()
-            elif able_s == begun_s or self._loop.time() - able_s >= DRAIN_AWAY_S:
+            elif self._loop.time() - able_s >= DRAIN_AWAY_S:
                 raise Conflict(why)
             await asyncio.sleep(DRAIN_LOOK_S)
 
@@ -358,11 +364,17 @@ class Repairing:
             raise NotFound(f"{name} is out of the roster already")
         others = [n for n in self._roster() if n.node not in self.draining]
         present = [n for n in others if n.presence == "present"]
-        wanted = min(len(others), roster.copies_wanted())
+        wanted = max(1, min(len(others), roster.copies_wanted()))
         if left and len(present) < wanted:
             away = ", ".join(f"{n.name} ({n.presence})" for n in others if n.presence != "present")
             return (
                 f"{left:,} blocks on {name} need {wanted} other nodes that are present, and {len(present)} are; away: "
-                f"{away}; bring them back or `idunno remove` them"
+                f"{away or 'none'}; bring them back or `idunno remove` them"
+            )
+        able = [c for c in self.candidates() if c.node not in self.draining]
+        full = [f"{c.name}: {why}" for c in able if (why := unable(c, self._config, BLOCK_BYTES_MAX))]
+        if left and len(full) == len(able):
+            return (
+                f"{left:,} blocks on {name} have no room elsewhere ({'; '.join(full)}): free some space, or add a node"
             )
         return ""

@@ -66,7 +66,8 @@ class Upload:
         self._stored.update((copies.block, dict.fromkeys(copies.nodes)) for copies in self._placement.proven)
         self._generation += 1
         self._failed.clear()
-        self._look_at_room()
+        if self._placement.committed is None and (not proven or self.short()):
+            self._look_at_room()
         return self._placement
 
     def lacking(self) -> str:
@@ -90,12 +91,10 @@ class Upload:
         elif now_s - self._lacking_since_s >= PATIENCE_S:
             raise Exhausted(why)
 
-    def _left_bytes(self) -> int | None:
-        """Of the content: what has yet to be stored."""
-        if self._request.size is None:
-            return None
+    def _left_bytes(self) -> int:
+        """Of the content: what has yet to be stored, as far as is known."""
         under_way = sum(block.size for block in self.short())
-        return max(0, self._request.size - self.size) + under_way
+        return max(0, (self._request.size or 0) - self.size) + under_way
 
     async def send(self, first: Buffer, source: Source) -> None:
         """Send `first`, which is a whole block or all there is, and what `source` gives after it."""
@@ -108,9 +107,9 @@ class Upload:
                 if block in self._stored:
                     self._sent(len(content))
                 else:
+                    self._stored[block] = {}
                     while len(tasks) >= BLOCKS_UNDER_WAY:
                         tasks = await _one_done(tasks)
-                    self._stored[block] = {}
                     tasks.add(asyncio.create_task(self.store(block, content), name=f"block {block[:16]}"))
                 content = await read_block(source) if len(content) == BLOCK_BYTES_MAX else b""
             while tasks:
@@ -158,7 +157,7 @@ class Upload:
                     if len(stored) < self._quorum() and self._choose(stored):
                         continue
             if len(stored) >= self._quorum():  # perhaps by a new placement: fewer nodes are present than before
-                self._asker.problem = ""
+                self._asker.problem, self._lacking_since_s = "", None
                 self._sent(len(content))
                 return
             why = why or "; ".join(f"{node}: {error}" for node, error in self._failed.items())

@@ -102,7 +102,7 @@ def test_copies_are_moved_before_the_vote_goes() -> None:
         world.down.add(newcomer.node)
         gone = await world.nodes[N1].ask(NODE_LEAVE, LeaveNode(newcomer.node, "r1"), ADMIN)
         assert gone.text == "all is elsewhere; it is safe to switch it off"
-        assert told == ["moved", "is not to vote"]
+        assert told == ["moved", "is not to vote", "moved"], "what came meanwhile is looked at too"
 
     asyncio.run(asyncio.wait_for(run(), 20))
 

@@ -65,7 +65,7 @@ def test_a_cluster_that_was_half_made_is_made_again(
 
 def test_a_node_that_has_run_is_never_removed(up: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
     made = up()["cluster"]
-    (tmp_path / "cluster" / local.UNFINISHED_FILE).touch()
+    (tmp_path / "cluster" / local.UNFINISHED_FILE).write_text("n1\nn2\nn3")
     (tmp_path / "cluster" / "n2" / BOOT_FILE).write_text("1")
     assert up()["cluster"] == made
 
@@ -76,6 +76,21 @@ def test_what_is_no_node_is_never_removed(up: Callable[[], dict[str, Any]], tmp_
     thesis.write_text("years of work")
     with pytest.raises(Conflict, match=r"n2 is there already, and is no node of a cluster"):
         up()
+    assert thesis.read_text() == "years of work"
+
+
+def test_what_an_interrupted_up_did_not_begin_is_never_removed(
+    up: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thesis = tmp_path / "cluster" / "n5" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with monkeypatch.context() as patch:
+        killed_at(0, patch)
+        with pytest.raises(Killed):
+            up()
+    with pytest.raises(Conflict, match=r"n5 is there already"):
+        local.up(tmp_path / "cluster", 5, 7400)
     assert thesis.read_text() == "years of work"
 
 

@@ -235,26 +235,27 @@ def test_a_put_that_no_node_can_take_ends_and_keeps_nothing_from_being_removed()
 
 
 def fills_up_behind_the_first_block(world: World, number: int) -> None:
-    """That node's disk takes nothing more as soon as it has one whole block."""
+    """That node's disk has room for less than a block as soon as it has one whole block."""
     full = world.node(number)
 
     def before(node: Node, doing: str, path: str) -> None:
         if node is full and doing == "rename" and path.startswith("blocks/"):
-            full.disk.capacity_bytes = 20 * MB
+            full.disk.capacity_bytes = (20 + 8 + 7) * MB
 
     world.before = before
 
 
-def test_a_node_that_fills_up_in_the_middle_is_replaced_by_one_that_has_room_for_the_rest_only() -> None:
+@pytest.mark.parametrize(("size", "room"), [(30 * MB, 16 * MB), (60 * MB, 58 * MB)])
+def test_a_node_that_fills_up_in_the_middle_is_replaced_by_one_that_has_room_for_the_rest_only(
+    size: int, room: int
+) -> None:
     async def story() -> None:
         config = SdfsConfig(floor_bytes=20 * MB, floor_percent=0)
         async with World(5, config=config, capacity_bytes=1000 * MB) as world:
-            world.node(5).disk.capacity_bytes = (
-                36 * MB
-            )  # 16 above what is kept free: two blocks, not the four of this file
+            world.node(5).disk.capacity_bytes = 20 * MB + room
             await asyncio.sleep(60)
             fills_up_behind_the_first_block(world, 1)
-            content, begun_s = content_of(30 * MB), asyncio.get_running_loop().time()
+            content, begun_s = content_of(size), asyncio.get_running_loop().time()
             answer = await world.put(content, "f", size=len(content), write_quorum=4)
             assert answer.copies == 4
             assert asyncio.get_running_loop().time() - begun_s < PATIENCE_S
@@ -263,14 +264,15 @@ def test_a_node_that_fills_up_in_the_middle_is_replaced_by_one_that_has_room_for
     run(story)
 
 
-def test_a_put_for_whose_rest_too_few_nodes_have_room_says_so_after_a_minute() -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["a file", "a pipe"])
+def test_a_put_for_whose_rest_too_few_nodes_have_room_says_so_after_a_minute(known: bool) -> None:
     async def story() -> None:
         config = SdfsConfig(floor_bytes=20 * MB, floor_percent=0)
         async with World(4, config=config, capacity_bytes=1000 * MB) as world:
             fills_up_behind_the_first_block(world, 1)
             content, begun_s = content_of(30 * MB), asyncio.get_running_loop().time()
             with pytest.raises(Exhausted, match=r"f: 4 copies are asked for, and 3 nodes can take .*n1: .* bytes free"):
-                await world.put(content, "f", size=len(content))
+                await world.put(content, "f", size=len(content) if known else None)
             assert asyncio.get_running_loop().time() - begun_s < 3 * PATIENCE_S
             assert world.machine.namespace.open_puts() == []
 

@@ -418,6 +418,24 @@ def test_draining_ends_with_the_leadership_and_says_when_there_are_too_few_nodes
     run(story)
 
 
+def test_who_gives_up_a_drain_does_not_end_that_of_others() -> None:
+    async def story() -> None:
+        async with World(5) as world:
+            await world.put(CONTENT, "f")
+            leaving, other = [node for node in held(world, BLOCKS[0]) if node.id != world.leader][:2]
+            world.kill(other)  # three others are left, and the copies cannot be moved
+            await asyncio.sleep(10)
+            first, second = (asyncio.ensure_future(world.leading.drain(leaving.id)) for _ in range(2))
+            await asyncio.sleep(0.5)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            with pytest.raises(Conflict, match="need 4 other nodes"):
+                await second
+            assert world.leading._repairing.draining == set()
+
+    run(story)
+
+
 # -- disks ----------------------------------------------------------------------------------------------------------------
 
 
