@@ -35,7 +35,9 @@ OPEN_PUTS_OF_ONE_MAX: Final = 2_000
 TOMBSTONES_MAX: Final = 1_000_000
 """Deleted names whose version numbers go on. Beyond it the longest deleted is forgotten and would begin at 1 again."""
 PUTS_REMEMBERED: Final = 8
-"""Puts that a tombstone knows: a retry comes within its caller's deadline."""
+"""Puts that a tombstone knew until machine version 3."""
+PUTS_BURIED: Final = 64
+"""Puts that a name's deletions know: more than come and go, with deletes among them, while a put is tried again."""
 
 
 class MadeBefore(Record, frozen=True):
@@ -394,10 +396,7 @@ class Namespace:
         self._file(name)
         file = self._own(self._files, name)
         versions = file.versions
-        self._forget_puts(file, keep=PUTS_REMEMBERED)
-        recent = [version for version in versions[-PUTS_REMEMBERED:] if version.request]
-        puts = tuple(MadeBefore(v.request, v.version, v.size, v.created_ms) for v in recent)
-        file.versions, file.deletion = (), Deletion(request, now_ms, len(versions), puts)
+        file.versions, file.deletion = (), Deletion(request, now_ms, len(versions), self._buried(name, file))
         del self._files[name]
         del self._names[bisect_left(self._names, name)]
         self.files -= not name.startswith(SYSTEM)
@@ -409,6 +408,20 @@ class Namespace:
             return FileGone(name, len(versions)), versions, list(versions)
         self.trash.put(name, versions, now_ms, by, expired=False)
         return FileGone(name, len(versions)), versions, self._gone(self.trash.overflow())
+
+    def _buried(self, name: str, file: _File) -> tuple[MadeBefore, ...]:
+        """The last puts of a file that is deleted; the others are forgotten."""
+        there = tuple(MadeBefore(v.request, v.version, v.size, v.created_ms) for v in file.versions if v.request)
+        if self._version < 3:  # forgot those that an earlier delete had buried, and knew fewer
+            recent = {version.version for version in file.versions[-PUTS_REMEMBERED:]}
+            self._forget_puts(file, keep=PUTS_REMEMBERED)
+            return tuple(put for put in there if put.version in recent)
+        before = file.deletion.puts if file.deletion is not None else ()
+        puts = (*before, *there)
+        for put in puts[:-PUTS_BURIED]:
+            if self._made.get(put.put) == (name, put.version):
+                del self._made[put.put]
+        return puts[-PUTS_BURIED:]
 
     def expire(self, name: str, numbers: tuple[int, ...], by: str, now_ms: int) -> tuple[Done, list[VersionRecord]]:
         """Move these versions into the trash, those that are there and not the current one; and what is gone for good."""
@@ -451,10 +464,13 @@ class Namespace:
         file = self._own(self._files, name)
         file.versions, file.last = versions, max(file.last, versions[-1].version)
         if file.deletion is not None:
-            # A put is found in its version again; what the tombstone knew beside them goes.
+            # A put is found in its version again. What the tombstone knew beside them went until machine version 3.
+            back = {record.version for record in versions}
+            puts = tuple(b for b in file.deletion.puts if b.version not in back) if self._version >= 3 else ()
             for before in file.deletion.puts:
-                self._made.pop(before.put, None)
-            file.deletion = Deletion(file.deletion.request, file.deletion.deleted_ms, file.deletion.versions)
+                if before not in puts:
+                    self._made.pop(before.put, None)
+            file.deletion = Deletion(file.deletion.request, file.deletion.deleted_ms, file.deletion.versions, puts)
         for record in versions:
             if record.request:
                 self._made[record.request] = (name, record.version)

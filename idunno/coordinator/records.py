@@ -11,7 +11,7 @@ import msgspec
 
 from idunno.base.ids import BlockId, NodeId
 
-MACHINE_VERSION: Final = 2
+MACHINE_VERSION: Final = 3
 """The newest that this release knows. What an entry of the log may say follows the cluster's own (roster.machine_version), which
 `idunno upgrade` raises when all nodes know the next."""
 BLOCK_BYTES_MAX: Final = 8 * 1024 * 1024

@@ -178,7 +178,8 @@ class SmallStore:
                 await self._write_records()
 
     async def _write_records(self) -> None:
-        assert self._file is not None, "the store is not open"
+        if self._file is None:  # closed: a node that stops does not wait for a disk for ever
+            raise DiskFailed("small contents are not written any more: the node is stopping")
         if self._end >= SEGMENT_BYTES_MAX:
             full = self._file
             await full.sync()

@@ -20,9 +20,9 @@ from tests.cluster.harness import TOP, Cluster, CommandFailed, until
 
 pytestmark = pytest.mark.cluster
 
-LAST_COMMIT_BEFORE = "48a6b5a3ae2795ceac7324d1924d9b09676aaf7a"
-"""The last one on main of machine version 1; what came between it and the raise of the version was never used."""
-assert MACHINE_VERSION == 2, "a new machine version: LAST_COMMIT_BEFORE is another one now"
+LAST_COMMIT_BEFORE = "b3fc73f9b1ff1979e05ec40e1c08f02e74a3e08c"
+"""The last one on main of machine version 2."""
+assert MACHINE_VERSION == 3, "a new machine version: LAST_COMMIT_BEFORE is another one now"
 
 
 def git(*words: str) -> bytes:

@@ -489,8 +489,9 @@ def test_what_was_deleted_comes_back_with_its_numbers_and_a_retry_finds_it() -> 
 
 
 def test_a_put_that_came_again_after_it_was_forgotten_counts_when_its_first_version_comes_back() -> None:
-    world = World.newest()
-    for request, put in (("r1", "p1"), ("r2", "p2")):  # the second tombstone knows p1 no more
+    world = World()
+    world.do(c.RaiseVersion(2), ADMIN)
+    for request, put in (("r1", "p1"), ("r2", "p2")):  # in this version the second tombstone knows p1 no more
         world.do(small(put, "a"))
         world.do(c.DeleteFile("a"), request=request)
     again = world.do(small("p1", "a"))
@@ -502,6 +503,22 @@ def test_a_put_that_came_again_after_it_was_forgotten_counts_when_its_first_vers
     world.do(c.DeleteFile("a"), request="r4")  # forgets the puts of all versions but the last eight
     assert Machine.restore(world.machine.snapshot()).namespace.made("p1") == ("a", 3)
     assert world.do(small("p1", "a")) == again
+
+
+def test_the_puts_that_deletions_know_are_bounded_and_one_that_was_forgotten_counts_once() -> None:
+    world = World.newest()
+    world.do(small("p1", "a"))
+    world.do(c.DeleteFile("a"), request="r1")
+    for number in range(ns.PUTS_BURIED):
+        world.do(small(f"q{number}", "a"))
+    world.do(c.DeleteFile("a"), request="r2")
+    namespace = world.machine.namespace
+    assert (namespace.made("p1"), namespace.made("q0")) == (None, ("a", 2))
+    again = world.do(small("p1", "a"))
+    world.do(c.RestoreTrash("a"), request="r3")
+    assert [v.version for v in namespace.history("a") if v.request == "p1"] == [again.version]
+    assert world.do(small("p1", "a")) == again
+    assert len(namespace.history("a")) == ns.PUTS_BURIED + 2
 
 
 def test_what_is_purged_is_gone_and_frees_only_what_nothing_else_refers_to() -> None:

@@ -18,6 +18,8 @@ from idunno.wire.calls import Actor
 from tests.unit.coordinator.world import ADMIN, ALICE, BOB, SYSTEM, World, user
 
 FIRST = "7984087adde103f7e43fe7ef0416ce6358d00fa80046c96eda361a26aad50549"
+SECOND = "d2b09a2295b5ffb8545286324c359ccd801fb685d4e10ff5e7ff2ce429fdc53d"
+"""What the last release of each version before made of `_what_releases_do_differently`."""
 
 
 def test_what_came_later_is_refused_until_the_version_is_raised() -> None:
@@ -136,10 +138,42 @@ def test_until_the_version_is_raised_everything_is_done_as_the_first_release_did
     assert second.machine.namespace.open_put(f"open-{ns.OPEN_PUTS_OF_ONE_MAX}") is None
 
 
-def test_who_replayed_the_raise_and_who_has_a_snapshot_from_behind_it_agree() -> None:
+def test_until_the_third_version_everything_is_done_as_the_second_did_it() -> None:
+    world = World()
+    world.do(c.RaiseVersion(2), ADMIN)
+    _what_releases_do_differently(world)
+    assert world.machine.digest().hex() == SECOND
+
+
+def test_a_put_that_is_retried_behind_two_deletes_makes_no_second_version() -> None:
+    def put(request: str) -> c.PutSmall:
+        return c.PutSmall(request, "f", small_block(b"x").block, b"x")
+
+    def story(world: World) -> list[int]:
+        versions = [world.do(put("lost"), BOB).version]
+        for round_ in range(3):
+            for number in range(10):
+                world.do(put(f"other-{round_}-{number}"), BOB)
+            world.do(c.DeleteFile("f"), BOB)
+        world.do(put("last"), BOB)
+        versions.append(world.do(put("lost"), BOB).version)
+        world.machine = Machine.restore(world.machine.snapshot())
+        versions.append(world.do(put("lost"), BOB).version)
+        world.do(c.RestoreTrash("f"), BOB)
+        versions.append(world.do(put("lost"), BOB).version)
+        return versions
+
+    assert story(World.newest()) == [1, 1, 1, 1]
+    second = World()
+    second.do(c.RaiseVersion(2), ADMIN)
+    assert story(second)[1] != 1, "else there is nothing that the third version does better"
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_who_replayed_the_raise_and_who_has_a_snapshot_from_behind_it_agree(version: int) -> None:
     world = World()
     _what_releases_do_differently(world)
-    world.do(c.RaiseVersion(2), ADMIN)
+    world.do(c.RaiseVersion(version), ADMIN)
     at = len(world.log)
     restored = Machine.restore(world.machine.snapshot())
     _what_releases_do_differently(world)
