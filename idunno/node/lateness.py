@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Final
 
 BOUNDS_MS: Final = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1_000)
-BUSY_S: Final = 0.005
-"""Between two samples while blocks or snapshots are under way: each is as likely to meet a stall as anything else that happens,
-and tells of it but for so much."""
+BUSY_S: Final = 0.02
+"""Between two samples while blocks are under way: each is as likely to meet a stall as anything else that happens."""
+SNAPSHOT_S: Final = 0.005
+"""Likewise snapshots, which are few: a stall of theirs comes once, and is told but for so much."""
 IDLE_S: Final = 0.25
 """Between two samples otherwise, and the longest until a busy time is noticed: four wake-ups a second cost nothing."""
 
@@ -46,10 +47,10 @@ def percentile_ms(counts: dict[str, int], share: float) -> float:
     return math.inf
 
 
-async def watch(lateness: Lateness, busy: Callable[[], bool]) -> None:
-    """Sample until cancelled."""
+async def watch(lateness: Lateness, pause_s: Callable[[], float]) -> None:
+    """Sample until cancelled; `pause_s`: how long until the next one, as things are."""
     loop = asyncio.get_running_loop()
     while True:
-        due = loop.time() + (BUSY_S if busy() else IDLE_S)
+        due = loop.time() + pause_s()
         await asyncio.sleep(due - loop.time())
         lateness.add(max(0.0, loop.time() - due) * 1000)

@@ -11,10 +11,17 @@ from pathlib import Path
 from idunno.base.errors import Incompatible
 from idunno.node.config import NodeConfig
 from idunno.node.identity import DirectoryLock, Identity
-from idunno.node.lateness import watch
+from idunno.node.lateness import BUSY_S, IDLE_S, SNAPSHOT_S, watch
 from idunno.node.logs import start_logging
 from idunno.node.node import Node
 from idunno.node.platform import real_platform
+
+
+def _pause_s(node: Node) -> float:
+    """Until the loop's lateness is looked at again."""
+    if node.driver.busy_with_snapshot:
+        return SNAPSHOT_S
+    return BUSY_S if node.datanode.busy else IDLE_S
 
 
 async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed: str | None, *, verbose: bool) -> None:
@@ -61,9 +68,7 @@ async def _until(wanted: asyncio.Event, node: Node) -> bool:
             return not node.is_late
         await starting
         failing = asyncio.create_task(node.failed.wait())
-        watching = asyncio.create_task(
-            watch(node.lateness, lambda: node.datanode.busy or node.driver.busy_with_snapshot)
-        )
+        watching = asyncio.create_task(watch(node.lateness, lambda: _pause_s(node)))
         await asyncio.wait([waiting, failing], return_when=asyncio.FIRST_COMPLETED)
         failing.cancel()
         watching.cancel()

@@ -5,7 +5,7 @@ import asyncio
 import math
 import time
 
-from idunno.node.lateness import Lateness, percentile_ms, watch
+from idunno.node.lateness import BUSY_S, Lateness, percentile_ms, watch
 
 
 def test_counts_are_by_upper_bound_and_can_be_subtracted() -> None:
@@ -22,7 +22,7 @@ def test_counts_are_by_upper_bound_and_can_be_subtracted() -> None:
 def test_a_loop_that_is_held_is_seen_late() -> None:
     async def main() -> float:
         lateness = Lateness()
-        watching = asyncio.create_task(watch(lateness, lambda: True))
+        watching = asyncio.create_task(watch(lateness, lambda: BUSY_S))
         asyncio.get_running_loop().call_soon(time.sleep, 0.05)  # what no code on the loop should do
         async with asyncio.timeout(5):
             while not lateness.counts():  # noqa: ASYNC110 - the first sample meets it
