@@ -125,10 +125,8 @@ class Namespace:
             for name, file in chain(self._files.items(), self._tombstones.items()):
                 for before in file.deletion.puts if file.deletion is not None else ():
                     made[before.put] = (name, before.version)
-            for (
-                put,
-                version_of,
-            ) in made.items():  # version 1 forgot them, so a retry may have made a newer one: that one counts
+            # Version 1 forgot them, so a retry may have made a newer one: that one counts.
+            for put, version_of in made.items():
                 self._made.setdefault(put, version_of)
         self._version = max(self._version, version)
 

@@ -10,11 +10,11 @@ from idunno.base.errors import Conflict, DeadlineExceeded, NotFound
 from idunno.base.ids import NodeId
 from idunno.coordinator import commands as c
 from idunno.coordinator.departure import Departures, Drained
-from idunno.coordinator.messages import NODE_LEAVE, NODE_REMOVE, LeaveNode, RemoveDead
+from idunno.coordinator.messages import LEFT, NODE_LEAVE, NODE_REMOVE, LeaveNode, RemoveDead
 from idunno.coordinator.service import CoordinatorService
-from idunno.wire.calls import Actor, Peer, Role
+from idunno.wire.calls import Actor, Empty, Peer, Role
 from idunno.wire.security import make_ca
-from tests.unit.coordinator.fakes import FakeCluster
+from tests.unit.coordinator.fakes import FakeCall, FakeCluster, FakeNode
 from tests.unit.coordinator.world import ADMIN, N1, N2, N3, SYSTEM, node
 
 CA_PEM, CA_KEY_PEM = make_ca()
@@ -126,17 +126,29 @@ def test_a_node_that_asked_for_its_own_leaving_hears_of_it_though_its_call_is_cu
     async def run() -> None:
         world, newcomer = cluster(), node(4)
         await world.nodes[N1].coordinator.propose(c.AddNode(newcomer, "t-node"), actor=SYSTEM, timeout_s=5)
+        world.nodes[newcomer.node] = there = FakeNode(world, newcomer.node)
+        leader, cut, told, commit = world.nodes[N1], asyncio.Event(), asyncio.Event(), world.commit
+
+        async def left(call: FakeCall) -> Empty:
+            await cut.wait()  # a word to another machine takes its time
+            told.set()
+            return Empty()
+
+        def cut_off(payload: bytes, at: NodeId) -> Any:
+            """As the server does: with the entry its connection is cut, and with that its call."""
+            answer = commit(payload, at)
+            asking.cancel()
+            return answer
+
+        there.register(LEFT, left)
+        world.commit = cut_off  # type: ignore[method-assign]
         passed_on = Peer(Actor(newcomer.node, Role.NODE), node=newcomer.node)
-        asking = asyncio.ensure_future(
-            world.nodes[N1].ask(NODE_LEAVE, LeaveNode(newcomer.node, "r1"), ADMIN, passed_on)
-        )
-        while world.nodes[N1].driver.machine.roster.find(newcomer.node) is not None:  # noqa: ASYNC110 - a turn at a time
-            await asyncio.sleep(0)
-        asking.cancel()  # as the server does, once its connection is cut
+        asking = asyncio.ensure_future(leader.ask(NODE_LEAVE, LeaveNode(newcomer.node, "r1"), ADMIN, passed_on))
         with pytest.raises(asyncio.CancelledError):
             await asking
-        while (N1, newcomer.node, "node.left") not in world.calls:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        cut.set()
+        await told.wait()
+        assert leader.driver.machine.roster.find(newcomer.node) is None
 
     asyncio.run(asyncio.wait_for(run(), 20))
 
@@ -145,14 +157,15 @@ def test_a_node_that_is_told_that_it_has_left_answers_whoever_asked_it_to() -> N
     async def run() -> None:
         world = cluster()
         departures = Departures(world.nodes[N3].coordinator, cast(Any, Elector([])), world.peers(N3), world.nodes[N3])
+        asked = asyncio.Event()
 
         async def never(call: object) -> None:  # the leader's answer does not come
+            asked.set()
             await asyncio.Event().wait()
 
         world.nodes[N1].handlers[NODE_LEAVE.name] = never
         asking = asyncio.ensure_future(world.nodes[N3].ask(NODE_LEAVE, LeaveNode(N3, "r1"), ADMIN))
-        while (N3, N1, "node.leave") not in world.calls:  # noqa: ASYNC110 - a turn at a time
-            await asyncio.sleep(0)
+        await asked.wait()
         departures.has_left()
         assert (await asking).text.endswith("it is safe to switch it off")
 

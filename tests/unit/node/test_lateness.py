@@ -21,12 +21,18 @@ def test_counts_are_by_upper_bound_and_can_be_subtracted() -> None:
 
 def test_a_loop_that_is_held_is_seen_late() -> None:
     async def main() -> float:
-        lateness = Lateness()
+        sampled = asyncio.Event()
+
+        class Told(Lateness):
+            def add(self, late_ms: float) -> None:
+                super().add(late_ms)
+                sampled.set()
+
+        lateness = Told()
         watching = asyncio.create_task(watch(lateness, lambda: BUSY_S))
         asyncio.get_running_loop().call_soon(time.sleep, 0.05)  # what no code on the loop should do
         async with asyncio.timeout(5):
-            while not lateness.counts():  # noqa: ASYNC110 - the first sample meets it
-                await asyncio.sleep(0.001)
+            await sampled.wait()  # the first sample meets it
         watching.cancel()
         return lateness.worst_ms
 
