@@ -61,18 +61,20 @@ def up(nodes: int | None, directory: str | None, port: int | None) -> None:
 
 @command("down", example="idunno down")
 @click.option("--dir", "directory", type=LOCAL, metavar="DIR", help="Where it lives. [default: ~/.idunno/local]")
-@click.option("--purge", is_flag=True, help="Delete DIR afterwards, with all data.")
+@click.option("--purge", is_flag=True, help="Delete DIR afterwards, with all data of the cluster.")
 def down(directory: str | None, purge: bool) -> None:
     """Stop the cluster of this machine. Its data stays, `idunno up` brings it back."""
     from idunno.node import local
 
-    answer = local.down(_local_directory(directory), purge)
+    where = _local_directory(directory)
+    answer = local.down(where, purge)
     result(
         answer,
         lambda: click.echo(
             f"{answer['stopped']} nodes stopped"
             + (f", {answer['killed']} killed" if answer["killed"] else "")
             + (", data deleted" if answer["purged"] else "")
+            + (f"; {where} stays, for other things are in it" if answer["purged"] and where.exists() else "")
         ),
     )
 

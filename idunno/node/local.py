@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
-from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, InvalidArgument, Unavailable
+from idunno.base.errors import Conflict, DeadlineExceeded, DiskFailed, IdunnoError, InvalidArgument, Unavailable
 from idunno.base.ids import NodeId
 from idunno.coordinator.messages import MEMBERS, STATUS, Member, Members, Status, StatusAnswer
 from idunno.node.config import NodeConfig, load_config, parse_address
@@ -287,7 +288,10 @@ def _last_words(node: Path) -> str:
 
 
 def down(directory: Path, purge: bool = False) -> dict[str, Any]:
-    """Stop every node of `directory`. Returns {stopped, killed, purged}."""
+    """Stop every node of `directory`; with `purge` delete what `up` made, and `directory` itself if nothing else is in it.
+
+    Returns {stopped, killed, purged}. Raises InvalidArgument, DiskFailed.
+    """
     directory = directory.absolute()
     nodes = existing_nodes(directory)
     if not nodes and not (directory / CLUSTER_FILE).exists():
@@ -302,8 +306,23 @@ def down(directory: Path, purge: bool = False) -> dict[str, Any]:
     if left:
         run_async(_until_gone(left, 5.0))
     if purge:
-        shutil.rmtree(directory)
+        try:
+            _purge(directory, nodes)
+        except OSError as error:
+            raise DiskFailed(f"{error.filename or directory} cannot be deleted: {error.strerror}; delete it by hand") from None
     return {"stopped": len(running) - len(left), "killed": len(left), "purged": purge}
+
+
+def _purge(directory: Path, nodes: list[Path]) -> None:
+    """`up` takes any directory, a home as well: so only what it made goes. That this was a cluster is forgotten last."""
+    for node in nodes:
+        _empty(node)
+        with contextlib.suppress(OSError):  # a file system begins there: empty is all that it can be
+            node.rmdir()
+    for name in (UNFINISHED_FILE, CLUSTER_FILE):
+        (directory / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it holds something else, or is mounted
+        directory.rmdir()
 
 
 def _signal(pid: int, what: signal.Signals) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from idunno.base.errors import Conflict, DeadlineExceeded, Unavailable
+from idunno.base.errors import Conflict, DeadlineExceeded, InvalidArgument, Unavailable
 from idunno.base.ids import NodeId
 from idunno.coordinator.messages import STATUS, Member, StatusAnswer
 from idunno.node import lifecycle, local
@@ -68,6 +68,24 @@ def test_a_node_that_has_run_is_never_removed(up: Callable[[], dict[str, Any]], 
     (tmp_path / "cluster" / local.UNFINISHED_FILE).write_text("n1\nn2\nn3")
     (tmp_path / "cluster" / "n2" / BOOT_FILE).write_text("1")
     assert up()["cluster"] == made
+
+
+def test_a_purge_deletes_what_up_made_and_nothing_else(up: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster"
+    up()
+    assert local.down(cluster, purge=True) == {"stopped": 0, "killed": 0, "purged": True}
+    assert not cluster.exists()
+
+    up()
+    (cluster / "thesis.txt").write_text("years of work")
+    disk = tmp_path / "disk"
+    (cluster / "n2").rename(disk)
+    (cluster / "n2").symlink_to(disk)
+    local.down(cluster, purge=True)
+    assert sorted(path.name for path in cluster.iterdir()) == ["n2", "thesis.txt"]
+    assert not list(disk.iterdir())
+    with pytest.raises(InvalidArgument, match="holds no cluster"):
+        local.down(cluster, purge=True)
 
 
 def test_what_is_no_node_is_never_removed(up: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
