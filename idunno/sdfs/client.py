@@ -195,13 +195,23 @@ class FileClient:
         system: bool = True,
         put: str = "",
     ) -> Uploaded:
-        """Store blocks under an open put, and leave it open for a command that commits it, such as a task's completion."""
+        """Store blocks under an open put, and leave it open for a command that commits it, such as a task's completion.
+
+        A put that cannot be stored, or is given up, is aborted: its id names nothing any more then. Raises as `put`.
+        """
         check_file_name(name, system=system)
         asker = self._asker(f"upload of {name}", timeout_s)
         begin = Begin(put or self.new_id(), name, None, size, system)
         upload = Upload(asker, begin, self._offload, write_quorum=None, sent=_counter(None, 0))
-        await upload.begin()
-        await upload.send(await read_block(source), source)
+        try:
+            await upload.begin()
+            await upload.send(await read_block(source), source)
+        except asyncio.CancelledError:  # its task was cancelled, or its node stops
+            await self._abort(begin.put, "its client gave it up", CANCELLED_S)
+            raise
+        except Exception as error:
+            await self._abort(begin.put, str(error))
+            raise
         return Uploaded(begin.put, upload.size, tuple(upload.blocks))
 
     async def get(

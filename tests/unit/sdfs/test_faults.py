@@ -279,7 +279,8 @@ def test_a_put_for_whose_rest_too_few_nodes_have_room_says_so_after_a_minute(kno
     run(story)
 
 
-def test_a_put_that_its_client_gives_up_pins_nothing() -> None:
+@pytest.mark.parametrize("whole", [True, False], ids=["a put", "a task's output"])
+def test_a_put_that_its_client_gives_up_pins_nothing(whole: bool) -> None:
     async def story() -> None:
         async with World(4) as world:
             stored = asyncio.Event()
@@ -289,7 +290,15 @@ def test_a_put_that_its_client_gives_up_pins_nothing() -> None:
                     stored.set()
 
             world.before = before
-            putting = asyncio.create_task(world.put(content_of(40 * MB), "f"))
+            content = content_of(40 * MB)
+
+            async def put() -> None:
+                if whole:
+                    await world.put(content, "f")
+                else:
+                    await world.client().upload(source_of(content), "f", system=False)
+
+            putting = asyncio.create_task(put())
             await stored.wait()
             putting.cancel()
             with pytest.raises(asyncio.CancelledError):
