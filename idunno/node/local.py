@@ -309,7 +309,9 @@ def down(directory: Path, purge: bool = False) -> dict[str, Any]:
         try:
             _purge(directory, nodes)
         except OSError as error:
-            raise DiskFailed(f"{error.filename or directory} cannot be deleted: {error.strerror}; delete it by hand") from None
+            raise DiskFailed(
+                f"{error.filename or directory} cannot be deleted: {error.strerror}; delete it by hand"
+            ) from None
     return {"stopped": len(running) - len(left), "killed": len(left), "purged": purge}
 
 
