@@ -164,6 +164,12 @@ BY_CODE: dict[str, type[IdunnoError]] = _all_classes()
 """Every error class by its code; codes are what crosses the wire."""
 
 
+def undecided(error: IdunnoError) -> bool:
+    """Whether this refusal of a second attempt leaves open what became of a first whose answer was lost. That one may still be
+    on its way, and find another state of things when it comes; only what makes no sense is refused whenever it comes."""
+    return not error.may_have_happened and not isinstance(error, InvalidArgument)
+
+
 def from_code(code: str, text: str) -> IdunnoError:
     """The error that was raised elsewhere. An unknown code (a newer peer's) becomes InternalError and keeps its name."""
     cls = BY_CODE.get(code)

@@ -2,8 +2,8 @@
 #
 # Rule 1: every request of a client either only asks (Role.READER) or carries an id that makes it safe to send twice. So a
 #         request is sent again, at the next node, on every retryable error, until the caller's time is over.
-# Rule 2: what may have happened is never reported as certainly not done: if any attempt was left unconfirmed, giving up
-#         is a DeadlineExceeded, whatever the last attempt said.
+# Rule 2: what may have happened, or may yet, is never reported as certainly not done: if any attempt was left unconfirmed,
+#         giving up is a DeadlineExceeded, whatever the last attempt said; that one may still be on its way.
 # Rule 3: with no node ever reached, one round over all doors is enough: nobody waits 30 s to hear that nothing runs.
 # Rule 4: streams are not repeated here (their sender has to start again); they only get a connection that lives.
 from __future__ import annotations
@@ -22,9 +22,9 @@ from idunno.base.errors import (
     IdunnoError,
     Unavailable,
     Unconfirmed,
+    undecided,
 )
 from idunno.client.locate import Door, Place
-from idunno.sdfs.asking import UNDECIDED
 from idunno.wire.calls import A, Actor, Caller, Empty, Item, Method, Q, Stream
 
 CONNECT_TIMEOUT_S: Final = 3.0
@@ -128,12 +128,11 @@ class Session:
                 return await once(link, attempt_s)
             except IdunnoError as error:
                 last = error
-                if unsure and isinstance(error, UNDECIDED):
+                goes_on = again and (error.retryable or isinstance(error, DeadlineExceeded))
+                if unsure and not goes_on and undecided(error):
                     raise DeadlineExceeded(f"{name} was sent, its answer was lost; asked again: {error}") from error
                 unsure = unsure or (error.may_have_happened and not asks)
-                if not reached and not self._reached:
-                    raise
-                if not again or not (error.retryable or isinstance(error, DeadlineExceeded)):
+                if not goes_on or (not reached and not self._reached):
                     raise
             self._leave(index)
             await asyncio.sleep(min(pause_s * self._rng.uniform(0.5, 1.0), max(0.0, end_s - loop.time())))

@@ -3,7 +3,8 @@
 # Rule 1: a command goes to the leader; while there is none, or it changes, the asker waits for the event, not for luck, and
 #         tries again until its deadline.
 # Rule 2: what may have happened is sent again only if doing it twice is doing it once (`is_idempotent`): the command is found
-#         again by a put's, job's or token's id, by the request id, or sets what is set already.
+#         again by a put's, job's or token's id, by the request id, or sets what is set already. A refusal of the second try is
+#         no word about the first, which may come yet.
 # Rule 3: who gives up says what it waited for: NoQuorum when certainly nothing happened, DeadlineExceeded when it may have.
 from __future__ import annotations
 
@@ -21,15 +22,13 @@ from idunno.base.errors import (
     DeadlineExceeded,
     Exhausted,
     IdunnoError,
-    Incompatible,
     InternalError,
     NoQuorum,
     NotLeader,
-    NotReady,
     PermissionDenied,
-    Unauthenticated,
     Unavailable,
     Unconfirmed,
+    undecided,
 )
 from idunno.base.ids import Index, NodeId, Term
 from idunno.coordinator import commands as c
@@ -50,11 +49,6 @@ NEEDS_REQUEST: Final = (c.DeleteFile, c.Deploy, c.Undeploy, c.ForgetJob, c.Revok
 
 BEGINS: Final = (c.BeginPut, c.PutSmall, c.Deploy, c.SubmitJob, c.AddNode, c.AddUser, c.AddToken)
 """Commands that begin something new: refused while the leader lives on its log's reserve."""
-
-
-UNDECIDED: Final = (Exhausted, Unauthenticated, Incompatible, NotReady)
-"""Refusals before anything is proposed: they say nothing of what became of an earlier attempt. What the machine refuses it
-refuses behind that attempt, and knows what became of it."""
 
 
 class Driver(Protocol):
@@ -216,8 +210,8 @@ class Coordinator:
                 if not again:
                     raise
                 last, unsure = error, True
-            except UNDECIDED as error:
-                if not unsure:
+            except IdunnoError as error:
+                if not unsure or not undecided(error):
                     raise
                 raise DeadlineExceeded(f"{method.name} was sent, its answer was lost; asked again: {error}") from error
             if self.driver.leader == leader:

@@ -1,7 +1,8 @@
 # idunno/sdfs/asking.py: asking a cluster in which nodes die: again, through another node, until the time is over.
 #
 # Rule 1: everything asked here is either a question or carries the put's id, so it may be asked twice.
-# Rule 2: who gives up after an attempt whose fate is unknown says so (DeadlineExceeded), whatever the last attempt said.
+# Rule 2: who gives up after an attempt whose fate is unknown says so (DeadlineExceeded), whatever the last attempt said: the
+#         first may still be on its way, held up by a network that is mended just now.
 from __future__ import annotations
 
 import asyncio
@@ -11,15 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from idunno.base.disk import Buffer
-from idunno.base.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    Exhausted,
-    IdunnoError,
-    Incompatible,
-    Unauthenticated,
-    Unavailable,
-)
+from idunno.base.errors import Cancelled, DeadlineExceeded, IdunnoError, NotReady, Unavailable, undecided
 from idunno.wire.calls import A, Caller, Method, Q
 
 ATTEMPT_S: Final = 10.0
@@ -30,9 +23,6 @@ PAUSE_MIN_S: Final = 0.05
 PAUSE_MAX_S: Final = 1.0
 """Between attempts, doubling: an election takes about a second, so several attempts fall into it."""
 
-UNDECIDED: Final = (Exhausted, Unauthenticated, Incompatible)
-"""Refusals at a node's door, which say nothing of what became of an earlier attempt."""
-
 
 class Asker:
     """One operation's way to the cluster: `caller()` gives a connection to any living node, each time anew."""
@@ -40,6 +30,7 @@ class Asker:
     def __init__(self, caller: Callable[[], Caller], what: str, timeout_s: float, rng: random.Random) -> None:
         self.caller, self.what, self.timeout_s = caller, what, timeout_s
         self.problem = ""  # what keeps the operation from going on; part of the error when the time is over
+        self.unsure = False  # the answer to something that changes was lost: it may have happened, or happen yet
         self._rng = rng
         self._loop = asyncio.get_running_loop()
         self._end_s = self._loop.time() + timeout_s
@@ -60,26 +51,27 @@ class Asker:
 
     async def ask(self, method: Method[Q, A], request: Q, *, body: Buffer = b"", patience_s: float = math.inf) -> A:
         """Raises what the handler raised, if asking again cannot help; else, at the end of the time, why it did not work.
+        Once an answer was lost a refusal is DeadlineExceeded (`undecided`); but NotReady is no refusal, its caller goes on.
 
         `patience_s`: for an operation's first question. A transfer may take an hour, but that nothing answers at all is
         said sooner.
         """
         end_s = min(self._end_s, self._loop.time() + patience_s)
-        attempt, unsure = 0, False
+        attempt = 0
         last: IdunnoError | None = None
         while (left_s := end_s - self._loop.time()) > 0:
             try:
                 return await self.caller().call(method, request, timeout_s=min(left_s, ATTEMPT_S), body=body)
             except IdunnoError as error:
-                if unsure and isinstance(error, UNDECIDED):
-                    raise DeadlineExceeded(f"{self.what}: an answer was lost; asked again: {error}") from error
                 if not may_repeat(error):
+                    if self.unsure and method.changes and undecided(error) and not isinstance(error, NotReady):
+                        raise DeadlineExceeded(f"{self.what}: an answer was lost; asked again: {error}") from error
                     raise
                 last = error
-                unsure = unsure or (error.may_have_happened and method.changes)
+                self.unsure = self.unsure or (error.may_have_happened and method.changes)
             await self.pause(attempt)
             attempt += 1
-        if last is not None and (last.may_have_happened or not unsure) and not self.problem:
+        if last is not None and (last.may_have_happened or not self.unsure) and not self.problem:
             raise last
         said = self.problem or f"waiting for {method.name}" + (f" ({last})" if last is not None else "")
         raise DeadlineExceeded(

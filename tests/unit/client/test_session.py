@@ -169,7 +169,9 @@ def test_what_is_not_found_is_said_by_the_node_not_by_the_session() -> None:
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("then", [Exhausted("1024 requests are under way"), Unauthenticated("was revoked")])
+@pytest.mark.parametrize(
+    "then", [Exhausted("1024 requests are under way"), Unauthenticated("was revoked"), NotFound("no file a")]
+)
 def test_a_refusal_after_a_lost_answer_does_not_say_that_nothing_happened(then: IdunnoError) -> None:
     async def story() -> None:
         fake = FakeCluster()

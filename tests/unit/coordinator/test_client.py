@@ -20,6 +20,7 @@ from idunno.base.errors import (
     Incompatible,
     InvalidArgument,
     NoQuorum,
+    NotFound,
     NotReady,
     PermissionDenied,
     Unavailable,
@@ -200,7 +201,16 @@ def test_giving_up_says_why_and_whether_it_may_have_happened() -> None:
     run(story())
 
 
-@pytest.mark.parametrize("second", [Exhausted("queue is full"), NotReady("starting"), Incompatible("old")])
+@pytest.mark.parametrize(
+    "second",
+    [
+        Exhausted("queue is full"),
+        NotReady("starting"),
+        Incompatible("old"),
+        Conflict("another version"),  # the first may be held up by the network, and find that version gone
+        NotFound("no file"),
+    ],
+)
 def test_a_refusal_of_the_second_try_says_nothing_of_the_first(second: IdunnoError) -> None:
     async def story() -> None:
         world = cluster()
@@ -208,6 +218,16 @@ def test_a_refusal_of_the_second_try_says_nothing_of_the_first(second: IdunnoErr
         with pytest.raises(DeadlineExceeded, match=f"its answer was lost; asked again: {second}"):
             await world.nodes[N2].coordinator.propose(small(), actor=ALICE, timeout_s=5)
         assert world.nodes[N1].driver.machine.namespace.latest("a").version == 1  # it did happen
+
+    run(story())
+
+
+def test_what_makes_no_sense_was_refused_the_first_time_as_well() -> None:
+    async def story() -> None:
+        world = cluster()
+        world.trouble = [ConnectionLost("cut"), InvalidArgument("no such thing")]
+        with pytest.raises(InvalidArgument, match="no such thing"):
+            await world.nodes[N2].coordinator.propose(small(), actor=ALICE, timeout_s=5)
 
     run(story())
 

@@ -19,6 +19,7 @@ from idunno.base.errors import (
     Exhausted,
     IdunnoError,
     InvalidArgument,
+    NotFound,
     NotReady,
     PermissionDenied,
     Unauthenticated,
@@ -154,6 +155,7 @@ def test_a_put_that_failed_for_certain_does_not_stay_open(how: str) -> None:
     [
         [ConnectionLost("broke"), Exhausted("busy")],
         [ConnectionLost("broke"), Unauthenticated("revoked")],
+        [ConnectionLost("broke"), NotFound("no file f")],
         [Cancelled("its node stops"), *[Unavailable("gone")] * 1000],
     ],
 )
