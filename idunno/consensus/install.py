@@ -351,15 +351,15 @@ class Snapshots:
                 if self._core.leader not in (order.sender, None):
                     return  # another leader: perhaps it has what is missing, or a newer snapshot
                 await asyncio.sleep(RESEND_S)
+            async with self._lock:  # one of its own may be being taken, and that can last
+                if head.index > self._core.commit and self._core.terms.term(head.index) != head.term:
+                    await files.replace(self._disk, files.PART_PATH)
+                    self.index, self._log_bytes = head.index, 0
+                self.incoming = restore
+                self._step(Installed(order.sender, head.index, head.term, frozenset(head.voters), head.voters_index))
+                self.incoming = None
         finally:
             alive.cancel()
-        async with self._lock:
-            if head.index > self._core.commit and self._core.terms.term(head.index) != head.term:
-                await files.replace(self._disk, files.PART_PATH)
-                self.index, self._log_bytes = head.index, 0
-            self.incoming = restore
-            self._step(Installed(order.sender, head.index, head.term, frozenset(head.voters), head.voters_index))
-            self.incoming = None
         log.info("snapshot taken in", extra={"index": head.index, "bytes": message.size, "from": order.sender})
 
     async def _is_complete(self, restore: Restore, order: TakeInstall) -> bool:

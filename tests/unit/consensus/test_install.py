@@ -259,6 +259,30 @@ def test_a_snapshot_counts_only_when_what_it_refers_to_is_there(monkeypatch: pyt
     story(work)
 
 
+def test_who_waits_with_a_snapshot_for_one_of_its_own_says_that_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idunno.consensus.install.RESEND_S", 0.02)
+
+    async def work(cluster: Snapshotting) -> None:
+        late, at_it = await cluster.left_behind(), 0
+
+        def heard(to: NodeId, message: RaftMessage) -> bool:
+            nonlocal at_it
+            at_it += isinstance(message, InstallAnswer) and not message.done and message.offset > 0
+            return False
+
+        await cluster.start(late)
+        snapshots = cluster.drivers[late]._snapshots
+        assert snapshots is not None
+        async with snapshots._lock:
+            await until(lambda: snapshots._part is not None and snapshots._part.have > 0 and not snapshots._inbox)
+            cluster.swallows = heard
+            await until(lambda: at_it > 20)
+            assert not cluster.holders[late].restored
+        await cluster.same(late)
+
+    story(work)
+
+
 def test_the_log_is_not_cut_before_what_it_brought_is_secured() -> None:
     async def work(cluster: Snapshotting) -> None:
         machine = cluster.holders[NodeId("n1")]
