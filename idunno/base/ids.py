@@ -59,6 +59,8 @@ def check_file_name(name: str, *, system: bool = False) -> str:
     if len(name) <= NAME_BYTES_MAX and _PLAIN_NAME.fullmatch(name):
         return name  # the usual kind, in a quarter of the time
     shown = name[:80]
+    if any("\ud800" <= letter <= "\udfff" for letter in shown):
+        raise InvalidArgument(f"{shown!r} is no file name: it is no UTF-8")
     if not printable(name):
         raise InvalidArgument(f"{shown!r} is no file name: it holds control characters")
     size = len(name.encode())

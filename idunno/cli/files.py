@@ -9,8 +9,9 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from idunno.base.memory import give_back_large_blocks
+from idunno.base.naming import naming
 from idunno.cli import render
-from idunno.cli.options import ANY, FILE, LOCAL, NODE, PREFIX, Duration, Moment, command, group, settings
+from idunno.cli.options import ANY, FILE, LOCAL, NODE, PREFIX, Count, Duration, Moment, command, group, settings
 from idunno.cli.running import note, result, usage, work
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 STREAM = "-"
 
 
+def _shown(local: str) -> str:
+    """What an error calls it that is written to."""
+    return "standard output" if local == STREAM else local
+
+
 def _seconds_since(began: float) -> float:
     return round(time.monotonic() - began, 3)
 
@@ -27,8 +33,8 @@ def _seconds_since(began: float) -> float:
 @command("put", example="idunno put photo.jpg photos/1.jpg")
 @click.argument("local", type=LOCAL)
 @click.argument("name", type=FILE)
-@click.option("--write-quorum", type=click.IntRange(min=1), metavar="N", help="Synced copies to wait for. [default: 4]")
-@click.option("--if-version", type=click.IntRange(min=0), metavar="V", help="Only if this is the version now; 0: none.")
+@click.option("--write-quorum", type=Count(min=1), metavar="N", help="Synced copies to wait for. [default: 4]")
+@click.option("--if-version", type=Count(min=0), metavar="V", help="Only if this is the version now; 0: none.")
 @click.option("--list", "listed", is_flag=True, help="Of a folder: name each file.")
 def put(local: str, name: str, write_quorum: int | None, if_version: int | None, listed: bool) -> None:
     """Store the file LOCAL as the next version of NAME; a folder with everything below it; - is standard input."""
@@ -48,7 +54,7 @@ def put(local: str, name: str, write_quorum: int | None, if_version: int | None,
                 return await cluster.put(
                     local, name, write_quorum=write_quorum, if_version=if_version, progress=progress
                 )
-            with _standard_input() as stdin:
+            with _standard_input() as stdin, naming("standard input"):
                 return await cluster.put(
                     stdin, name, write_quorum=write_quorum, if_version=if_version, progress=progress
                 )
@@ -65,7 +71,8 @@ def put(local: str, name: str, write_quorum: int | None, if_version: int | None,
 
 def _standard_input() -> IO[bytes]:
     """Unbuffered: a reader in a thread then holds no lock that the end of the program would wait for."""
-    return open(0, "rb", buffering=0, closefd=False)
+    with naming("standard input"):
+        return open(0, "rb", buffering=0, closefd=False)
 
 
 def _put_json(answer: PutAnswer) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def _put_folder(local: str, name: str, write_quorum: int | None, listed: bool) -
 @command("get", example="idunno get photos/1.jpg photo.jpg")
 @click.argument("name", type=FILE)
 @click.argument("local", type=LOCAL)
-@click.option("--version", type=click.IntRange(min=1), metavar="V", help="This version instead of the latest.")
+@click.option("--version", type=Count(min=1), metavar="V", help="This version instead of the latest.")
 @click.option("--as-of", type=Moment(), metavar="TIME", help="The version of that time: ISO, or how long ago (2h).")
 def get(name: str, local: str, version: int | None, as_of: int | None) -> None:
     """Fetch NAME, verified, into the file LOCAL; - is standard output. NAME/ fetches everything below it into a folder."""
@@ -126,7 +133,8 @@ def get(name: str, local: str, version: int | None, as_of: int | None) -> None:
         target = sys.stdout.buffer if local == STREAM else local
         with render.bar(name, in_bytes=True) as progress:
             try:
-                return await cluster.get(name, target, version=version, as_of_ms=as_of, progress=progress)
+                with naming(_shown(local)):
+                    return await cluster.get(name, target, version=version, as_of_ms=as_of, progress=progress)
             except NotFound:
                 if (await cluster.file_client.ls_page(f"{name}/", limit=1)).files:
                     raise NotFound(f"{name} is a folder; get all below it: `idunno get {name}/ DIRECTORY`") from None
@@ -158,7 +166,7 @@ def _get_folder(name: str, local: str) -> None:
 
 @command("get-versions", example="idunno get-versions notes.txt 3 history.txt")
 @click.argument("name", type=FILE)
-@click.argument("count", type=click.IntRange(min=1), metavar="K")
+@click.argument("count", type=Count(min=1), metavar="K")
 @click.argument("local", type=LOCAL)
 def get_versions(name: str, count: int, local: str) -> None:
     """The last K versions of NAME in one file LOCAL, newest first, each behind a line that names it."""
@@ -168,7 +176,7 @@ def get_versions(name: str, count: int, local: str) -> None:
 
     async def body(cluster: Cluster) -> Any:
         target = sys.stdout.buffer if local == STREAM else local
-        with render.bar(name, in_bytes=True) as progress:
+        with render.bar(name, in_bytes=True) as progress, naming(_shown(local)):
             return await cluster.get_versions(name, count, target, progress=progress)
 
     infos = work(body)
@@ -268,7 +276,7 @@ def delete(name: str) -> None:
 
 @command("retain", example="idunno retain logs/ --versions 10 --age 7d")
 @click.argument("prefix", type=PREFIX)
-@click.option("--versions", type=click.IntRange(min=1), metavar="N", help="Keep the last N versions of each file.")
+@click.option("--versions", type=Count(min=1), metavar="N", help="Keep the last N versions of each file.")
 @click.option("--age", type=Duration(), metavar="TIME", help="Keep what was replaced less than so long ago, e.g. 7d.")
 @click.option("--none", "none", is_flag=True, help="No rule for PREFIX any more: everything is kept.")
 def retain(prefix: str, versions: int | None, age: float | None, none: bool) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from idunno.cli import render
-from idunno.cli.options import NODE, Moment, command, settings
+from idunno.cli.options import NODE, Moment, Text, command, settings
 from idunno.cli.running import json_line, note, work
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ LIMIT_MAX = 100_000
 
 
 @command("grep", example="idunno grep -i 'task failed' --since 10m --node n2")
-@click.argument("pattern")
+@click.argument("pattern", type=Text())
 @click.option("-c", "--count", "count_only", is_flag=True, help="Only how many lines match, by node.")
 @click.option("-i", "--ignore-case", is_flag=True, help="Upper and lower case are the same.")
 @click.option("-v", "--invert", is_flag=True, help="The lines that do not match.")

@@ -1,47 +1,45 @@
-# idunno/cli/main.py: the command `idunno`.
+# idunno/cli/main.py: where the command `idunno` begins. Nothing that takes time is loaded before this is in charge.
+#
+# Rule 1: Ctrl-C ends it in one line from its first moment on, while it still loads as well.
+# Rule 2: descriptors 0, 1 and 2 are taken, whatever the caller closed: a file or connection of ours that got one of them
+#         would be read as somebody's input, or written over by our messages.
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
-import click
-
-from idunno import __version__
-from idunno.cli import files, logs, models, nodes, recovery
-from idunno.cli.options import Group, command, group
-from idunno.cli.running import USAGE, run
-
-
-@group("idunno", example="idunno up", invoke_without_command=True)
-@click.version_option(__version__, prog_name="idunno")
-@click.pass_context
-def cli(ctx: click.Context) -> None:
-    """A cluster of equal peers that serves machine-learning models. Without a command on a terminal: the shell."""
-    if ctx.invoked_subcommand is not None:
-        return
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        ctx.invoke(shell, keep_going=False)
-    click.echo(ctx.get_help(), err=True)
-    ctx.exit(USAGE)
-
-
-@command("shell", example="idunno shell < script")
-@click.option("--keep-going", is_flag=True, help="In a script: go on after a line that failed.")
-@click.pass_context
-def shell(ctx: click.Context, keep_going: bool) -> None:
-    """These commands without `idunno` in front: on a terminal with completion and history, or line by line from a file."""
-    from idunno.cli.shell import interact, run_script
-
-    ctx.exit(interact(cli) if sys.stdin.isatty() else run_script(cli, sys.stdin, keep_going=keep_going))
-
-
-def _fill(root: Group) -> None:
-    for found in (*nodes.COMMANDS, *files.COMMANDS, *models.COMMANDS, *recovery.COMMANDS, logs.grep, shell):
-        root.add_command(found)
-
-
-_fill(cli)
-
 
 def main() -> NoReturn:
-    sys.exit(run(sys.argv[1:], cli))
+    try:
+        hold_standard_streams()
+        from idunno.cli.root import cli
+        from idunno.cli.running import run
+
+        status = run(sys.argv[1:], cli)
+    except KeyboardInterrupt:
+        status = 130  # as in running.py, which may not be loaded yet
+    let_go_of_output()
+    sys.exit(status)
+
+
+def hold_standard_streams() -> None:
+    """Open what was closed among 0, 1 and 2, so that using it fails with "Bad file descriptor", as it does for `cat`."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        mode = os.O_WRONLY if descriptor == 0 else os.O_RDONLY  # the wrong way round: reading or writing it fails
+        opened = os.open(os.devnull, mode)
+        if opened != descriptor:
+            os.dup2(opened, descriptor, inheritable=False)
+            os.close(opened)
+        setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", closefd=False))  # noqa: SIM115 (until the end)
+
+
+def let_go_of_output() -> None:
+    """What could not be written was reported already: the interpreter is not to fail over it again, with another status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())

@@ -10,15 +10,16 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from idunno.base.errors import ModelFailed
+from idunno.base.naming import naming
 from idunno.cli import render
-from idunno.cli.options import ANY, JOB, LOCAL, MODEL, command, settings
+from idunno.cli.options import ANY, JOB, LOCAL, MODEL, Count, command, settings
 from idunno.cli.running import note, result, usage, work
 
 if TYPE_CHECKING:
     from idunno.client.api import Cluster
     from idunno.scheduler.messages import JobInfo, ModelInfo
 
-BATCH: click.IntRange = click.IntRange(min=1)
+BATCH: Count = Count(min=1)
 
 
 def _seconds_since(began: float) -> float:
@@ -28,11 +29,11 @@ def _seconds_since(began: float) -> float:
 @command("deploy", example="idunno deploy digits digits.onnx --workers 3")
 @click.argument("name", type=MODEL)
 @click.argument("path", type=LOCAL)
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="How many. [default: all]")
+@click.option("--workers", type=Count(min=1), metavar="N", help="How many. [default: all]")
 @click.option("--batch-size", type=BATCH, metavar="B", help="Queries a task. [default: by measured cost]")
 @click.option("--weight", type=click.FloatRange(min=0.001, max=1000), default=1.0, metavar="W", help="Share of rate.")
-@click.option("--min-workers", type=click.IntRange(min=0), default=0, metavar="N", help="Never fewer than these.")
-@click.option("--max-workers", type=click.IntRange(min=1), metavar="N", help="Never more than these.")
+@click.option("--min-workers", type=Count(min=0), default=0, metavar="N", help="Never fewer than these.")
+@click.option("--max-workers", type=Count(min=1), metavar="N", help="Never more than these.")
 def deploy(
     name: str,
     path: str,
@@ -143,6 +144,10 @@ def infer(model: str, data: str, batch_size: int | None, output: str | None, no_
         raise usage("--output needs the results: leave out --no-wait, or fetch them later by `idunno results`")
     if output == "-":
         raise usage("--output names a file: `idunno results JOB` prints results")
+    if output is not None:
+        from idunno.client.local import check_place
+
+        check_place(Path(output))
     began = time.monotonic()
 
     async def body(cluster: Cluster) -> JobInfo:
@@ -159,6 +164,10 @@ def infer(model: str, data: str, batch_size: int | None, output: str | None, no_
                 await _write_results(cluster, job.id, output)
         except CancelledError:
             note(f"job {job.id} goes on: `idunno results {job.id}`, or `idunno cancel {job.id}`")
+            raise
+        except OSError as error:
+            if error.filename is not None:  # of FILE, not of a connection
+                note(f"job {job.id} is finished and its results are kept: `idunno results {job.id} --output FILE`")
             raise
         return info
 
@@ -281,7 +290,8 @@ def results(job: str, output: str | None, listed: bool) -> None:
         result(names, lambda: click.echo("\n".join(names), nl=bool(names)))
         return
     if output is None or output == "-":
-        work(lambda cluster: _print_results(cluster, job, as_array=settings().json))
+        with naming("standard output"):
+            work(lambda cluster: _print_results(cluster, job, as_array=settings().json))
         return
     began = time.monotonic()
 

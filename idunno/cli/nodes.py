@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from idunno.cli import render, running
-from idunno.cli.options import LOCAL, Duration, command, group, settings
+from idunno.cli.options import LOCAL, NODE, Count, Duration, Text, command, group, settings
 from idunno.cli.running import note, result, usage, work
 
 if TYPE_CHECKING:
@@ -35,11 +36,13 @@ def _local_directory(given: str | None) -> Path:
         return _home() / "local"
     if given is None and re.fullmatch(r"[^/]*:[0-9]+", chosen):
         raise usage(f"--cluster {chosen} is an address; a cluster on this machine is a directory: give --dir")
-    return Path(chosen).expanduser().absolute()
+    from idunno.client.locate import expanded
+
+    return expanded(chosen).absolute()
 
 
 @command("up", example="idunno up --nodes 5")
-@click.option("--nodes", type=click.IntRange(min=1), metavar="N", help="How many node processes. [default: 5]")
+@click.option("--nodes", type=Count(min=1), metavar="N", help="How many node processes. [default: 5]")
 @click.option("--dir", "directory", type=LOCAL, metavar="DIR", help="Where they live. [default: ~/.idunno/local]")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help="Of the first node. [default: 7400]")
 def up(nodes: int | None, directory: str | None, port: int | None) -> None:
@@ -92,7 +95,7 @@ def init(directory: str, listen: str, name: str | None, advertise: str) -> None:
 
     def show() -> None:
         click.echo(answer["token"])
-        note(f"start it with `idunno node run --dir {directory}`; others join with")
+        note(f"start it with `idunno node run --dir {shlex.quote(directory)}`; others join with")
         note(f"  idunno join {advertise or listen} --token TOKEN --dir DIR --listen HOST:PORT")
 
     result(answer, show)
@@ -121,7 +124,9 @@ def join(
     answer = lifecycle.join(address, token, path, listen, name, advertise or "")
     result(
         answer,
-        lambda: click.echo(f"{answer['name']} has joined; start it with `idunno node run --dir {directory}`"),
+        lambda: click.echo(
+            f"{answer['name']} has joined; start it with `idunno node run --dir {shlex.quote(directory)}`"
+        ),
     )
 
 
@@ -134,7 +139,8 @@ def _adopt(
 
     def show() -> None:
         click.echo(
-            f"{answer['name']} has joined with {answer['blocks']} blocks; start it: `idunno node run --dir {directory}`"
+            f"{answer['name']} has joined with {answer['blocks']} blocks; "
+            f"start it: `idunno node run --dir {shlex.quote(str(directory))}`"
         )
         if answer["quarantined"]:
             note(f"{answer['quarantined']} blocks were not what their names say; they are in {directory}/quarantine")
@@ -187,7 +193,11 @@ def login(address: str, token: str, name: str | None) -> None:
 def _user_name() -> str:
     import getpass
 
-    return re.sub(r"[^A-Za-z0-9._-]", "-", getpass.getuser())[:63].lstrip("._-") or "user"
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # neither $USER nor an entry for this user id, as in many containers
+        name = f"uid{os.getuid()}"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name)[:63].lstrip("._-") or "user"
 
 
 @command("members", example="idunno members")
@@ -255,7 +265,7 @@ def _status_page(answer: StatusAnswer) -> None:
 
 
 @command("leave", example="idunno leave n3")
-@click.argument("name", metavar="[NODE]", required=False)
+@click.argument("name", type=NODE, metavar="[NODE]", required=False)
 def leave(name: str | None) -> None:
     """Have NODE leave for good: its copies are moved, then it is out of the cluster. [default: the node that answers]"""
 
@@ -269,7 +279,7 @@ def leave(name: str | None) -> None:
 
 
 @command("remove", example="idunno remove n3")
-@click.argument("name", metavar="NODE")
+@click.argument("name", type=NODE, metavar="NODE")
 def remove(name: str) -> None:
     """Take NODE, which is down and does not come back, out of the cluster. Its certificate no longer works."""
     answer = work(lambda cluster: cluster.remove(name))
@@ -325,7 +335,7 @@ def token_ls() -> None:
 
 
 @command("revoke", example="idunno token revoke 5f3a9c")
-@click.argument("token_id", metavar="ID")
+@click.argument("token_id", type=Text(), metavar="ID")
 def token_revoke(token_id: str) -> None:
     """Make a token worthless. Who has used it already stays."""
     work(lambda cluster: cluster.revoke_token(token_id))
@@ -344,7 +354,7 @@ def users(ctx: click.Context) -> None:
 
 
 @command("revoke", example="idunno users revoke alice")
-@click.argument("name")
+@click.argument("name", type=Text())
 def users_revoke(name: str) -> None:
     """The certificate of the user NAME no longer works. The name stays taken, with what it owns; a second time frees it."""
     work(lambda cluster: cluster.revoke_user(name))

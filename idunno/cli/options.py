@@ -16,6 +16,10 @@ import click
 
 _META: Final = "idunno.settings."
 _UNITS_S: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0, "w": 604_800.0}
+DURATION_MAX_S: Final = 100 * 365 * 86_400.0
+"""Nothing here is kept or waited for longer than a life; and it fits where milliseconds are counted."""
+COUNT_MAX: Final = 2**31 - 1
+"""Of what is counted: what is too many says the cluster; this only keeps it a number that can be sent."""
 _DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)(ms|s|m|h|d|w|)")
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,9 +50,11 @@ def parse_duration_s(text: str) -> float:
 def parse_time_ms(text: str, now_ms: int) -> int:
     """Milliseconds since 1970 of an ISO time (UTC where it names no zone), or of a duration before now."""
     try:
-        return now_ms - round(parse_duration_s(text) * 1000)
+        ago_s = parse_duration_s(text)
     except ValueError:
         pass
+    else:
+        return now_ms - round(min(ago_s, DURATION_MAX_S) * 1000)
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
@@ -74,6 +80,8 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # older clicks canno
             self.fail(str(error), param, ctx)
         if seconds <= 0:
             self.fail(f"{value} is no time to do anything in: give more than 0", param, ctx)
+        if seconds > DURATION_MAX_S:
+            self.fail(f"{value} is more than 100 years", param, ctx)
         return seconds
 
 
@@ -101,12 +109,41 @@ class Named(click.ParamType):  # type: ignore[type-arg]  # older clicks cannot s
         self.kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value)
+        return sendable(str(value), self, param, ctx)
+
+
+class Text(click.ParamType):  # type: ignore[type-arg]  # older clicks cannot subscript it
+    """Any text that can be sent."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return sendable(str(value), self, param, ctx)
+
+
+class Count(click.IntRange):
+    """A number of something, at least `min`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = super().convert(value, param, ctx)
+        if number > COUNT_MAX:
+            self.fail(f"{number} is more than {COUNT_MAX:,}", param, ctx)
+        return number
+
+
+def sendable(text: str, kind: click.ParamType, param: click.Parameter | None, ctx: click.Context | None) -> str:  # type: ignore[type-arg]
+    """`text` itself; wrong usage if its bytes on the command line were no UTF-8, which all that is sent is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF  # as os.fsdecode keeps what it cannot read
+        kind.fail(f"{text[:40]!r} is no UTF-8: its character {error.start + 1} is the byte 0x{byte:02x}", param, ctx)
+    return text
 
 
 FILE, PREFIX, MODEL, JOB, NODE, ANY = (Named(kind) for kind in ("file", "prefix", "model", "job", "node", "any"))
-LOCAL: Final = click.Path(path_type=str)
-"""A local path; existence is looked at when it is opened, and then named as an error of its own."""
+LOCAL: Final = click.Path(path_type=str, readable=False)
+"""A local path; whether it is there and ours to read is found when it is opened, and then named as an error of its own."""
 
 
 def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -155,7 +192,8 @@ class Command(click.Command):
 
 class Group(click.Group):
     def __init__(self, name: str | None = None, *, example: str, **attributes: Any) -> None:
-        super().__init__(name, epilog=_epilog(example), **attributes)
+        # Without a command a group says that one is missing, in a line like every other error.
+        super().__init__(name, epilog=_epilog(example), **({"no_args_is_help": False} | attributes))
         self.example = example
         self.params.extend(_common())
 

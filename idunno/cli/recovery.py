@@ -33,9 +33,10 @@ def recover(directories: tuple[str, ...], more: tuple[str, ...], yes: bool, dry_
 
     The newest log counts, blocks stay where they are; who was not part of it comes back by `idunno join --adopt`.
     """
+    from idunno.client.locate import expanded
     from idunno.node.recover import recover as make
 
-    paths = [Path(directory).expanduser().absolute() for directory in (*directories, *more)]
+    paths = [expanded(directory).absolute() for directory in (*directories, *more)]
 
     def agree(report: Report) -> bool:
         if not settings().json:
@@ -114,6 +115,7 @@ def _done(answer: dict[str, Any], paths: list[Path]) -> None:
 )
 def snapshot(file: str, with_keys: bool, passphrase_file: str | None) -> None:
     """Write the cluster's metadata, as it is now, into FILE: names, versions, models, jobs, and small files' contents."""
+    _refuse_stream(file)
     passphrase = _passphrase(with_keys, passphrase_file, confirm=True)
     answer = work(lambda cluster: cluster.snapshot(file, passphrase=passphrase))
 
@@ -123,6 +125,11 @@ def snapshot(file: str, with_keys: bool, passphrase_file: str | None) -> None:
             note(f"{answer.smalls_missing} contents of small files are nowhere; see `idunno repair`")
 
     result(answer, show)
+
+
+def _refuse_stream(file: str) -> None:
+    if file == "-":
+        raise usage("FILE is written whole or not at all, so standard output cannot take its place: name a file")
 
 
 @command("restore", example="idunno restore monday.backup --dir /var/lib/idunno --listen 192.168.1.10:7400")
@@ -145,15 +152,16 @@ def restore(
     passphrase_file: str | None,
 ) -> None:
     """Make FILE the metadata of a cluster that is stopped and empty, or of a new one. Blocks come with nodes that are adopted."""
+    from idunno.client.locate import expanded
     from idunno.node.restore import restore as make
 
     if listen is None and name is not None:
         raise usage("--name goes with --listen: it names a new node")
-    paths = [Path(directory).expanduser().absolute() for directory in directories] or ([] if listen else _all_nodes())
+    paths = [expanded(directory).absolute() for directory in directories] or ([] if listen else _all_nodes())
     if listen is not None and len(paths) != 1:
         raise usage("--listen makes one new node: give its directory with --dir")
     passphrase = _passphrase(with_keys, passphrase_file, confirm=False)
-    answer = make(Path(file).expanduser(), paths, new=_new_node(listen, name), passphrase=passphrase)
+    answer = make(expanded(file), paths, new=_new_node(listen, name), passphrase=passphrase)
     result(answer, lambda: _restored(answer))
 
 
@@ -168,11 +176,11 @@ def _new_node(listen: str | None, name: str | None) -> NodeConfig | None:
 
 def _all_nodes() -> list[Path]:
     """The directories of WHERE."""
-    from idunno.client.locate import home
+    from idunno.client.locate import expanded, home
     from idunno.node.local import existing_nodes
 
     where = settings().cluster or os.environ.get("IDUNNO_CLUSTER") or str(home(os.environ) / "local")
-    path = Path(where).expanduser().absolute()
+    path = expanded(where).absolute()
     if not path.is_dir():
         raise usage(f"{where}: restore works on directories of stopped nodes; give them with --dir")
     return [path] if (path / "node.toml").exists() else existing_nodes(path) or [path]
@@ -184,8 +192,12 @@ def _passphrase(with_keys: bool, file: str | None, *, confirm: bool) -> str | No
             raise usage("--passphrase-file goes with --with-keys")
         return None
     if file is not None:
-        with open(file, encoding="utf-8") as opened:
-            return opened.readline(4096).rstrip("\r\n")
+        with open(file, "rb") as opened:
+            line = opened.readline(4096)
+        try:
+            return line.decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise usage(f"the first line of {file} is no text: give the file that holds the passphrase") from None
     if "IDUNNO_PASSPHRASE" in os.environ:
         return os.environ["IDUNNO_PASSPHRASE"]
     if not sys.stdin.isatty():
@@ -213,6 +225,7 @@ def _restored(answer: dict[str, Any]) -> None:
 @click.argument("file", type=LOCAL)
 def dump(file: str) -> None:
     """Write the state of all nodes that answer into FILE, a zip for a bug report: names are in it, contents and keys are not."""
+    _refuse_stream(file)
     answer = work(lambda cluster: cluster.dump(file))
 
     def show() -> None:

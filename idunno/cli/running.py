@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 DONE, FAILED, USAGE, UNKNOWN, INTERRUPTED = 0, 1, 2, 3, 130  # 130: what shells use for Ctrl-C
 
 LOOK_FIRST: Final = "it may have happened: look before trying again"
+
+NEXT_STEPS: Final = {
+    errno.ENOSPC: "free some space there, or choose another place",
+    errno.EDQUOT: "free some space there, or choose another place",
+    errno.EMFILE: "allow more open files: `ulimit -n 4096`",
+}
+"""After what the system says, where that alone is no help."""
 
 in_shell = False  # set by the interactive shell: a command then shares its process with those that follow
 
@@ -70,7 +78,8 @@ def run(arguments: list[str], command: click.Command, *, where: str = "") -> int
     """Run a command line; its exit status. `where` ("line 3") tells a script's reader which line an error is of."""
     try:
         outcome = command.main(args=arguments, prog_name="idunno", standalone_mode=False)
-        sys.stdout.flush()
+        with printing():
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has enough; nothing is left to be said to it
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,7 +107,8 @@ def _failed(error: Exception, where: str) -> int:
         report(f"{text}; {LOOK_FIRST}" if code == UNKNOWN and "see `" not in text else text, where)
     elif isinstance(error, OSError):
         about = f"{error.filename}: " if error.filename is not None else ""
-        report(f"{about}{error.strerror or error}", where)
+        step = NEXT_STEPS.get(error.errno or 0, "")
+        report(f"{about}{error.strerror or error}{step and f'; {step}'}", where)
     else:
         report(f"internal: {type(error).__name__}: {error}; set IDUNNO_DEBUG=1 for the whole story", where)
     if os.environ.get("IDUNNO_DEBUG") == "1" and not isinstance(error, click.ClickException):
@@ -125,21 +135,38 @@ def report(text: str, where: str = "") -> None:
 
 def note(text: str) -> None:
     """A message for the person, beside the results."""
-    click.echo(text, err=True)
+    with contextlib.suppress(
+        OSError
+    ):  # standard error is full or closed: nobody can be told, and the status still says it
+        click.echo(text, err=True)
 
 
 def result(value: Any, show: Callable[[], None]) -> None:
     """The command's result: as one JSON document with --json, else by `show`."""
     if settings().json:
         json_line(value)
-    else:
+        return
+    with printing():
         show()
 
 
 def json_line(value: Any) -> None:
     import msgspec
 
-    click.echo(msgspec.json.encode(value).decode())
+    with printing():
+        click.echo(msgspec.json.encode(value).decode())
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Around the writing of a result: an error of that is not one of the command. Raises OSError."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader has enough
+        raise
+    except OSError as error:
+        done = f"{error.strerror}: the command was carried out, its result could not be written"
+        raise OSError(error.errno, done, "standard output") from None
 
 
 def usage(text: str) -> click.UsageError:

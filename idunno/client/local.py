@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from idunno.base.errors import InvalidArgument
+from idunno.base.naming import naming
 
 
 def target_path(name: str, local: Path) -> Path:
@@ -26,8 +28,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write; on success it takes the place of `path`, on any error nothing is left. Raises OSError."""
     place = _Place(path)
     try:
-        yield place.file
-        place.finish()
+        with naming(path):
+            yield place.file
+            place.finish()
     except BaseException:
         place.discard()
         raise
@@ -38,31 +41,42 @@ async def replacing_aside(path: Path) -> AsyncIterator[IO[bytes]]:
     """The same for asyncio programs: the loop goes on while the device syncs, so that many files do so at once."""
     place = _Place(path)
     try:
-        yield place.file
-        finishing = asyncio.ensure_future(asyncio.to_thread(place.finish))
-        try:
-            await asyncio.shield(finishing)
-        except asyncio.CancelledError:
-            await asyncio.wait([finishing])  # its thread goes on: the file is there, or is not, before anybody is told
-            raise
+        with naming(path):
+            yield place.file
+            finishing = asyncio.ensure_future(asyncio.to_thread(place.finish))
+            try:
+                await asyncio.shield(finishing)
+            except asyncio.CancelledError:
+                # Its thread goes on: the file is there, or is not, before anybody is told.
+                await asyncio.wait([finishing])
+                raise
     except BaseException:
         place.discard()
         raise
+
+
+def check_place(path: Path) -> None:
+    """Raises OSError if no file could be written to `path` now: for what comes only after long work."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.is_file() or not path.exists():  # a pipe is not opened twice: its reader would take that for the end
+        _Place(path).discard()
 
 
 class _Place:
     """A file on its way to `path`."""
 
     def __init__(self, path: Path) -> None:
-        self._path = Path(os.path.realpath(path))  # a link stays a link
         self._temporary: Path | None = None
         try:
-            mode: int | None = self._path.stat().st_mode
+            mode: int | None = path.stat().st_mode
         except FileNotFoundError:
             mode = None
         if mode is not None and not stat.S_ISREG(mode):
-            self.file: IO[bytes] = open(self._path, "wb")  # noqa: SIM115 (closed by finish or discard)
+            # By the name that was given: /dev/stdout leads to a pipe, which no other name opens.
+            self.file: IO[bytes] = open(path, "wb")  # noqa: SIM115 (closed by finish or discard)
             return
+        self._path = Path(os.path.realpath(path))  # a link stays a link
         self._temporary = self._path.with_name(f".{self._path.name[:100]}.{secrets.token_hex(6)}.part")
         # Not mkstemp: this way the new file has the mode that the user's umask asks for.
         try:

@@ -73,8 +73,22 @@ class _LocalCluster(msgspec.Struct, frozen=True):
 
 
 def home(environ: Mapping[str, str]) -> Path:
-    """Where this user's clusters and logins are kept."""
-    return Path(environ.get("IDUNNO_HOME") or Path.home() / ".idunno")
+    """Where this user's clusters and logins are kept. Raises InvalidArgument for somebody without a home directory."""
+    given = environ.get("IDUNNO_HOME")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".idunno"
+    except RuntimeError:  # no $HOME, and nobody of this user id is known here
+        raise InvalidArgument("you have no home directory here: set $IDUNNO_HOME to a directory of yours") from None
+
+
+def expanded(text: str | Path) -> Path:
+    """A path as a user writes it, with ~ written out. Raises InvalidArgument."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InvalidArgument(f"{text}: there is no such home directory; write the path without ~") from None
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -94,9 +108,15 @@ def locate(where: str | Path | None, environ: Mapping[str, str]) -> Place:
     text = str(where) if where is not None else environ.get("IDUNNO_CLUSTER", "")
     if not text:
         return _directory(home(environ) / "local")
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_dir():
-        return _directory(path)
+        try:
+            return _directory(path)
+        except PermissionError:
+            raise Unauthenticated(
+                f"{path} belongs to another user; ask there for a token, then `idunno login HOST:PORT --token TOKEN` and "
+                "give --cluster HOST:PORT"
+            ) from None
     if "/" not in text and _ADDRESS.fullmatch(text):
         return _address(text, home(environ))
     raise NotFound(f"no cluster at {text}: run `idunno up` or give --cluster DIRECTORY or HOST:PORT")

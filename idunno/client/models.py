@@ -141,11 +141,12 @@ class Models(Files):
 
 
 def _model_file(model: str, path: Path) -> tuple[Path, str]:
+    size = path.stat().st_size  # whether it is there at all comes first
     runtime = RUNTIMES.get(path.suffix.lower())
     if runtime is None:
         what = "a folder" if path.is_dir() else f"a {path.suffix or 'suffixless'} file"
         raise InvalidArgument(f"{path} is {what}: only .onnx models in this version, `idunno deploy {model} FILE.onnx`")
-    if path.stat().st_size == 0:
+    if size == 0:
         raise InvalidArgument(f"{path} is empty (0 bytes): give a .onnx model")
     return path, runtime
 

@@ -18,9 +18,17 @@ def main() -> int:
     try:
         run(arguments.dir.absolute(), arguments.seed, verbose=arguments.verbose)
     except IdunnoError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line a failed start leaves
-        return 1
+        return _failed(str(error))
+    except OSError as error:
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
+    except KeyboardInterrupt:  # while it still loads: nothing has begun
+        return 130
     return 0
+
+
+def _failed(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr)  # noqa: T201 - the one line a failed start leaves
+    return 1
 
 
 sys.exit(main())

@@ -24,6 +24,8 @@ FORMAT: Final = 1
 IDENTITY_FILE: Final = "identity.json"
 PEERS_FILE: Final = "peers.json"
 BOOT_FILE: Final = "boot"
+UP_FILE: Final = "cluster.json"
+"""Of a directory of `idunno up`, which holds its nodes' directories."""
 FOLDERS: Final = ("logs", "blocks", "small", "cache", "models", "tmp")
 """That belong to the directory, whoever its node is."""
 DECIDED: Final = "recovering"
@@ -64,6 +66,10 @@ def check_empty(directory: Path) -> None:
         raise Conflict(
             f"{directory} belongs to node {found.node} of cluster {found.cluster[:8]} already; "
             "start it with `idunno node run`, or choose another directory"
+        )
+    if (directory / UP_FILE).exists():
+        raise Conflict(
+            f"{directory} holds a cluster of `idunno up`, which no command would find any more: choose another directory"
         )
 
 

@@ -24,7 +24,7 @@ from idunno.base.ids import NodeId
 from idunno.coordinator.messages import MEMBERS, STATUS, Member, Members, Status, StatusAnswer
 from idunno.node.config import NodeConfig, load_config, parse_address
 from idunno.node.disk import replace_file, sync_directory
-from idunno.node.identity import BOOT_FILE, IDENTITY_FILE, load_identity, running_pid
+from idunno.node.identity import BOOT_FILE, IDENTITY_FILE, UP_FILE, load_identity, running_pid
 from idunno.node.lifecycle import make_cluster
 from idunno.node.running import run_async
 from idunno.wire.rpc import Connection, connect_unix
@@ -36,7 +36,6 @@ STOP_TIMEOUT_S: Final = 15.0
 """A node stops within 10 s (commands.md); what is left after this is killed."""
 LOOK_AGAIN_S: Final = 0.1
 
-CLUSTER_FILE: Final = "cluster.json"
 UNFINISHED_FILE: Final = "up.unfinished"
 """There while a cluster is being made, and gone, durably, before the first of its processes starts."""
 
@@ -110,7 +109,7 @@ def _begun(directory: Path) -> frozenset[str]:
     """The nodes that an `up` was making when it was interrupted, by their directories' names."""
     try:
         return frozenset((directory / UNFINISHED_FILE).read_text().split())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return frozenset()
 
 
@@ -156,7 +155,7 @@ def _make(directory: Path, nodes: int, port: int) -> list[Path]:
     replace_file(str(directory / UNFINISHED_FILE), "\n".join(config.name for config in configs).encode())
     made = make_cluster(directories, configs)
     about = LocalCluster(made["cluster"], [c.name for c in configs], [c.address for c in configs])
-    replace_file(str(directory / CLUSTER_FILE), msgspec.json.format(msgspec.json.encode(about)))
+    replace_file(str(directory / UP_FILE), msgspec.json.format(msgspec.json.encode(about)))
     (directory / UNFINISHED_FILE).unlink()
     sync_directory(str(directory))
     return directories
@@ -294,7 +293,7 @@ def down(directory: Path, purge: bool = False) -> dict[str, Any]:
     """
     directory = directory.absolute()
     nodes = existing_nodes(directory)
-    if not nodes and not (directory / CLUSTER_FILE).exists():
+    if not nodes and not (directory / UP_FILE).exists():
         raise InvalidArgument(f"{directory} holds no cluster of `idunno up`")
     running = {node: pid for node in nodes if (pid := running_pid(node)) is not None}
     for pid in running.values():

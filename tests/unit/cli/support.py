@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from idunno.cli import running
-from idunno.cli.main import cli
+from idunno.cli.root import cli
 from idunno.client.api import Cluster
 from tests.unit.client.fake import FakeCluster
 

@@ -168,6 +168,19 @@ def test_a_job_that_failed_still_leaves_what_it_has_and_ends_with_1(
     assert len((tmp_path / "o").read_text().splitlines()) == 5
 
 
+def test_a_job_whose_results_could_not_be_written_is_not_begun(idunno: Terminal, images: Path, tmp_path: Path) -> None:
+    for nowhere in (tmp_path / "gone" / "o", tmp_path):
+        outcome = idunno("infer", "digits", str(images), "--output", str(nowhere))
+        assert outcome.status == 1
+        assert outcome.error.startswith(f"error: {nowhere}: ")
+    assert idunno.asked == []
+
+
+def test_a_model_file_that_is_not_there_is_named(idunno: Terminal, tmp_path: Path) -> None:
+    outcome = idunno("deploy", "digits", str(tmp_path / "gone"))
+    assert (outcome.status, outcome.error) == (1, f"error: {tmp_path}/gone: No such file or directory")
+
+
 def test_infer_without_waiting_gives_the_job(idunno: Terminal, images: Path) -> None:
     idunno.fake.world.models["digits"] = model("digits")
     document = idunno.ok("infer", "digits", str(images), "--no-wait", "--json", "--batch-size", "8").json

@@ -66,3 +66,10 @@ def test_a_passphrase_is_never_on_the_command_line(idunno: Terminal, tmp_path: P
         refused = idunno("snapshot", str(tmp_path / "backup"), *words, stdin="")
         assert refused.status == 2, refused.err
     assert "--passphrase-file or $IDUNNO_PASSPHRASE" in idunno("snapshot", "x", "--with-keys", stdin="").error
+
+
+def test_a_file_that_holds_no_passphrase_is_wrong_usage(idunno: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"\xc7\x00\xff" * 2000)
+    outcome = idunno("snapshot", str(tmp_path / "b"), "--with-keys", "--passphrase-file", str(tmp_path / "key"))
+    assert outcome.status == 2
+    assert "is no text: give the file that holds the passphrase" in outcome.error

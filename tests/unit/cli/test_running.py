@@ -13,8 +13,8 @@ import pytest
 
 from idunno.base import errors
 from idunno.cli import running
-from idunno.cli.main import cli
 from idunno.cli.options import Command, Group, parse_duration_s, parse_time_ms
+from idunno.cli.root import cli
 from idunno.cli.running import exit_code_of
 from tests.unit.cli.support import Terminal
 
@@ -137,6 +137,17 @@ def test_no_node_answers(idunno: Terminal) -> None:
         ["get", "a", "b", "--as-of", "yesterday"],
         ["get", "a", "b", "--as-of", "1h", "--version", "1"],
         ["token"],
+        ["trash"],
+        ["get-versions", "a", "99999999999999999999", "x"],
+        ["get", "a", "b", "--version", "99999999999999999999"],
+        ["retain", "a/", "--versions", "99999999999999999999"],
+        ["retain", "a/", "--age", "99999999999d"],
+        ["batch-size", "m", "99999999999999999999"],
+        ["token", "new", "--role", "user", "--ttl", "99999999999999999d"],
+        ["get", "no\udcffutf8", "x"],
+        ["grep", "no\udcffutf8"],
+        ["snapshot", "-"],
+        ["dump", "-"],
         [],
     ],
 )
@@ -146,6 +157,8 @@ def test_wrong_usage_is_2_and_names_the_help(idunno: Terminal, arguments: list[s
     assert outcome.out == ""
     assert "--help" in outcome.err
     assert idunno.asked == []
+    if arguments:
+        assert len(outcome.error) < 200
 
 
 def test_a_local_file_that_is_not_there_is_named(idunno: Terminal, tmp_path: Path) -> None:
@@ -195,6 +208,7 @@ def test_durations_and_times() -> None:
         with pytest.raises(ValueError, match="is no duration"):
             parse_duration_s(bad)
     assert parse_time_ms("10m", 1_000_000) == 400_000
+    assert parse_time_ms("9999999999999999d", 0) == parse_time_ms("9999999999999999w", 0)  # it fits what is sent
     assert parse_time_ms("1970-01-01T00:00:01Z", 0) == parse_time_ms("1970-01-01 00:00:01", 0) == 1000
     assert parse_time_ms("1970-01-01T01:00:00+01:00", 0) == 0
     with pytest.raises(ValueError, match="is no time"):
@@ -203,7 +217,7 @@ def test_durations_and_times() -> None:
 
 def test_help_is_there_at_once_and_loads_nothing_heavy() -> None:
     heavy = ("asyncio", "msgspec", "rich", "prompt_toolkit", "numpy", "cryptography", "blake3", "ssl")
-    program = f"import sys, idunno.cli.main; print([m for m in {heavy!r} if m in sys.modules])"
+    program = f"import sys, idunno.cli.root; print([m for m in {heavy!r} if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
     took = []

@@ -7,7 +7,7 @@ import pytest
 
 from idunno.base.errors import Unavailable
 from idunno.cli import running
-from idunno.cli.main import cli
+from idunno.cli.root import cli
 from idunno.cli.shell import ClusterNames, Offer, _split, offers, words_of
 from tests.unit.cli.support import Terminal
 from tests.unit.client.fake import model

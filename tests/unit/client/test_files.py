@@ -12,7 +12,7 @@ import pytest
 
 from idunno.base.errors import Conflict, Corrupt, InvalidArgument, NotFound, Unavailable
 from idunno.client.api import Cluster
-from idunno.client.local import replacing
+from idunno.client.local import check_place, replacing
 from idunno.sdfs.messages import ListRow
 from tests.unit.client.fake import FakeCluster
 
@@ -234,3 +234,35 @@ def test_a_target_that_cannot_be_is_named_as_it_was_given(tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "none" / "a"):
         pass
     assert caught.value.filename == str(tmp_path / "none" / "a")
+
+
+def test_a_full_device_is_named(tmp_path: Path) -> None:
+    async def story() -> None:
+        fake = FakeCluster()
+        fake.world.put("a", b"content")
+        async with await fake.connect() as cluster:
+            with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+                await cluster.get("a", "/dev/full")
+
+    asyncio.run(story())
+
+
+def test_a_pipe_is_written_to_by_the_only_name_it_has(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb") as reader, open(writing, "wb") as writer, replacing(Path(f"/dev/fd/{writing}")) as file:
+        file.write(b"through")
+        file.flush()
+        writer.close()
+        assert reader.read(7) == b"through"
+
+
+def test_a_place_for_later_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    check_place(tmp_path / "old")
+    check_place(tmp_path / "new")
+    check_place(Path("/dev/null"))
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "old"
+    for wrong in (tmp_path, tmp_path / "gone" / "x", tmp_path / "old" / "x"):
+        with pytest.raises(OSError, match=str(wrong)):
+            check_place(wrong)

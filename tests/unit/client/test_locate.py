@@ -107,3 +107,28 @@ def test_addresses() -> None:
     for bad in ("host", "host:0", "host:65536", "a b:1", ":1"):
         with pytest.raises(InvalidArgument, match="write HOST:PORT"):
             parse_address(bad)
+
+
+def test_somebody_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert home({"IDUNNO_HOME": "/x"}) == Path("/x")
+    with pytest.raises(InvalidArgument, match=r"set \$IDUNNO_HOME"):
+        home({})
+
+
+def test_the_cluster_of_another_user_is_reached_by_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node(tmp_path / "n1")
+    exists = Path.exists
+
+    def refused(path: Path) -> bool:
+        if path.parent.name == "n1":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    for where in (tmp_path, tmp_path / "n1"):
+        with pytest.raises(Unauthenticated, match=r"belongs to another user; .*idunno login"):
+            locate(where, {})

@@ -10,6 +10,7 @@ import pytest
 from idunno.base.errors import Conflict, Corrupt, Incompatible, InvalidArgument
 from idunno.node.identity import (
     IDENTITY_FILE,
+    UP_FILE,
     DirectoryLock,
     Identity,
     check_empty,
@@ -72,3 +73,9 @@ def test_one_process_runs_a_directory_and_its_death_frees_it(tmp_path: Path) -> 
     lock.take()
     assert (tmp_path / "node.pid").read_text().strip() == str(os.getpid())
     lock.release()
+
+
+def test_a_node_is_not_made_over_a_cluster_of_an_up(tmp_path: Path) -> None:
+    (tmp_path / UP_FILE).write_text("{}")
+    with pytest.raises(Conflict, match="holds a cluster of `idunno up`"):
+        check_empty(tmp_path)

@@ -13,7 +13,7 @@ from idunno.base.errors import Conflict, DeadlineExceeded, InvalidArgument, Unav
 from idunno.base.ids import NodeId
 from idunno.coordinator.messages import STATUS, Member, StatusAnswer
 from idunno.node import lifecycle, local
-from idunno.node.identity import BOOT_FILE, Identity, load_identity, write_identity
+from idunno.node.identity import BOOT_FILE, UP_FILE, Identity, load_identity, write_identity
 
 
 class Killed(BaseException):
@@ -59,7 +59,7 @@ def test_a_cluster_that_was_half_made_is_made_again(
     nodes = local.existing_nodes(tmp_path / "cluster")
     assert [node.name for node in nodes] == ["n1", "n2", "n3"]
     assert len({load_identity(node).cluster for node in nodes}) == 1
-    assert (tmp_path / "cluster" / local.CLUSTER_FILE).exists()
+    assert (tmp_path / "cluster" / UP_FILE).exists()
     assert not (tmp_path / "cluster" / local.UNFINISHED_FILE).exists()
 
 
