@@ -320,7 +320,7 @@ def _purge(directory: Path, nodes: list[Path]) -> None:
         _empty(node)
         with contextlib.suppress(OSError):  # a file system begins there: empty is all that it can be
             node.rmdir()
-    for name in (UNFINISHED_FILE, CLUSTER_FILE):
+    for name in (UNFINISHED_FILE, UP_FILE):
         (directory / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it holds something else, or is mounted
         directory.rmdir()
