@@ -24,10 +24,11 @@ from idunno.base.errors import (
     Unconfirmed,
 )
 from idunno.wire.calls import BODY_BYTES_ASSUMED, BODY_BYTES_MAX, A, Actor, Empty, Item, Method, Q, Stream
-from idunno.wire.codec import DEADLINE_MS_MAX, Greeting, RequestHead, decode, decode_error, encode
+from idunno.wire.codec import DEADLINE_MS_MAX, Greeting, decode, decode_error, encode, encode_request
 from idunno.wire.connection import Link
-from idunno.wire.frames import Frame, Kind, frozen
-from idunno.wire.streams import Inbox, Outbox, check_sizes, cost, parts
+from idunno.wire.deadlines import Deadlines
+from idunno.wire.frames import Frame, Kind
+from idunno.wire.streams import Inbox, Outbox, cost, framed, parts
 
 CALLS_MAX: Final = 1024
 """Calls under way on one connection; the serving side has the same bound."""
@@ -40,12 +41,12 @@ _REQUESTS: Final = 2**32
 class _Pending:
     """A call under way, as the connection sees it."""
 
-    __slots__ = ("number", "timer")
+    __slots__ = ("deadline", "number", "what")
     is_stream = False
 
-    def __init__(self) -> None:
+    def __init__(self, what: str, deadline: float) -> None:
+        self.what, self.deadline = what, deadline  # the method's name; loop time
         self.number = 0
-        self.timer: asyncio.TimerHandle | None = None
 
     def answered(self, frame: Frame) -> None:
         raise NotImplementedError
@@ -59,9 +60,9 @@ class _Unary(_Pending):
 
     __slots__ = ("future",)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.future: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+    def __init__(self, what: str, deadline: float, future: asyncio.Future[Frame]) -> None:
+        super().__init__(what, deadline)
+        self.future = future
 
     def answered(self, frame: Frame) -> None:
         if not self.future.done():
@@ -80,9 +81,11 @@ class Connection:
         self.closed = False
         self.fingerprint: bytes | None = None  # SHA-256 of the other side's certificate
         self.on_lost: list[Callable[[], None]] = []  # called once, however it ends
+        self.loop = asyncio.get_running_loop()
         self._admit = admit  # raises IdunnoError when the other end is not who it should be
         self._link: Link | None = None
         self._pending: dict[int, _Pending] = {}
+        self._deadlines = Deadlines(self._pending, self._expire)
         self._last = 0  # the newest request number
         self._greeted = False
         self.body_bytes_max = BODY_BYTES_ASSUMED  # until the other side greets
@@ -110,10 +113,8 @@ class Connection:
         link = self._link
         if link is None or self.closed or link.buffered() > NOTIFY_BYTES_MAX:
             return False
-        raw = request if isinstance(request, msgspec.Raw) else msgspec.Raw(encode(request))
-        header, content = encode(RequestHead(method.name, 0, raw)), frozen(body)
-        check_sizes(method.name, header, content)
-        link.send(Kind.NOTIFY, self._next_number(), header, content)
+        header = encode_request(method.name, 0, request)
+        link.send(Kind.NOTIFY, self._next_number(), header, framed(method.name, header, body))
         return True
 
     async def close(self) -> None:
@@ -125,7 +126,7 @@ class Connection:
     async def ready(self) -> None:
         """Until the other side has admitted us. Raises the reason when it did not."""
         if not self._greeted and not self.closed:
-            self._ready = asyncio.get_running_loop().create_future()
+            self._ready = self.loop.create_future()
             await self._ready
         if self.closed:
             if isinstance(self._why, ConnectionLost):
@@ -155,8 +156,6 @@ class Connection:
             pending = self._pending.pop(number, None)
             if pending is None:
                 return  # it was cancelled here while the answer was on its way
-            if pending.timer is not None:
-                pending.timer.cancel()
             if error is None:
                 pending.answered(frame)
             else:
@@ -173,10 +172,10 @@ class Connection:
     def lost(self, error: IdunnoError) -> None:
         self.closed = True
         self._why = self._why or error
-        pending, self._pending = self._pending, {}
-        for call in pending.values():
-            if call.timer is not None:
-                call.timer.cancel()
+        self._deadlines.stop()
+        pending = list(self._pending.values())
+        self._pending.clear()
+        for call in pending:
             call.failed(ConnectionLost(f"{self.label}: {self._why}"))
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
@@ -185,36 +184,29 @@ class Connection:
 
     # -- for the calls themselves ---------------------------------------------------------------------------------------
 
-    async def begin(
-        self, pending: _Pending, method: Method[Q, A], request: Q, deadline: float, body: Buffer, actor: Actor | None
-    ) -> None:
+    async def begin(self, pending: _Pending, request: msgspec.Struct, body: Buffer, actor: Actor | None) -> None:
         """Send a REQUEST as soon as the link takes it; `pending` hears of its end.
 
-        Raises Unavailable when it could not be sent by `deadline` (in loop time), Exhausted, and InvalidArgument.
+        Raises Unavailable when it could not be sent by its deadline, Exhausted, and InvalidArgument.
         """
-        await self.until_writable(method.name, deadline)
-        link = self._link
+        await self.until_writable(pending)
+        link, what = self._link, pending.what
         if link is None or self.closed:
             raise Unavailable(f"{self.label}: the connection is closed: {self._why or 'it was never opened'}")
         if len(self._pending) >= CALLS_MAX:
-            raise Exhausted(
-                f"{method.name}: {CALLS_MAX} calls are under way to {self.label}; let some of them end first"
-            )
-        loop = asyncio.get_running_loop()
-        left_ms = int((deadline - loop.time()) * 1000)
+            raise Exhausted(f"{what}: {CALLS_MAX} calls are under way to {self.label}; let some of them end first")
+        left_ms = int((pending.deadline - self.loop.time()) * 1000)
         if left_ms <= 0:
-            raise Unavailable(f"{method.name} was not sent to {self.label}: no time was left")
+            raise Unavailable(f"{what} was not sent to {self.label}: no time was left")
         on_behalf = None if actor is None else (actor.name, actor.role)
         try:
-            raw = msgspec.Raw(encode(request))
+            header = encode_request(what, min(left_ms, DEADLINE_MS_MAX), request, pending.is_stream, on_behalf)
         except (ValueError, OverflowError) as error:  # text that is no Unicode, a number of more than 64 bits
-            raise InvalidArgument(f"{method.name} cannot be sent: {error}") from None
-        header = encode(RequestHead(method.name, min(left_ms, DEADLINE_MS_MAX), raw, pending.is_stream, on_behalf))
-        content = frozen(body)
-        check_sizes(method.name, header, content)
+            raise InvalidArgument(f"{what} cannot be sent: {error}") from None
+        content = framed(what, header, body)
         pending.number = number = self._next_number()
-        pending.timer = loop.call_at(deadline, self._expire, pending, method.name)
         self._pending[number] = pending
+        self._deadlines.added(pending.deadline)
         link.send(Kind.REQUEST, number, header, content)
 
     def read_answer(self, method: Method[Q, A], frame: Frame) -> A:
@@ -227,8 +219,6 @@ class Connection:
     def abandon(self, pending: _Pending) -> None:
         """Nobody waits for this call any more: cancel it at the other end, unless it has ended."""
         if self._pending.pop(pending.number, None) is not None and self._link is not None:
-            if pending.timer is not None:
-                pending.timer.cancel()
             self._link.send(Kind.CANCEL, pending.number)
 
     def send(self, pending: _Pending, kind: Kind, header: bytes = b"", body: bytes | memoryview = b"") -> None:
@@ -236,35 +226,35 @@ class Connection:
         if pending.number in self._pending and self._link is not None:
             self._link.send(kind, pending.number, header, body)
 
-    async def until_writable(self, what: str, deadline: float) -> None:
-        """Raises Unavailable at the deadline, or when the connection is lost."""
+    async def until_writable(self, pending: _Pending) -> None:
+        """Raises Unavailable at its deadline, or when the connection is lost."""
         link = self._link
         if link is None or not link.paused or self.closed:
             return
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(pending.deadline):
                 await link.writable()
         except (TimeoutError, ConnectionLost) as error:
             why = (
                 "does not read: no room to send in time" if isinstance(error, TimeoutError) else str(self._why or error)
             )
-            raise Unavailable(f"{what} was not sent: {self.label}: {why}") from None
+            raise Unavailable(f"{pending.what} was not sent: {self.label}: {why}") from None
 
     # -------------------------------------------------------------------------------------------------------------------
 
     async def _exchange(
         self, method: Method[Q, A], request: Q, timeout_s: float, body: Buffer, actor: Actor | None
     ) -> Frame:
-        pending = _Unary()
-        await self.begin(pending, method, request, asyncio.get_running_loop().time() + timeout_s, body, actor)
+        pending = _Unary(method.name, self.loop.time() + timeout_s, self.loop.create_future())
+        await self.begin(pending, request, body, actor)
         try:
             return await pending.future
         finally:
             self.abandon(pending)
 
-    def _expire(self, pending: _Pending, what: str) -> None:
+    def _expire(self, pending: _Pending) -> None:
         self.abandon(pending)
-        pending.failed(DeadlineExceeded(f"{what}: no answer from {self.label} in the time given"))
+        pending.failed(DeadlineExceeded(f"{pending.what}: no answer from {self.label} in the time given"))
 
     def _next_number(self) -> int:
         number = (self._last + 1) % _REQUESTS
@@ -297,10 +287,9 @@ class ClientStream(_Pending, Generic[A]):
     def __init__(
         self, connection: Connection, method: Method[Q, A], request: Q, timeout_s: float, actor: Actor | None
     ) -> None:
-        super().__init__()
+        super().__init__(method.name, 0.0)  # until it is entered
         self._connection, self._method, self._request = connection, method, request
         self._timeout_s, self._actor = timeout_s, actor
-        self._deadline = 0.0  # loop time
         self._inbox = Inbox(lambda size: connection.send(self, Kind.CREDIT, encode(size)))
         self._outbox = Outbox()
         self._ended = False
@@ -309,11 +298,11 @@ class ClientStream(_Pending, Generic[A]):
         self._over: asyncio.Future[None] | None = None  # done when the answer or an error is there
 
     async def __aenter__(self) -> Stream[A]:
-        loop = asyncio.get_running_loop()
+        loop = self._connection.loop
         assert self._over is None, "a stream is entered once"
         self._over = loop.create_future()
-        self._deadline = loop.time() + self._timeout_s
-        await self._connection.begin(self, self._method, self._request, self._deadline, b"", self._actor)
+        self.deadline = loop.time() + self._timeout_s
+        await self._connection.begin(self, self._request, b"", self._actor)
         return self
 
     async def __aexit__(
@@ -325,14 +314,13 @@ class ClientStream(_Pending, Generic[A]):
 
     async def send(self, body: Buffer = b"", note: bytes = b"") -> None:
         """Send an item, waiting for credit. Raises what the handler raised; once it has answered, items are dropped."""
-        content = frozen(body)
-        check_sizes(self._method.name, note, content)
+        content = framed(self.what, note, body)
         assert not self._ended, "item after end()"
         for part in parts(content, self._connection.body_bytes_max):
             if not await self._outbox.reserve(cost(note, part)):
                 return
             try:
-                await self._connection.until_writable(self._method.name, self._deadline)
+                await self._connection.until_writable(self)
             except Unavailable as error:  # the request itself was sent long ago
                 raise self._error or DeadlineExceeded(str(error)) from None
             self._connection.send(self, Kind.ITEM, note, part)

@@ -69,6 +69,17 @@ def decode(data: bytes | memoryview | msgspec.Raw, kind: type[T]) -> T:
     return message
 
 
+def encode_request(
+    method: str,
+    left_ms: int,
+    request: msgspec.Struct | msgspec.Raw,
+    stream: bool = False,
+    actor: tuple[str, Role] | None = None,
+) -> bytes:
+    """What decodes to a RequestHead: the request is written in its place, not first into bytes of its own."""
+    return encode((method, left_ms, request, stream, actor))
+
+
 def encode_error(error: IdunnoError) -> bytes:
     text = str(error).encode("utf-8", "replace").decode()  # a lone surrogate in a name must not break the answer
     return encode(ErrorHead(error.code, text[:_ERROR_TEXT_MAX]))

@@ -90,7 +90,8 @@ class Wire(asyncio.BufferedProtocol):
         self._flush_due = False
         self._abort: asyncio.TimerHandle | None = None
         self._waiters: list[asyncio.Future[None]] = []
-        self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._gone: asyncio.Future[None] = self._loop.create_future()
 
     # -- what asyncio calls ---------------------------------------------------------------------------------------------
 
@@ -145,21 +146,18 @@ class Wire(asyncio.BufferedProtocol):
     def send(self, kind: Kind, request: int, header: bytes = b"", body: bytes | memoryview = b"") -> None:
         if self._closed:
             return
-        out = self._out
-        out.append(frame_head(kind, request, len(header), len(body)))
-        if header:
-            out.append(header)
-        if body:
-            out.append(body)
-        self._out_bytes += HEAD_BYTES + len(header) + len(body)
+        header_bytes, body_bytes = len(header), len(body)
+        self._out += (frame_head(kind, request, header_bytes, body_bytes), header, body)
+        self._out_bytes += HEAD_BYTES + header_bytes + body_bytes
         if self._out_bytes >= _FLUSH_BYTES:
             self.flush()
         elif not self._flush_due:
             self._flush_due = True
-            asyncio.get_running_loop().call_soon(self._flush_turn)
+            self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """Hand what has gathered to the transport now."""
+        self._flush_due = False
         if not self._out or self._transport is None:
             return
         if self._transport.is_closing():  # `lost` comes soon; until then nothing may gather
@@ -178,7 +176,7 @@ class Wire(asyncio.BufferedProtocol):
 
     async def writable(self) -> None:
         while self.paused and not self._closed:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            waiter: asyncio.Future[None] = self._loop.create_future()
             self._waiters.append(waiter)
             try:
                 await waiter
@@ -199,7 +197,7 @@ class Wire(asyncio.BufferedProtocol):
         if self._transport is not None and not self._closed:
             self._transport.close()
             if not self._gone.done():
-                self._abort = asyncio.get_running_loop().call_later(CLOSE_S, self._transport.abort)
+                self._abort = self._loop.call_later(CLOSE_S, self._transport.abort)
         self._end(error or ConnectionLost("connection closed"))
 
     def abort(self) -> None:
@@ -212,10 +210,6 @@ class Wire(asyncio.BufferedProtocol):
         await asyncio.shield(self._gone)
 
     # -------------------------------------------------------------------------------------------------------------------
-
-    def _flush_turn(self) -> None:
-        self._flush_due = False
-        self.flush()
 
     def _end(self, error: IdunnoError) -> None:
         if self._closed:

@@ -28,8 +28,9 @@ from idunno.base.errors import (
 from idunno.wire.calls import BODY_BYTES_ASSUMED, Actor, Empty, Handler, Item, Listener, Method, Peer, Q_co, Reply, Role
 from idunno.wire.codec import Greeting, RequestHead, decode, encode, encode_error
 from idunno.wire.connection import Link
+from idunno.wire.deadlines import Deadlines
 from idunno.wire.frames import Frame, Kind, frozen
-from idunno.wire.streams import Inbox, Outbox, check_sizes, cost, frame_fits, parts
+from idunno.wire.streams import Inbox, Outbox, cost, frame_fits, framed, parts
 
 log = logging.getLogger("idunno.wire")
 
@@ -55,26 +56,28 @@ class Dispatch:
     stopping: bool = False
 
 
+@dataclass(slots=True, eq=False)
 class ServerCall(Generic[Q_co]):
     """calls.Call: one request, as its handler sees it."""
 
-    def __init__(
-        self, session: Serving, number: int, method: Method[Any, Any], request: Q_co, frame: Frame, actor: Actor
-    ) -> None:
-        self.number, self.method = number, method
-        self.size = len(frame.header) + len(frame.body)
-        self.task: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.deadline = 0.0  # loop time
-        self.silent = False  # a notification: nobody hears of its end
-        self.answered = False  # nothing more is sent for it
-        self.stopped: IdunnoError | None = None  # why its handler was cancelled
-        self.is_stream = False  # items of the caller come
-        self._inbox: Inbox | None = None  # both made when first used: most calls send no items, either way
-        self._outbox: Outbox | None = None
-        self._over: IdunnoError | None = None  # no more items, and why
-        self._session = session
-        self._request, self._body, self._peer, self._actor = request, frame.body, session.peer, actor
+    session: Serving
+    number: int
+    method: Method[Any, Any]
+    request: Q_co
+    body: bytes | memoryview
+    peer: Peer
+    actor: Actor
+    deadline: float  # loop time
+    size: int  # bytes of the request
+    is_stream: bool  # items of the caller come
+    silent: bool  # a notification: nobody hears of its end
+    answered: bool = False  # nothing more is sent for it
+    stopped: IdunnoError | None = None  # why its handler was cancelled
+    ended: bool = False  # its handler is done
+    task: asyncio.Task[None] | None = None
+    begun: bool = False  # the task has made its first step
+    _inbox: Inbox | None = None  # both made when first used: most calls send no items, either way
+    _outbox: Outbox | None = None
 
     @property
     def inbox(self) -> Inbox:
@@ -82,16 +85,16 @@ class ServerCall(Generic[Q_co]):
             self._inbox = Inbox(self._give_credit)
             if not self.is_stream:
                 self._inbox.end()
-            elif self._over is not None:
-                self._inbox.fail(self._over)
+            elif (over := self._over()) is not None:
+                self._inbox.fail(over)
         return self._inbox
 
     @property
     def outbox(self) -> Outbox:
         if self._outbox is None:
             self._outbox = Outbox()
-            if self._over is not None:
-                self._outbox.close(self._over)
+            if (over := self._over()) is not None:
+                self._outbox.close(over)
         return self._outbox
 
     @property
@@ -99,41 +102,26 @@ class ServerCall(Generic[Q_co]):
         """Bytes of items that wait in the inbox."""
         return self._inbox.outstanding if self._inbox is not None else 0
 
-    def end_items(self, error: IdunnoError) -> None:
-        """No more items, either way; who waits for some hears why."""
-        self._over = self._over or error
+    def end_items(self) -> None:
+        """It was stopped or has ended: no more items, either way; who waits for some hears why."""
+        if self._inbox is None and self._outbox is None:
+            return
+        over = self._over()
+        assert over is not None
         if self._inbox is not None:
-            self._inbox.fail(error)
+            self._inbox.fail(over)
         if self._outbox is not None:
-            self._outbox.close(error)
-
-    @property
-    def request(self) -> Q_co:
-        return self._request
-
-    @property
-    def body(self) -> bytes | memoryview:
-        return self._body
-
-    @property
-    def peer(self) -> Peer:
-        return self._peer
-
-    @property
-    def actor(self) -> Actor:
-        return self._actor
+            self._outbox.close(over)
 
     def remaining_s(self) -> float:
-        return max(0.0, self.deadline - asyncio.get_running_loop().time())
+        return max(0.0, self.deadline - self.session.loop.time())
 
     async def receive(self) -> Item | None:
         return await self.inbox.receive()
 
     async def send(self, body: Buffer = b"", note: bytes = b"") -> None:
-        content = frozen(body)
-        check_sizes(self.method.name, note, content)
-        link = self._session.link
-        for part in parts(content, self._session.body_bytes_max):
+        content, link = framed(self.method.name, note, body), self.session.link
+        for part in parts(content, self.session.body_bytes_max):
             if not await self.outbox.reserve(cost(note, part)):
                 return
             if link.paused:
@@ -141,16 +129,14 @@ class ServerCall(Generic[Q_co]):
             if not self.answered:
                 link.send(Kind.ITEM, self.number, note, part)
 
-    def ended(self, task: asyncio.Task[None]) -> None:
-        """Its handler's task is over, however it ended."""
-        self._session.ended(self)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("answering failed", extra={"method": self.method.name}, exc_info=error)
+    def _over(self) -> IdunnoError | None:
+        """Why there are no more items; None while there may be some."""
+        return self.stopped or (Cancelled(f"{self.method.name} has ended") if self.ended else None)
 
     def _give_credit(self, size: int) -> None:
-        self._session.held -= size
+        self.session.held -= size
         if not self.answered:
-            self._session.link.send(Kind.CREDIT, self.number, encode(size))
+            self.session.link.send(Kind.CREDIT, self.number, encode(size))
 
 
 class Serving:
@@ -160,9 +146,12 @@ class Serving:
         self.link, self.peer = link, peer
         self.body_bytes_max = BODY_BYTES_ASSUMED  # until the other side greets
         self.held = 0  # bytes, see HELD_BYTES_MAX
+        self.loop = asyncio.get_running_loop()
         self.calls: dict[int, ServerCall[Any]] = {}
+        self._deadlines = Deadlines(self.calls, self._expire)
         self._dispatch = dispatch
-        self._calls_max = CALLS_ANONYMOUS_MAX if peer.actor.role is Role.ANYONE else CALLS_MAX
+        self._anonymous = peer.actor.role is Role.ANYONE
+        self._calls_max = CALLS_ANONYMOUS_MAX if self._anonymous else CALLS_MAX
 
     def opened(self, link: Link, transport: asyncio.BaseTransport | None) -> None:
         """Nothing to do: the peer was known before this was made."""
@@ -193,6 +182,7 @@ class Serving:
 
     def lost(self, error: IdunnoError) -> None:
         """The connection is gone: nobody waits for its handlers."""
+        self._deadlines.stop()
         for call in list(self.calls.values()):
             call.answered = True
             self._stop(call, ConnectionLost(f"{call.method.name}: the caller is gone: {error}"))
@@ -211,30 +201,19 @@ class Serving:
         try:
             if frame.kind is Kind.NOTIFY and self._heard(frame):
                 return
-            call, handler, head = self._prepare(frame)
+            call, handler = self._prepare(frame)
         except IdunnoError as error:
             if frame.kind is Kind.REQUEST:
                 self.link.send(Kind.ERROR, number, encode_error(error))
             else:
-                if self.peer.actor.role is Role.ANYONE:  # nor shall a stranger fill the log
+                if self._anonymous:  # nor shall a stranger fill the log
                     raise DecodeError(f"a notification without a certificate: {error}") from None
                 log.warning("notification refused", extra={"peer": self.peer.actor.name, "error": str(error)})
             return
-        loop = asyncio.get_running_loop()
-        left_s = head.left_ms / 1000
-        if self.peer.actor.role is Role.ANYONE:
-            left_s = min(left_s, ANONYMOUS_S)
-        if frame.kind is Kind.NOTIFY:
-            call.silent = call.answered = True
-            left_s = NOTIFY_S
-        call.is_stream = head.stream
-        call.deadline = loop.time() + left_s
-        call.timer = loop.call_at(call.deadline, self._expire, call)
         self.calls[number] = call
         self.held += call.size
-        call.task = loop.create_task(self._run(call, handler))
-        # Not `finally` in _run: a task that is cancelled before its first step never runs it.
-        call.task.add_done_callback(call.ended)
+        self._deadlines.added(call.deadline)
+        call.task = self.loop.create_task(self._run(call, handler))
 
     def _heard(self, frame: Frame) -> bool:
         """Whether a listener took this notification. Raises IdunnoError when it is not to be heard."""
@@ -243,7 +222,8 @@ class Serving:
         if known is None:
             return False
         method, listener = known
-        if not acting(self.peer, head.actor).may(method.access):
+        actor = self.peer.actor if head.actor is None else acting(self.peer, head.actor)
+        if not actor.may(method.access):
             raise PermissionDenied(f"{method.name} needs the role {method.access.value}")
         if not self._dispatch.stopping:
             request = decode(head.request, method.request)
@@ -255,14 +235,14 @@ class Serving:
                 log.exception("listener failed", extra={"method": method.name, "peer": self.peer.actor.name})
         return True
 
-    def _prepare(self, frame: Frame) -> tuple[ServerCall[Any], Handler[Any, Any], RequestHead]:
+    def _prepare(self, frame: Frame) -> tuple[ServerCall[Any], Handler[Any, Any]]:
         """Raises IdunnoError when the request is not to be run."""
-        dispatch = self._dispatch
+        dispatch, size = self._dispatch, len(frame.header) + len(frame.body)
         if dispatch.stopping:
             raise Unavailable(f"node {dispatch.name} is stopping: ask another node")
         if len(self.calls) >= self._calls_max:
             raise Exhausted(f"node {dispatch.name} has {self._calls_max} requests of this connection under way")
-        if self.held + len(frame.header) + len(frame.body) > HELD_BYTES_MAX:
+        if self.held + size > HELD_BYTES_MAX:
             raise Exhausted(
                 f"node {dispatch.name} holds {self.held} bytes of this connection, at most {HELD_BYTES_MAX}"
             )
@@ -271,13 +251,31 @@ class Serving:
         if known is None:
             raise Incompatible(f"node {dispatch.name} has no method {head.method[:64]!r}: it may run an older release")
         method, handler = known
-        actor = acting(self.peer, head.actor)
+        actor = self.peer.actor if head.actor is None else acting(self.peer, head.actor)
         if not actor.may(method.access):
             raise PermissionDenied(
                 f"{method.name} needs the role {method.access.value}, {actor.name or 'you'!r} has {actor.role.value}"
             )
         request = decode(head.request, method.request)
-        return ServerCall(self, frame.request, method, request, frame, actor), handler, head
+        silent = frame.kind is Kind.NOTIFY
+        left_s = NOTIFY_S if silent else head.left_ms / 1000
+        if self._anonymous:
+            left_s = min(left_s, ANONYMOUS_S)
+        call = ServerCall(
+            self,
+            frame.request,
+            method,
+            request,
+            frame.body,
+            self.peer,
+            actor,
+            deadline=self.loop.time() + left_s,
+            size=size,
+            is_stream=head.stream,
+            silent=silent,
+            answered=silent,
+        )
+        return call, handler
 
     def _item(self, call: ServerCall[Any], frame: Frame) -> None:
         size = cost(frame.header, frame.body)
@@ -293,10 +291,15 @@ class Serving:
     # -- and ends -------------------------------------------------------------------------------------------------------
 
     async def _run(self, call: ServerCall[Any], handler: Handler[Any, Any]) -> None:
+        call.begun = True
         try:
-            result = await handler(call)
-            if not call.answered:
-                await self._answer(call, result)
+            if call.stopped is None:
+                result = await handler(call)
+                if not call.answered:
+                    header, body = self._encoded(call.method, result)
+                    while self.link.paused:
+                        await self.link.writable()
+                    self._answer(call, Kind.ANSWER, header, body)
         except asyncio.CancelledError:
             self._fail(call, call.stopped or Cancelled(f"{call.method.name} was stopped on node {self._dispatch.name}"))
         except IdunnoError as error:
@@ -309,30 +312,32 @@ class Serving:
                 "handler failed", extra={"method": call.method.name, "story": story, "actor": call.actor.name}
             )
             self._fail(call, InternalError(f"internal error {story}; see the log of node {self._dispatch.name}"))
+        finally:
+            self._end(call)
 
-    async def _answer(self, call: ServerCall[Any], result: Any) -> None:
+    def _encoded(self, method: Method[Any, Any], result: Any) -> tuple[bytes, bytes | memoryview]:
         answer, body = (result.answer, frozen(result.body)) if isinstance(result, Reply) else (result, b"")
-        assert isinstance(answer, call.method.answer), f"{call.method.name} answered with {type(answer).__name__}"
+        assert isinstance(answer, method.answer), f"{method.name} answered with {type(answer).__name__}"
         header = encode(answer)
-        assert frame_fits(header, body), f"{call.method.name}: {len(header)} + {len(body)} bytes; answer with a stream"
-        while self.link.paused:
-            await self.link.writable()
+        assert frame_fits(header, body), f"{method.name}: {len(header)} + {len(body)} bytes; answer with a stream"
+        return header, body
+
+    def _answer(self, call: ServerCall[Any], kind: Kind, header: bytes, body: bytes | memoryview = b"") -> None:
         if not call.answered:
             call.answered = True
-            self.link.send(Kind.ANSWER, call.number, header, body)
+            self.link.send(kind, call.number, header, body)
 
     def _fail(self, call: ServerCall[Any], error: IdunnoError) -> None:
-        if not call.answered:
-            call.answered = True
-            self.link.send(Kind.ERROR, call.number, encode_error(error))
+        self._answer(call, Kind.ERROR, encode_error(error))
 
     def _stop(self, call: ServerCall[Any], error: IdunnoError) -> None:
         """Cancel the handler; its caller hears at once, however long the handler takes to clean up."""
         if call.stopped is None:
             call.stopped = error
             self._fail(call, error)
-            call.end_items(error)
-            if call.task is not None:
+            call.end_items()
+            # A task that is cancelled before its first step makes none: not even the call's end would be noted.
+            if call.task is not None and call.begun:
                 call.task.cancel()
 
     def _expire(self, call: ServerCall[Any]) -> None:
@@ -340,21 +345,20 @@ class Serving:
             call, DeadlineExceeded(f"{call.method.name}: node {self._dispatch.name} was not done in the time given")
         )
 
-    def ended(self, call: ServerCall[Any]) -> None:
-        """Its handler's task is over."""
-        if call.timer is not None:
-            call.timer.cancel()
-        self.calls.pop(call.number, None)
+    def _end(self, call: ServerCall[Any]) -> None:
+        """Its handler is done, however it ended."""
+        call.ended = True
+        del self.calls[call.number]
         self.held -= call.size + call.outstanding
-        call.end_items(Cancelled(f"{call.method.name} has ended"))
+        call.end_items()
 
 
-def acting(peer: Peer, named: tuple[str, Role] | None) -> Actor:
-    """On whose behalf `peer` asks. Raises PermissionDenied.
+def acting(peer: Peer, named: tuple[str, Role]) -> Actor:
+    """On whose behalf `peer` asks that names somebody. Raises PermissionDenied.
 
     Only nodes act for others, and none of them as another node: a node that was taken over must not speak for the rest.
     """
-    if named is None or named == (peer.actor.name, peer.actor.role):
+    if named == (peer.actor.name, peer.actor.role):
         return peer.actor
     if peer.node is None:
         raise PermissionDenied(f"{peer.actor.name!r} may not act for {named[0]!r}: only nodes act for others")

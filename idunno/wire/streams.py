@@ -12,8 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from idunno.base.disk import Buffer
 from idunno.base.errors import DecodeError, IdunnoError, InvalidArgument
 from idunno.wire.calls import BODY_BYTES_MAX, HEADER_BYTES_MAX, STREAM_CREDIT_BYTES, Item
+from idunno.wire.frames import frozen
 
 ITEM_OVERHEAD_BYTES: Final = 128
 """What an empty item costs: about what it takes in memory here, so that empty ones are bounded too."""
@@ -38,13 +40,15 @@ def frame_fits(header: bytes, body: bytes | memoryview) -> bool:
     return len(header) <= HEADER_BYTES_MAX and len(body) <= BODY_BYTES_MAX
 
 
-def check_sizes(what: str, header: bytes, body: bytes | memoryview) -> None:
-    """Raises InvalidArgument when a frame could not carry them."""
-    if not frame_fits(header, body):
+def framed(what: str, header: bytes, body: Buffer) -> bytes | memoryview:
+    """`body` as bytes that nobody writes to. Raises InvalidArgument when a frame could not carry it with `header`."""
+    content = frozen(body)
+    if not frame_fits(header, content):
         raise InvalidArgument(
-            f"{what}: {len(header)} + {len(body)} bytes are too many for a frame, "
+            f"{what}: {len(header)} + {len(content)} bytes are too many for a frame, "
             f"at most {HEADER_BYTES_MAX} + {BODY_BYTES_MAX}; send larger content as a stream"
         )
+    return content
 
 
 class Inbox:

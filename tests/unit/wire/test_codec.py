@@ -14,7 +14,16 @@ from idunno.coordinator.messages import EnrollAnswer, Proposed, StatusAnswer
 from idunno.scheduler.messages import PollAnswer
 from idunno.sdfs.messages import BeginAnswer
 from idunno.wire.calls import Role
-from idunno.wire.codec import ErrorHead, Greeting, RequestHead, decode, decode_error, encode, encode_error
+from idunno.wire.codec import (
+    ErrorHead,
+    Greeting,
+    RequestHead,
+    decode,
+    decode_error,
+    encode,
+    encode_error,
+    encode_request,
+)
 
 KINDS: list[type[Any]] = [
     RequestHead, ErrorHead, Greeting, Proposed, EnrollAnswer, StatusAnswer, BeginAnswer, PollAnswer, int
@@ -56,6 +65,14 @@ def test_unknown_fields_of_a_newer_peer_are_ignored() -> None:
     assert decode(encode({"name": "n1", "wire": 1, "colour": "blue"}), Greeting) == Greeting("n1", 1)
     newer = encode(["m", 5, {}, False, ["ann", "user"], "something new"])
     assert decode(newer, RequestHead).actor == ("ann", Role.USER)
+
+
+def test_a_request_is_written_in_its_place_in_the_head() -> None:
+    greeting = Greeting("n1")
+    for request in (greeting, msgspec.Raw(encode(greeting))):
+        head = RequestHead("m", 5, msgspec.Raw(encode(greeting)), True, ("ann", Role.USER))
+        assert encode_request("m", 5, request, True, ("ann", Role.USER)) == encode(head)
+        assert decode(decode(encode_request("m", 5, request), RequestHead).request, Greeting) == greeting
 
 
 @pytest.mark.parametrize("left_ms", [-1, 8 * 24 * 3600 * 1000, 1.5])
