@@ -4,6 +4,8 @@
 #         token carries. The token itself is sent only over a second connection, verified under that CA.
 # Rule 2: who comes through a Unix socket does not load the cryptography: 10 MiB and 50 ms for nothing.
 # Rule 3: a login is complete or not there: its files are written aside and renamed together, for this user alone (0700, 0600).
+# Rule 4: the key is on disk before the cluster hears of it. Where that ends half-way, by a full disk or a kill, the name is taken
+#         there by a key that nobody else has: the next login with that name goes on with it, and gets the same certificate.
 from __future__ import annotations
 
 import asyncio
@@ -11,6 +13,7 @@ import os
 import secrets
 import shutil
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +21,7 @@ import msgspec
 
 from idunno.base.errors import IdunnoError, Unauthenticated, Unavailable, Unconfirmed
 from idunno.base.ids import check_label
+from idunno.base.naming import naming
 from idunno.client.locate import LOGIN_FILE, Door, Login, Place, SocketDoor, login_directory, parse_address
 from idunno.client.session import Dial, Link
 from idunno.coordinator.messages import ENROLL, HELLO, Enroll, EnrollAnswer, Hello
@@ -73,10 +77,16 @@ async def login(address: str, token: str, name: str, at_home: Path, timeout_s: f
         await first.close()
     if fingerprint(hello.ca_pem) != parsed.ca_fingerprint:
         raise Unauthenticated(f"{address} does not belong to the cluster that this token is for: check the address")
-    key_pem, csr_pem = make_key_and_csr(name)
-    answer = await _enrolled(
-        host, port, client_context(None, None, hello.ca_pem), Enroll(token=token, csr_pem=csr_pem, name=name), timeout_s
-    )
+    directory = login_directory(at_home, host, port)
+    begun = _Begun(directory, parsed.ca_fingerprint, name)
+    key_pem, csr_pem = begun.key(lambda: make_key_and_csr(name))
+    request = Enroll(token=token, csr_pem=csr_pem, name=name)
+    try:
+        answer = await _enrolled(host, port, client_context(None, None, hello.ca_pem), request, timeout_s)
+    except IdunnoError as error:
+        if begun.is_new and not error.may_have_happened:
+            begun.end()
+        raise
     about = Login(answer.cluster, answer.name, answer.role, address, answer.members)
     files = {
         "ca.pem": hello.ca_pem,
@@ -84,8 +94,46 @@ async def login(address: str, token: str, name: str, at_home: Path, timeout_s: f
         "client.key": key_pem,
         LOGIN_FILE: msgspec.json.format(msgspec.json.encode(about)),
     }
-    _keep(login_directory(at_home, host, port), files)
+    _keep(directory, files)
+    begun.end()
     return about
+
+
+class _Key(msgspec.Struct, frozen=True):
+    """Of a login that is under way."""
+
+    ca_fingerprint: bytes
+    name: str
+    key_pem: bytes
+    csr_pem: bytes
+
+
+class _Begun:
+    """What a login keeps while it is under way (rule 4)."""
+
+    def __init__(self, directory: Path, ca_fingerprint: bytes, name: str) -> None:
+        self.is_new = False  # nobody can know of the key yet
+        self._path = directory.with_name(f".{directory.name}.key")
+        self._ca_fingerprint, self._name = ca_fingerprint, name
+
+    def key(self, make: Callable[[], tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
+        """The key and its request of a login that did not come to its end, else what `make` gives. Raises OSError."""
+        try:
+            before = msgspec.msgpack.decode(self._path.read_bytes(), type=_Key)
+            if (before.ca_fingerprint, before.name) == (self._ca_fingerprint, self._name):
+                return before.key_pem, before.csr_pem
+        except (FileNotFoundError, msgspec.MsgspecError):
+            pass  # nothing that anybody could know of
+        made = _Key(self._ca_fingerprint, self._name, *make())
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path.unlink(missing_ok=True)
+        with naming(self._path):
+            _write(self._path, msgspec.msgpack.encode(made))
+        self.is_new = True
+        return made.key_pem, made.csr_pem
+
+    def end(self) -> None:
+        self._path.unlink(missing_ok=True)
 
 
 async def _enrolled(host: str, port: int, context: ssl.SSLContext, request: Enroll, timeout_s: float) -> EnrollAnswer:
@@ -116,14 +164,20 @@ def _keep(directory: Path, files: dict[str, bytes]) -> None:
     new.mkdir(mode=0o700)
     try:
         for name, content in files.items():
-            handle = os.open(new / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            with naming(directory):
+                _write(new / name, content)
         if directory.exists():
             os.rename(directory, old)
         os.rename(new, directory)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A new file, for this user alone, durably."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 # idunno/client/local.py: files on the user's own machine.
 #
-# Rule 1: a fetched file appears whole or not at all: temporary file in the target's directory, sync, rename, sync.
+# Rule 1: a fetched file appears whole or not at all: temporary file in the target's directory, sync, rename, sync. Where the
+#         file system can, the temporary one has no name before it is whole: what is killed leaves nothing behind.
 # Rule 2: what is no regular file (a device, a pipe) is written to directly, never replaced.
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import secrets
 import stat
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Final
 
 from idunno.base.errors import InvalidArgument
 from idunno.base.naming import naming
@@ -55,6 +56,24 @@ async def replacing_aside(path: Path) -> AsyncIterator[IO[bytes]]:
         raise
 
 
+_WRITE_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_NO_NAMELESS: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+"""What file systems and old kernels say that know no files without a name."""
+
+
+def _nameless(directory: Path) -> int | None:
+    """A new file there that has no name yet; None where that cannot be, or could not be given a name. Raises OSError."""
+    flag = getattr(os, "O_TMPFILE", None)  # Linux has it
+    if flag is None or not os.path.exists("/proc/self/fd"):
+        return None
+    try:
+        return os.open(directory, flag | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in _NO_NAMELESS:
+            return None
+        raise
+
+
 def check_place(path: Path) -> None:
     """Raises OSError if no file could be written to `path` now: for what comes only after long work."""
     if path.is_dir():
@@ -78,9 +97,11 @@ class _Place:
             return
         self._path = Path(os.path.realpath(path))  # a link stays a link
         self._temporary = self._path.with_name(f".{self._path.name[:100]}.{secrets.token_hex(6)}.part")
-        # Not mkstemp: this way the new file has the mode that the user's umask asks for.
         try:
-            handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            nameless = _nameless(self._path.parent)
+            self._named = nameless is None
+            # Not mkstemp: this way the new file has the mode that the user's umask asks for.
+            handle = os.open(self._temporary, _WRITE_NEW, 0o666) if nameless is None else nameless
         except OSError as error:  # about the name that was given, not about ours
             raise OSError(error.errno, error.strerror, str(path)) from None
         self.file = os.fdopen(handle, "wb")
@@ -94,13 +115,16 @@ class _Place:
             if self._temporary is None:
                 return
             os.fsync(file.fileno())
-        os.replace(self._temporary, self._path)
-        self._temporary = None
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+            directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if not self._named:
+                    # With a directory's descriptor: only then what the link in /proc leads to is what gets the name.
+                    os.link(f"/proc/self/fd/{file.fileno()}", self._temporary.name, dst_dir_fd=directory)
+                os.replace(self._temporary, self._path)
+                self._temporary = None
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
     def discard(self) -> None:
         try:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Final
 
 from idunno.base.errors import Incompatible
 from idunno.node.config import NodeConfig
@@ -15,6 +16,10 @@ from idunno.node.lateness import BUSY_S, IDLE_S, SNAPSHOT_S, watch
 from idunno.node.logs import start_logging
 from idunno.node.node import Node
 from idunno.node.platform import real_platform
+
+SAME_SIGNAL_S: Final = 0.5
+"""A signal so soon after the first is the same one: who sends it to a process and to its group (timeout, launchers, terminals)
+reaches us twice. Nobody who waits in vain presses again that fast."""
 
 
 def _pause_s(node: Node) -> float:
@@ -25,7 +30,7 @@ def _pause_s(node: Node) -> float:
 
 
 async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed: str | None, *, verbose: bool) -> None:
-    """Run until SIGINT or SIGTERM; a second signal ends it at once. Raises IdunnoError when it cannot start or go on."""
+    """Run until SIGINT or SIGTERM; a second signal, later, ends it at once. Raises IdunnoError when it cannot start or go on."""
     lock = DirectoryLock(directory)
     lock.take()
     (directory / "logs").mkdir(exist_ok=True)
@@ -33,11 +38,15 @@ async def run_node(directory: Path, config: NodeConfig, identity: Identity, seed
     start_logging(str(directory / "logs" / "node.jsonl"), config.name, level=level, also_stderr=verbose)
     loop = asyncio.get_running_loop()
     wanted = asyncio.Event()
+    first_s = 0.0
 
     def signalled() -> None:
-        if wanted.is_set():
+        nonlocal first_s
+        if not wanted.is_set():
+            first_s = loop.time()
+            wanted.set()
+        elif loop.time() - first_s >= SAME_SIGNAL_S:
             os._exit(1)
-        wanted.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signalled)

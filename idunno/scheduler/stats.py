@@ -144,14 +144,22 @@ def node_waits_for(machine: Machine, dispatch: Dispatch, node: NodeRecord) -> st
     if node.presence != "present":
         return f"{node.name} is {node.presence} since {iso_time(node.since_ms)}: {node.reason}"
     worker = dispatch.workers.get(node.node)
-    assigned = [m.model for m in machine.registry.models() if any(w.node == node.node for w in m.workers)]
+    states = {
+        model.model: assigned.state
+        for model in machine.registry.models()
+        for assigned in model.workers
+        if assigned.node == node.node
+    }
     if worker is None:
-        return "it has not polled this scheduler" if assigned else "no model is assigned to it"
-    loading = sorted(set(assigned) - set(worker.ready))
+        return "it has not polled this scheduler" if states else "no model is assigned to it"
+    loading = sorted(model for model, state in states.items() if state != "failed" and model not in worker.ready)
     if loading:
         return f"loading {', '.join(loading)}"
     if not worker.leases:
         ready = sum(dispatch.queues.ready_of_model(model) for model in worker.ready)
+        failed = sorted(model for model, state in states.items() if state == "failed")
+        if failed and not ready:
+            return f"idle: it could not set up {', '.join(failed)}, see `idunno explain {failed[0]}`"
         return "idle: no task of its models is ready" if not ready else f"{ready} tasks are ready for its next poll"
     return ""
 

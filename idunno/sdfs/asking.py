@@ -39,10 +39,14 @@ class Asker:
         """Seconds left. Raises DeadlineExceeded when there are none."""
         left_s = self._end_s - self._loop.time()
         if left_s <= 0:
-            raise DeadlineExceeded(
-                f"{self.what}: not done in {self.timeout_s:g} s, {self.problem or waiting_for}; give a larger --timeout"
-            )
+            raise self.late(waiting_for)
         return left_s
+
+    def late(self, waiting_for: str) -> DeadlineExceeded:
+        """The error of an operation whose time is over."""
+        return DeadlineExceeded(
+            f"{self.what}: not done in {self.timeout_s:g} s, {self.problem or waiting_for}; give a larger --timeout"
+        )
 
     async def pause(self, attempt: int) -> None:
         """Before attempt number `attempt` + 1; with chance, so that many clients do not come back at once."""

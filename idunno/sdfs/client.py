@@ -66,7 +66,7 @@ from idunno.sdfs.messages import (
     VersionRow,
     WhereAnswer,
 )
-from idunno.sdfs.upload import Source, Upload, read_block
+from idunno.sdfs.upload import Source, Upload, next_block
 from idunno.wire.calls import Caller
 
 Progress = Callable[[int, int], None]
@@ -143,7 +143,7 @@ class FileClient:
         check_write_quorum(write_quorum)
         asker = self._asker(f"put of {name}", timeout_s)
         put = put or self.new_id()
-        first = await read_block(source)
+        first = await next_block(asker, source)
         if len(first) <= SMALL_BYTES_MAX:
             request = PutSmallFile(put, name, if_version, write_quorum, system)
             answer = await asker.ask(PUT_SMALL, request, body=bytes(first), patience_s=PATIENCE_S)
@@ -205,7 +205,7 @@ class FileClient:
         upload = Upload(asker, begin, self._offload, write_quorum=None, sent=_counter(None, 0))
         try:
             await upload.begin()
-            await upload.send(await read_block(source), source)
+            await upload.send(await next_block(asker, source), source)
         except asyncio.CancelledError:  # its task was cancelled, or its node stops
             await self._abort(begin.put, "its client gave it up", CANCELLED_S)
             raise

@@ -68,6 +68,7 @@ async def fetch(asker: Asker, block: BlockCopies, offload: Offload, room: bytear
     reading = _Reading(block, memoryview(room or bytearray(block.size))[: block.size])
     attempt = 0
     while True:
+        asker.left_s(f"reading block {block.block[:16]}")  # raised here it is told as it is, not as a read that failed
         try:
             await reading.run(asker)
             if await offload(lambda: block_id(reading.content)) == block.block:

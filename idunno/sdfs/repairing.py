@@ -118,6 +118,8 @@ class Repairing:
             if record.presence != "stopped":
                 self._stopped_ms.pop(record.node, None)
         self._presence = {record.node: record.presence for record in roster.nodes()}
+        # Who was removed while it was stopped is not expected back.
+        self._stopped_ms = {node: since_ms for node, since_ms in self._stopped_ms.items() if node in self._presence}
         self._wake.set()
 
     # -- what is known ------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class Upload:
                     while len(tasks) >= BLOCKS_UNDER_WAY:
                         tasks = await _one_done(tasks)
                     tasks.add(asyncio.create_task(self.store(block, content), name=f"block {block[:16]}"))
-                content = await read_block(source) if len(content) == BLOCK_BYTES_MAX else b""
+                content = await next_block(self._asker, source) if len(content) == BLOCK_BYTES_MAX else b""
             while tasks:
                 tasks = await _one_done(tasks)
         finally:
@@ -142,6 +142,9 @@ class Upload:
         attempt = 0
         while True:
             generation, why = self._generation, ""
+            self._asker.left_s(
+                f"sending block {block[:16]}"
+            )  # raised here it is told as it is, not as a node's failure
             if chain := self._choose(stored):
                 try:
                     answer = await self._write(block, content, chain)
@@ -207,6 +210,21 @@ class Upload:
 
     def _story(self, block: BlockId, stored: dict[NodeId, None], why: str) -> str:
         return f"block {block[:16]} has {len(stored)} of {self._quorum()} copies ({why or 'no node could take it'})"
+
+
+async def next_block(asker: Asker, source: Source) -> Buffer:
+    """`read_block` within the operation's time: what the content comes from may stand still, or never end.
+
+    Raises DeadlineExceeded.
+    """
+    limit = asyncio.timeout(asker.left_s("reading the content"))
+    try:
+        async with limit:
+            return await read_block(source)
+    except TimeoutError:
+        if not limit.expired():  # the source's own
+            raise
+        raise asker.late("the rest of the content has not come") from None
 
 
 async def read_block(source: Source) -> Buffer:

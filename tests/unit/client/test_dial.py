@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from idunno.base.errors import Conflict, ConnectionLost, InvalidArgument, Unauthenticated, Unavailable
+from idunno.client import dial
 from idunno.client.dial import dialer, login
 from idunno.client.locate import locate
 from idunno.coordinator.messages import (
@@ -134,7 +135,7 @@ def test_a_refused_token_leaves_no_login(tmp_path: Path) -> None:
             await login(address, door.token, "a/b", home, 10)
 
     play(tmp_path, body)
-    assert not (tmp_path / "home").exists()
+    assert list((tmp_path / "home").glob("logins/*")) == []
 
 
 def test_a_revoked_user_is_refused_and_told_so(tmp_path: Path) -> None:
@@ -162,6 +163,41 @@ def test_a_login_whose_answer_was_lost_asks_again_with_the_same_key(tmp_path: Pa
         door.answers_lost = 1
         assert (await login(address, door.token, "alice", home, 10)).name == "alice"
         assert len(door.tokens_heard) == 2
+
+    play(tmp_path, body)
+
+
+def test_a_login_that_could_not_be_kept_is_not_lost_for_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster has let alice in, then the disk is full: her name would be taken by a key that nobody has."""
+
+    def full(directory: Path, files: dict[str, bytes]) -> None:
+        raise OSError(28, "No space left on device", str(directory))
+
+    async def body(door: Door, address: str, home: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(dial, "_keep", full)
+            with pytest.raises(OSError, match="No space left"):
+                await login(address, door.token, "alice", home, 10)
+        assert list(door.keys) == ["alice"]
+        with pytest.raises(Conflict):
+            await login(address, door.token, "alice", tmp_path / "elsewhere", 10)
+        assert (await login(address, door.token, "alice", home, 10)).name == "alice"
+        assert [path.name for path in (home / "logins").iterdir()] == [address.replace(":", "_")]
+
+    play(tmp_path, body)
+
+
+def test_nobody_is_let_in_who_could_not_keep_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def body(door: Door, address: str, home: Path) -> None:
+        monkeypatch.setattr(dial, "_write", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*logins"):
+            await login(address, door.token, "alice", home, 10)
+        assert door.keys == {}
 
     play(tmp_path, body)
 

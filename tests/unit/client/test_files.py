@@ -5,12 +5,15 @@ import asyncio
 import io
 import os
 import stat
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from idunno.base.errors import Conflict, Corrupt, InvalidArgument, NotFound, Unavailable
+from idunno.base.errors import Conflict, Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Unavailable
+from idunno.client import local
 from idunno.client.api import Cluster
 from idunno.client.local import check_place, replacing
 from idunno.sdfs.messages import ListRow
@@ -266,3 +269,42 @@ def test_a_place_for_later_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     for wrong in (tmp_path, tmp_path / "gone" / "x", tmp_path / "old" / "x"):
         with pytest.raises(OSError, match=str(wrong)):
             check_place(wrong)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="only Linux knows files without a name")
+def test_what_is_killed_while_it_fetches_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Here the kill is a look from outside, while the file is being written: there is no name that could stay."""
+    (tmp_path / "old").write_bytes(b"old")
+    for name, before in (("old", ["old"]), ("new", ["old"])):
+        with replacing(tmp_path / name) as file:
+            file.write(b"fetched")
+            file.flush()
+            assert sorted(path.name for path in tmp_path.iterdir()) == before
+        assert (tmp_path / name).read_bytes() == b"fetched"
+
+
+def test_where_files_need_names_they_have_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_nameless", lambda directory: None)
+    with replacing(tmp_path / "a") as file:
+        file.write(b"fetched")
+        assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("before", [b"", b"x" * (9 << 20)])
+def test_a_put_whose_content_stands_still_ends_with_its_time(before: bytes) -> None:
+    reading, writing = os.pipe()
+    feeding = threading.Thread(target=os.write, args=(writing, before))
+
+    source = open(reading, "rb", buffering=0)  # noqa: SIM115 - open until the thread that reads it has its end
+
+    async def body(cluster: Cluster) -> None:
+        feeding.start()
+        with pytest.raises(DeadlineExceeded, match="has not come"):
+            await cluster.put(source, "a")
+
+    began_s = time.monotonic()
+    play(FakeCluster(), body, timeout_s=1.0)
+    assert time.monotonic() - began_s < 10
+    feeding.join()
+    os.close(writing)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,3 +73,34 @@ def test_a_node_that_was_to_begin_again_and_cannot_end_does_not_look_as_if_it_ha
         asyncio.run(process.run_node(tmp_path, config, identity, None, verbose=False))
     assert ended.value.code == 1
     assert "start it again" in capsys.readouterr().err
+
+
+def test_a_signal_that_comes_twice_at_once_stops_the_node_as_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`timeout` and some launchers send a signal to the process and to its group: it was taken for an impatient second one."""
+
+    def ended(code: int) -> None:
+        raise AssertionError(f"ended at once with {code}")
+
+    async def until(wanted: asyncio.Event, node: Any) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await wanted.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        return True
+
+    failures: list[dict[str, Any]] = []
+
+    async def story() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+        config, identity = NodeConfig(name="n1", listen="127.0.0.1:7400"), Identity(1, "c" * 32, NodeId("0" * 16))
+        await process.run_node(tmp_path, config, identity, None, verbose=False)
+
+    monkeypatch.setattr(process, "Node", lambda *_: SimpleNamespace(again=False, problem=""))
+    monkeypatch.setattr(process, "real_platform", lambda *_: None)
+    monkeypatch.setattr(process, "start_logging", lambda *_, **__: None)
+    monkeypatch.setattr(process, "_until", until)
+    monkeypatch.setattr(os, "_exit", ended)
+    asyncio.run(story())
+    assert failures == []

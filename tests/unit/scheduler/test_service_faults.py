@@ -251,6 +251,20 @@ def test_assignments_say_what_runs_where_since_when() -> None:
     story(test)
 
 
+def test_a_node_that_could_not_set_a_model_up_is_not_said_to_be_loading_it() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world, workers=2)
+        for n in (2, 3):
+            await world.poll(n)
+            await world.at_leader(WORKER_REPORT, WorkerReport(node_id(n), "digits", 1, "no such operator"), n)
+        await until(lambda: all(w.state == "failed" for w in world.machine.registry.get("digits").workers[:2]))
+        told = await world.call(EXPLAIN, Explain("n2"))
+        assert told.waits_for == "idle: it could not set up digits, see `idunno explain digits`"
+
+    story(test)
+
+
 def test_the_leases_of_a_worker_with_many_slots_fit_an_answer_and_the_rest_comes_with_the_next_poll() -> None:
     async def test(world: World) -> None:
         world.lead(1)

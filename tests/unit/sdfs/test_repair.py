@@ -9,10 +9,12 @@ import pytest
 
 from idunno.base.errors import Conflict, NotLeader, StaleTerm, Unavailable
 from idunno.base.ids import BlockId, NodeId, Term
+from idunno.coordinator.commands import RemoveNode
 from idunno.sdfs.hashing import block_id
 from idunno.sdfs.messages import DROP, HAVE_BLOCK, REPAIR, Copy, Drop, HaveBlock, Repair, RepairAnswer
 from idunno.sdfs.orders import Orders
 from idunno.wire.calls import Actor, Peer, Role
+from tests.unit.coordinator import world as coordinator
 from tests.unit.sdfs.world import MB, USER, Node, World, content_of, run, until
 
 CONTENT = content_of(9 * MB)
@@ -138,6 +140,22 @@ def test_a_node_that_announced_its_stop_is_waited_for() -> None:
             assert len(good(world, BLOCKS[0])) == 3
             await asyncio.sleep(310)
             await repaired(world)
+
+    run(story)
+
+
+def test_a_stopped_node_that_is_removed_is_not_waited_for_any_more() -> None:
+    async def story() -> None:
+        async with World(6) as world:
+            stopped = world.node(6)
+            world.kill(stopped, noticed_after_s=None)
+            world.set_presence(stopped.id, "stopped")
+            await asyncio.sleep(30)
+            assert (await asked(world)).waiting_for == [stopped.name]
+            world.machine.roster.set_voters(frozenset(node.id for node in world.living))
+            world.apply(RemoveNode(stopped.id), coordinator.SYSTEM)
+            await asyncio.sleep(1)
+            assert (await asked(world)).waiting_for == []
 
     run(story)
 
