@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from idunno.base.errors import DiskFailed, NotFound
 from idunno.base.ids import Index
+from idunno.consensus.bell import Bell
 from idunno.consensus.health import Health
 from idunno.consensus.log import Log
 from idunno.consensus.raft import Raft
@@ -20,29 +21,30 @@ APPLY_ENTRIES_MAX: Final = 1024
 
 
 class Applying:
-    """`apply` makes of an entry what its proposer is told; `done` hears of both. `settled` is called after each slice."""
+    """`apply` makes of an entry what its proposer is told. `settled` is called after each slice."""
 
     def __init__(
         self,
         apply: Callable[[Index, bytes], Any],
         *,
         slice_s: float,
-        done: Callable[[Index, Any], None],
         settled: Callable[[], None],
     ) -> None:
         self.apply = apply
         self.index = Index(0)
         """The last entry applied."""
-        self._slice_s, self._done, self._settled = slice_s, done, settled
-        self._due = asyncio.Event()
+        self._slice_s, self._settled = slice_s, settled
+        self._due = Bell()
 
-    def bind(self, core: Raft, log: Log, health: Health, index: Index) -> None:
+    def bind(self, core: Raft, log: Log, health: Health, index: Index, done: Callable[[Index, Any], None]) -> None:
+        """`done` hears of each entry and of what became of it."""
+        self._done = done
         self._core, self._log, self._health, self.index = core, log, health, index
         self._now_s = asyncio.get_running_loop().time
 
     def committed(self) -> None:
         """There is something to apply."""
-        self._due.set()
+        self._due.ring()
 
     def begin_anew(self, index: Index) -> None:
         """A snapshot of `index` took the machine's place."""
@@ -50,12 +52,12 @@ class Applying:
 
     async def run(self) -> None:
         while True:
-            await self._due.wait()
-            self._due.clear()
+            await self._due.rung()
             while self.index < self._core.commit:
                 first = self.index + 1
-                last, _ = self._core.terms.batch_end(first, APPLY_BYTES_MAX, APPLY_ENTRIES_MAX)
-                payloads = await self._read(first, min(last, self._core.commit))
+                end, _ = self._core.terms.batch_end(first, APPLY_BYTES_MAX, APPLY_ENTRIES_MAX)
+                last = min(end, self._core.commit)
+                payloads = self._log.cached(first, last) or await self._read(first, last)
                 if payloads is None or self.index + 1 != first:
                     continue  # the disk refused, or a snapshot was installed meanwhile
                 self._apply_slice(payloads)
@@ -65,9 +67,6 @@ class Applying:
 
     async def _read(self, first: int, last: int) -> list[bytes] | None:
         """Committed entries; None when they could not be had, and are to be asked for again."""
-        payloads = self._log.cached(first, last)
-        if payloads is not None:
-            return payloads
         try:
             payloads = await self._log.read(first, last)
         except NotFound:
@@ -83,9 +82,10 @@ class Applying:
 
     def _apply_slice(self, payloads: list[bytes]) -> None:
         end = self._now_s() + self._slice_s
-        for index, payload in enumerate(payloads, self.index + 1):
-            value = self.apply(Index(index), payload)
-            self.index = Index(index)
-            self._done(self.index, value)
+        for payload in payloads:
+            index = Index(self.index + 1)
+            value = self.apply(index, payload)
+            self.index = index
+            self._done(index, value)
             if self._now_s() >= end:
                 return

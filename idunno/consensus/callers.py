@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ from idunno.consensus.events import Propose, Read
 from idunno.consensus.gathering import Gathering
 from idunno.consensus.health import Health
 from idunno.consensus.messages import PAYLOAD_BYTES_MAX
-from idunno.consensus.quorum import majority
+from idunno.consensus.quorum import majority, reached
 from idunno.consensus.raft import Raft
 from idunno.consensus.voters import names_voters
 from idunno.consensus.waiting import IndexWaiters, Proposal
@@ -51,6 +52,7 @@ class Callers:
         self._new: list[Proposal] = []  # to be appended at the end of this turn of the loop, or when all are there
         self._gathering = Gathering()
         self._waiting: asyncio.TimerHandle | None = None  # for more of them
+        self._expiry: asyncio.TimerHandle | None = None
         self._proposals: OrderedDict[Index, Proposal] = OrderedDict()  # appended here, in this term, not answered
         self._reads: dict[int, asyncio.Future[Index]] = {}
         self._read_number = 0
@@ -67,6 +69,9 @@ class Callers:
             self._waiting.cancel()
             self._waiting = None
             self._append_new()  # which refuses them
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
 
     # -- what they ask ------------------------------------------------------------------------------------------------
 
@@ -82,13 +87,13 @@ class Callers:
             raise Exhausted(
                 f"{waiting} proposals wait at the leader, at most {self._config.proposals_max}; try again later"
             )
-        proposal = Proposal(payload, self._loop.create_future())
-        self._gather(proposal)
-        expiry = self._loop.call_later(timeout_s, self._expire, proposal, timeout_s)
+        now_s = self._loop.time()
+        proposal = Proposal(payload, self._loop.create_future(), timeout_s, now_s + timeout_s)
+        self._gather(proposal, now_s)
+        self._expire_by(proposal.end_s)
         try:
             return await proposal.answer
         finally:
-            expiry.cancel()
             if proposal.index is not None and self._proposals.get(proposal.index) is proposal:
                 del self._proposals[proposal.index]
 
@@ -139,21 +144,23 @@ class Callers:
         core = self._core
         if core is None:
             raise NotLeader(f"{self._me} is not running")
+        if core.accepts_proposals and core.answering(3) >= majority(len(core.voters)):
+            return core
+        raise self._refusal(core)
+
+    def _refusal(self, core: Raft) -> NotLeader | NoQuorum:
         lost = "start the others, or see `idunno recover` if they are lost for good"
         voters, needed = len(core.voters), majority(len(core.voters))
-        if not core.accepts_proposals:
-            silent_ms = core.leaderless_ms(int(self._loop.time() * 1000))
-            if self._health.problem is None and silent_ms > 2 * self._config.election_ms_max:
-                raise NoQuorum(
-                    f"no leader for {silent_ms / 1000:.1f} s: fewer than {needed} of {voters} voters are up and reach "
-                    f"each other; {lost}"
-                )
-            led = f"the leader is {core.leader}" if core.leader else "a leader is being elected"
-            raise NotLeader(f"{self._me} does not lead: {self._health.problem or led}")
-        answering = core.answering(3)
-        if answering < needed:
-            raise NoQuorum(f"{answering} of {voters} voters answer, {needed} are needed; {lost}")
-        return core
+        if core.accepts_proposals:
+            return NoQuorum(f"{core.answering(3)} of {voters} voters answer, {needed} are needed; {lost}")
+        silent_ms = core.leaderless_ms(int(self._loop.time() * 1000))
+        if self._health.problem is None and silent_ms > 2 * self._config.election_ms_max:
+            return NoQuorum(
+                f"no leader for {silent_ms / 1000:.1f} s: fewer than {needed} of {voters} voters are up and reach "
+                f"each other; {lost}"
+            )
+        led = f"the leader is {core.leader}" if core.leader else "a leader is being elected"
+        return NotLeader(f"{self._me} does not lead: {self._health.problem or led}")
 
     def _check_applies(self) -> None:
         if self._health.stuck:
@@ -182,11 +189,15 @@ class Callers:
         self._awaited.reached(applied)
         if not self._proposals or next(iter(self._proposals)) > applied or core is None or not core.is_leader:
             return
-        ready, answered = min(applied, core.copies(self.copies_needed)), 0
+        synced = core.copies()
+        copies, answered = len(synced), 0
+        ready = min(applied, reached(synced, self.copies_needed))
         while self._proposals and next(iter(self._proposals)) <= ready:
             index, proposal = self._proposals.popitem(last=False)
+            while synced[copies - 1] < index:  # never more of them than had the entry before
+                copies -= 1
             if not proposal.answer.done():
-                proposal.answer.set_result((index, core.copies_of(index), proposal.value))
+                proposal.answer.set_result((index, copies, proposal.value))
                 answered += 1
         if answered:
             self._gathering.answered(answered, self._loop.time())
@@ -205,11 +216,11 @@ class Callers:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _gather(self, proposal: Proposal) -> None:
+    def _gather(self, proposal: Proposal, now_s: float) -> None:
         """Have it appended: at the end of this turn of the loop, or when those came whom it is worth to wait for."""
         self._new.append(proposal)
         if len(self._new) == 1:
-            wait_s = self._gathering.first(self._loop.time())
+            wait_s = self._gathering.first(now_s)
             if wait_s:
                 self._waiting = self._loop.call_later(wait_s, self._gathered)
             else:
@@ -227,28 +238,48 @@ class Callers:
 
     def _append_new(self) -> None:
         self._gathering.appended()
-        new, self._new = [p for p in self._new if not p.answer.done()], []
+        new, self._new = self._new, []
         core = self._core
         if core is None or not core.accepts_proposals:
             leader = (core.leader if core is not None else None) or "not known"
             for proposal in new:
                 proposal.fail(NotLeader(f"{self._me} does not lead any more; the leader is {leader}"))
-        elif new:
-            for index, proposal in enumerate(new, core.terms.last + 1):
-                proposal.index = Index(index)
-                self._proposals[proposal.index] = proposal
-            self._step(Propose(tuple(proposal.payload for proposal in new)))
+            return
+        payloads, index = list[bytes](), core.terms.last
+        for proposal in new:
+            if not proposal.answer.done():
+                index = proposal.index = Index(index + 1)
+                self._proposals[index] = proposal
+                payloads.append(proposal.payload)
+        if payloads:
+            self._step(Propose(tuple(payloads)))
 
-    def _expire(self, proposal: Proposal, timeout_s: float) -> None:
-        if not proposal.answer.done():
-            proposal.fail(DeadlineExceeded(f"no answer after {timeout_s:g} s: {self._story(proposal)}"))
+    def _expire_by(self, end_s: float) -> None:
+        """One timer for all proposals, moved only when it must fire earlier: nearly all are answered long before."""
+        if self._expiry is not None:
+            if self._expiry.when() <= end_s:
+                return
+            self._expiry.cancel()
+        self._expiry = self._loop.call_at(end_s, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        now_s, next_s = self._loop.time(), math.inf
+        for proposal in [*self._proposals.values(), *self._new]:
+            if proposal.end_s > now_s:
+                next_s = min(next_s, proposal.end_s)
+            elif not proposal.answer.done():
+                story = self._story(proposal)
+                proposal.fail(DeadlineExceeded(f"no answer after {proposal.timeout_s:g} s: {story}"))
+        if next_s < math.inf:
+            self._expire_by(next_s)
 
     def _story(self, proposal: Proposal) -> str:
         """How far a proposal has come, with the numbers that decide."""
         index, core = proposal.index, self._core
         if index is None or core is None:
             return "not appended yet"
-        copies = core.copies_of(index)
+        copies = sum(synced >= index for synced in core.copies())
         if index > core.commit:
             voters = len(core.voters)
             needed = majority(voters)

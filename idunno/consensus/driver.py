@@ -117,9 +117,7 @@ class RaftDriver:
         self._inbox: deque[Input] = deque()
         self._role_changed = asyncio.Event()
         self._health = Health(self._step_if_running)
-        self._applying = Applying(
-            apply, slice_s=config.apply_slice_ms / 1000, done=self._was_applied, settled=self._slice_applied
-        )
+        self._applying = Applying(apply, slice_s=config.apply_slice_ms / 1000, settled=self._slice_applied)
         self._callers = Callers(me, config, self._applying, self._health, self._step, copies_needed)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0
@@ -151,7 +149,7 @@ class RaftDriver:
             applied,
         )
         self._durability = Durability(self._log, self._core.terms, self._health, send=self._send, step=self._step)
-        self._applying.bind(self._core, self._log, self._health, applied)
+        self._applying.bind(self._core, self._log, self._health, applied, self._callers.was_applied)
         self._callers.bind(self._core)
         if self._snapshots is not None:
             self._snapshots.bind(self._core, self._log, self._step, self._durability.forget)
@@ -379,13 +377,13 @@ class RaftDriver:
 
     # -- what callers ask -------------------------------------------------------------------------------------------
 
-    async def propose(self, payload: bytes, timeout_s: float) -> tuple[Index, int, Any]:
+    def propose(self, payload: bytes, timeout_s: float) -> Coroutine[Any, Any, tuple[Index, int, Any]]:
         """Append, and wait until it is committed, applied here and synced on `copies_needed` nodes.
 
         Returns its index, the number of nodes that have it synced, and what `apply` returned. Raises NotLeader, NoQuorum,
         Exhausted, InvalidArgument (certainly not appended); Unconfirmed, DeadlineExceeded (it may happen, or have happened).
         """
-        return await self._callers.propose(payload, timeout_s)
+        return self._callers.propose(payload, timeout_s)
 
     async def read_index(self, timeout_s: float) -> Index:
         """An index such that a machine that has applied it has seen all that was committed before this call.
@@ -436,10 +434,17 @@ class RaftDriver:
 
     def _carry_out(self, output: Output) -> None:
         match output:
-            case Send():
-                self._send(output.to, output.message)
             case SendEntries():
                 self._feeder.send(output)
+            case Send():
+                self._send(output.to, output.message)
+            case Committed():
+                self._ordered = True
+            case Persist():
+                if output.anew is not None:
+                    self._begin_anew(output.anew)
+                self._durability.persist(output)
+                self._ordered = True
             case SendSnapshot(to, term):
                 if self._snapshots is not None:
                     self._snapshots.send(to, term)
@@ -449,13 +454,6 @@ class RaftDriver:
             case InstallAnswered(sender, message):
                 if self._snapshots is not None:
                     self._snapshots.answered(sender, message)
-            case Persist():
-                if output.anew is not None:
-                    self._begin_anew(output.anew)
-                self._durability.persist(output)
-                self._ordered = True
-            case Committed():
-                self._ordered = True
             case ReadReady(reads, index):
                 self._callers.read_ready(reads, index)
             case ReadFailed(reads):
@@ -498,9 +496,6 @@ class RaftDriver:
             self._step(Tick())
 
     # -- applied, and answered --------------------------------------------------------------------------------------
-
-    def _was_applied(self, index: Index, value: Any) -> None:
-        self._callers.was_applied(index, value)
 
     def _slice_applied(self) -> None:
         self._settle()

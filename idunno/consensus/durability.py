@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from idunno.base.errors import DiskFailed, IdunnoError
 from idunno.base.ids import Index, NodeId
+from idunno.consensus.bell import Bell
 from idunno.consensus.events import Compacted, Persist, Persisted
 from idunno.consensus.health import Health
 from idunno.consensus.log import Log
@@ -35,7 +36,7 @@ class Durability:
         self._log, self._terms, self._health = log, terms, health
         self._send, self._step = send, step
         self._persists: list[Persist] = []
-        self._due = asyncio.Event()
+        self._due = Bell()
         self._forget_up_to = Index(0)
         self._ending = False
 
@@ -50,23 +51,22 @@ class Durability:
         """Have what waits written; whether anything does. Behind what else is sent in this turn: what goes out first travels
         while a prompt disk holds the loop."""
         if self._persists:
-            self._due.set()
+            self._due.ring()
         return bool(self._persists)
 
     def forget(self, index: Index) -> None:
         """Cut the log up to `index`, which a durable snapshot covers, as soon as nothing waits to be written."""
         self._forget_up_to = max(self._forget_up_to, index)
-        self._due.set()
+        self._due.ring()
 
     def end(self) -> None:
         """Let `run` return when what waits is written."""
         self._ending = True
-        self._due.set()
+        self._due.ring()
 
     async def run(self) -> None:
         while True:
-            await self._due.wait()
-            self._due.clear()
+            await self._due.rung()
             while self._persists:
                 if not await self._flush():
                     if self._ending:

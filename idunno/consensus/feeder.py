@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeAlias
 
 from idunno.base.errors import DiskFailed, NotFound
 from idunno.base.ids import Index, NodeId, Term
@@ -17,6 +17,8 @@ from idunno.consensus.messages import Append, Entry, RaftMessage
 from idunno.consensus.raft import Raft
 
 log = logging.getLogger("idunno.consensus")
+
+_What: TypeAlias = tuple[Term, Index, Index, Index, int]
 
 
 class Feeder:
@@ -32,9 +34,12 @@ class Feeder:
         self._core, self._log, self._send, self._spawn = core, log, send, spawn
         self._behind: dict[NodeId, deque[SendEntries]] = {}  # followers that a task is reading for
         self._made: Append  # the last one: the next follower is mostly sent the same
-        self._made_of: tuple[Term, Index, Index, Index, int] | None = None
+        self._made_of: _What | None = None
 
     def send(self, order: SendEntries) -> None:
+        if _what(order) == self._made_of:
+            self._send(order.to, self._made)
+            return
         payloads = self._log.cached(order.first, order.last)
         if payloads is not None:
             self._send_append(order, payloads)
@@ -47,17 +52,10 @@ class Feeder:
         self._spawn(self._read_and_send(order.to), f"raft entries for {order.to}")
 
     def _send_append(self, order: SendEntries, payloads: list[bytes]) -> None:
-        what = (order.term, order.first, order.last, order.commit, order.round)
-        if what != self._made_of:
-            self._made_of, self._made = what, self._append(order, payloads)
+        entries = tuple(map(Entry, self._core.terms.each(order.first, order.last), payloads))
+        self._made = Append(order.term, Index(order.first - 1), order.prev_term, order.commit, order.round, entries)
+        self._made_of = _what(order)
         self._send(order.to, self._made)
-
-    def _append(self, order: SendEntries, payloads: list[bytes]) -> Append:
-        terms = self._core.terms
-        entries = tuple(
-            Entry(terms.term(index) or Term(0), payload) for index, payload in enumerate(payloads, order.first)
-        )
-        return Append(order.term, Index(order.first - 1), order.prev_term, order.commit, order.round, entries)
 
     async def _read_and_send(self, to: NodeId) -> None:
         queue = self._behind[to]
@@ -80,3 +78,8 @@ class Feeder:
 
     def _leads(self, term: Term) -> bool:
         return self._core.is_leader and self._core.term == term
+
+
+def _what(order: SendEntries) -> _What:
+    """What makes an append equal to another."""
+    return order.term, order.first, order.last, order.commit, order.round

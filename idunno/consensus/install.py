@@ -134,12 +134,14 @@ class Snapshots:
 
     def consider(self, applied: Index) -> None:
         """Entries were applied: begin a snapshot if it is time."""
-        config = self._config
-        self._log_bytes = min(self._log_bytes, self._log.size_bytes)  # it was cut since: from there it grows anew
+        config, size = self._config, self._log.size_bytes
+        self._log_bytes = min(self._log_bytes, size)  # it was cut since: from there it grows anew
         grown = max(
             (applied - self.index) / config.snapshot_entries,
-            (self._log.size_bytes - self._log_bytes) / config.snapshot_bytes,
+            (size - self._log_bytes) / config.snapshot_bytes,
         )
+        if grown < 1.0:
+            return
         patience = 4.0 if self._sending.keys() - self._silent else 1.0
         now_s = asyncio.get_running_loop().time()
         if grown < patience or self._taking or now_s < self._not_before_s or applied <= self.index:

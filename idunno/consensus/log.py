@@ -205,10 +205,11 @@ class Log:
         self._cache_first = min(self._cache_first, first)
         self._staged_first = min(self._staged_first, first)
         for index, entry in enumerate(entries, first):
-            assert len(entry.payload) <= PAYLOAD_BYTES_MAX
+            size = len(entry.payload)
+            assert size <= PAYLOAD_BYTES_MAX
             self._staged.append((Index(index), entry))
             self._cache[index] = entry.payload
-            self._cache_bytes += len(entry.payload)
+            self._cache_bytes += size
         self._evict()
 
     def begin_anew(self, index: Index) -> None:
@@ -447,6 +448,8 @@ class Log:
 
     def _evict(self) -> None:
         """Oldest first; what is not on disk yet stays."""
+        if self._cache_bytes <= self._cache_bytes_max:
+            return
         keep = min(self._staged_first, self._cache_first + len(self._cache))
         while self._cache_bytes > self._cache_bytes_max and self._cache_first < keep:
             self._cache_bytes -= len(self._cache.pop(self._cache_first))

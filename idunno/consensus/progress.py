@@ -43,12 +43,14 @@ class Progress:
         self.next = last + 1
 
     def acknowledged(self, index: int) -> None:
-        self.match = max(self.match, index)
+        if index > self.match:
+            self.match = index
         if self.probing:
             self._restart(probing=False)
         while self.inflight and self.inflight[0][0] <= self.match:
             self.inflight_bytes -= self.inflight.popleft()[1]
-        self.next = max(self.next, self.match + 1)
+        if self.next <= self.match:
+            self.next = self.match + 1
 
     def installed(self, index: int) -> None:
         """It has installed a snapshot, and has the log up to `index`."""

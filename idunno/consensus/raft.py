@@ -62,7 +62,7 @@ from idunno.consensus.progress import Progress
 from idunno.consensus.quorum import grants_vote, majority, reached
 from idunno.consensus.read_index import ReadIndex
 from idunno.consensus.terms import Terms
-from idunno.consensus.voters import Voters, decode_voters, encode_voters, names_voters
+from idunno.consensus.voters import Voters, decode_voters, encode_voters, named_in, names_voters
 
 _NONE: Final = Index(0)
 
@@ -154,21 +154,23 @@ class Raft:
     def deadline_ms(self) -> int:
         if not self.is_leader:
             return self._election_ms
-        return min(due for due in (self._heartbeat_ms, self._notice_ms, self._reads.ask_all_ms) if due is not None)
+        due, notice, ask_all = self._heartbeat_ms, self._notice_ms, self._reads.ask_all_ms
+        if notice is not None and notice < due:
+            due = notice
+        return ask_all if ask_all is not None and ask_all < due else due
 
-    def copies(self, count: int) -> Index:
-        """Of a leader: the index up to which at least `count` nodes, voters or learners, have synced its log."""
-        return Index(reached([self.synced, *(p.match for p in self.peers.values())], count))
-
-    def copies_of(self, index: int) -> int:
-        """Of a leader: how many nodes have synced its log up to `index`."""
-        return (self.synced >= index) + sum(p.match >= index for p in self.peers.values())
+    def copies(self) -> list[int]:
+        """Of a leader: up to which index each node, voter or learner, has synced its log; the furthest first."""
+        return sorted([self.synced, *[p.match for p in self.peers.values()]], reverse=True)
 
     def answering(self, heartbeats: int) -> int:
         """Of a leader: how many voters, itself included, left at most so many heartbeats unanswered."""
-        return (self.me in self.voters) + sum(
-            p.unanswered <= heartbeats for node, p in self.peers.items() if node in self.voters
-        )
+        voters = self.named.now
+        found = 1 if self.me in voters else 0
+        for node, p in self.peers.items():
+            if p.unanswered <= heartbeats and node in voters:
+                found += 1
+        return found
 
     # -- the one entrance -------------------------------------------------------------------------------------------
 
@@ -176,13 +178,13 @@ class Raft:
         self._now, self._out = now_ms, []
         before = (self.role, self.term, self.leader)
         match event:
-            case Received(sender, message, counts):
-                self._received(sender, message, counts)
-            case Persisted(seq):
-                self._persisted(seq)
-            case Propose(payloads):
+            case Received():
+                self._received(event.sender, event.message, event.counts)
+            case Persisted():
+                self._persisted(event.seq)
+            case Propose():
                 assert self.accepts_proposals, f"proposed to a {self.role.value}"
-                self._append_own(payloads)
+                self._append_own(event.payloads)
             case Read(read):
                 self._read(read)
             case Tick():
@@ -240,13 +242,13 @@ class Raft:
             case Append():
                 self._appended(sender, message)
             case AppendAnswer():
-                self._heed(sender, counts, less=not message.ok, index=message.hint_index)
-                self._append_answered(sender, message)
+                if p := self._heeded(sender, counts, less=not message.ok, index=message.hint_index):
+                    self._append_answered(sender, p, message)
             case Install():
                 self._offered_snapshot(sender, message)
             case InstallAnswer():
-                self._heed(sender, counts)
-                self._install_answered(sender, message)
+                if p := self._heeded(sender, counts):
+                    self._install_answered(sender, p, message)
             case VoteAnswer(granted=True):
                 if self.role is RaftRole.CANDIDATE and sender in self.voters:
                     self._count_vote(sender)
@@ -404,7 +406,7 @@ class Raft:
             if names_voters(payload):
                 self.named.append(self.terms.last, decode_voters(payload))
                 self._meet_peers()  # 4.1: they count as soon as they are in the log
-        self._persist(first=first, entries=tuple(Entry(self.term, payload) for payload in payloads))
+        self._persist(first=first, entries=tuple([Entry(self.term, payload) for payload in payloads]))
         for node, p in self.peers.items():
             self._replicate(node, p)
 
@@ -420,7 +422,8 @@ class Raft:
             if len(p.inflight) >= self.config.inflight_small_max and size < self.config.gather_bytes:
                 break  # goes with what comes until one of those under way is acknowledged
             p.sent(last, size)
-            p.commit_sent = max(p.commit_sent, min(self.commit, last))
+            if p.commit_sent < self.commit:
+                p.commit_sent = max(p.commit_sent, min(self.commit, last))
             self._out.append(SendEntries(node, self.term, prev_term, first, last, self.commit, self._reads.round))
 
     def _heartbeat(self, node: NodeId, p: Progress, *, notice: bool = False, like: Append | None = None) -> Append:
@@ -440,26 +443,26 @@ class Raft:
         for node, p in self.peers.items():
             append = self._heartbeat(node, p, like=append)
 
-    def _heed(self, sender: NodeId, counts: bool, *, less: bool = False, index: Index = _NONE) -> None:
-        """Whether its answers count. Of one whose log turned out to be an old one nothing is known; `less`: it says that its
-        log agrees up to `index` at most, which may be less than it had once."""
+    def _heeded(self, sender: NodeId, counts: bool, *, less: bool = False, index: Index = _NONE) -> Progress | None:
+        """What is known of who answered, with whether its answers count. None: this node leads no more, or it is no member any
+        more. Of one whose log turned out to be an old one nothing is known; `less`: it says that its log agrees up to `index`
+        at most, which may be less than it had once."""
         p = self.peers.get(sender)
         if p is None:
-            return
+            return None
         if not counts and (not p.silent or (less and index < p.match)):
             never = self.config.silent_heartbeats_max + 1
-            self.peers[sender] = Progress(next=self.terms.last + 1, unanswered=never, silent=True)
+            p = self.peers[sender] = Progress(next=self.terms.last + 1, unanswered=never, silent=True)
         elif counts and p.silent:
             p.silent = False
+        return p
 
-    def _append_answered(self, sender: NodeId, answer: AppendAnswer) -> None:
-        p = self.peers.get(sender)
-        if p is None:
-            return  # not a leader any more, or a learner that was removed
+    def _append_answered(self, sender: NodeId, p: Progress, answer: AppendAnswer) -> None:
         if not p.silent:
             p.unanswered = 0
-            p.round = max(p.round, answer.round)
-            if sender in self.voters:
+            if answer.round > p.round:
+                p.round = answer.round
+            if self._reads.answered is not None and sender in self.voters:
                 self._reads.heard(sender, self._others_needed())
         if answer.ok:
             p.acknowledged(answer.index)
@@ -472,14 +475,15 @@ class Raft:
                 return
         if p.next <= self.terms.last:
             self._replicate(sender, p)
-        if min(self.commit, p.match) > p.commit_sent and self._notice_ms is None:
+        if self._notice_ms is None and min(self.commit, p.match) > p.commit_sent:
             self._notice_ms = self._now + self.config.commit_notice_ms
-        self._finish_reads()
+        if self._reads.under_way is not None:
+            self._finish_reads()
         if self._transfer is not None and sender == self._transfer[0]:
             self._hand_over()
 
     def _synced_by_majority(self) -> int:
-        me, peers, voters = self.me, self.peers, self.voters
+        me, peers, voters = self.me, self.peers, self.named.now
         promised = [self.synced if node == me else 0 if peers[node].silent else peers[node].match for node in voters]
         return reached(promised, majority(len(voters)))
 
@@ -488,10 +492,11 @@ class Raft:
         # 3.6.2: only an entry of the own term is committed by counting; it takes those before it along.
         if index > self.commit and self.terms.term(index) == self.term:
             self._commit_to(index)
-            if any(min(index, p.match) > p.commit_sent for p in self.peers.values()) and self._notice_ms is None:
+            if self._notice_ms is None and any(min(index, p.match) > p.commit_sent for p in self.peers.values()):
                 self._notice_ms = self._now + self.config.commit_notice_ms
-            self._begin_reads()
-            if self.me not in self.voters and self.commit >= self.named.index:
+            if self._reads.waiting:
+                self._begin_reads()
+            if self.me not in self.named.now and self.commit >= self.named.index:
                 self._resign()
 
     def _resign(self) -> None:
@@ -560,9 +565,7 @@ class Raft:
 
     def _take_over(self, append: Append) -> tuple[Entry, ...] | None:
         """Bring the log's terms in line with `append`; returns the entries to store, None if the disk is too far behind."""
-        named = {
-            at: decode_voters(entry.payload) for at, entry in enumerate(append.entries) if names_voters(entry.payload)
-        }
+        named = named_in([entry.payload for entry in append.entries])
         for at, entry in enumerate(append.entries):
             index = append.prev_index + 1 + at
             mine = self.terms.term(index)
@@ -600,10 +603,7 @@ class Raft:
         else:
             self._out.append(TakeInstall(sender, offer))
 
-    def _install_answered(self, sender: NodeId, answer: InstallAnswer) -> None:
-        p = self.peers.get(sender)
-        if p is None:
-            return
+    def _install_answered(self, sender: NodeId, p: Progress, answer: InstallAnswer) -> None:
         if not p.silent:
             p.unanswered = 0
         self._out.append(InstallAnswered(sender, answer))
@@ -659,7 +659,7 @@ class Raft:
                 append = self._heartbeat(node, p, like=append)
 
     def _finish_reads(self) -> None:
-        if not self._reads.under_way:
+        if self._reads.under_way is None:
             return
         me, peers, voters, round_ = self.me, self.peers, self.voters, self._reads.round
         rounds = [round_ if node == me else peers[node].round for node in voters]
@@ -694,7 +694,7 @@ class Raft:
             self.synced = Index(max(self.synced, self._unsynced.popleft()[1]))
         if self.role is RaftRole.CANDIDATE and seq >= self._vote_seq:
             self._count_vote(self.me)
-        elif self.is_leader:
+        elif self.role is RaftRole.LEADER and self.synced > self.commit:
             self._advance_commit()
 
     def _broadcast(self, message: RaftMessage) -> None:

@@ -18,52 +18,48 @@ class ReadIndex:
     def __init__(self) -> None:
         self.round = 0  # goes out with every append; an answer that bears it was sent after the round began
         self.ask_all_ms: int | None = None  # when all are asked in a round that few were asked in
-        self._reading: tuple[Index, tuple[int, ...]] | None = None
-        self._waiting: list[int] = []
+        self.under_way: tuple[Index, tuple[int, ...]] | None = None
+        self.waiting: list[int] = []
         self._quick: frozenset[NodeId] = frozenset()
-        self._answered: set[NodeId] | None = None  # since the last heartbeat, until they are enough
-
-    @property
-    def under_way(self) -> bool:
-        return self._reading is not None
+        self.answered: set[NodeId] | None = None  # since the last heartbeat, until they are enough
 
     def add(self, read: int) -> None:
-        self._waiting.append(read)
+        self.waiting.append(read)
 
     def take_waiting(self) -> tuple[int, ...]:
-        waiting, self._waiting = tuple(self._waiting), []
+        waiting, self.waiting = tuple(self.waiting), []
         return waiting
 
     def begin(self, commit: Index) -> bool:
         """Begin a round for those that wait, for the machine as of `commit`; False when there are none, or one is under way."""
-        if self._reading is not None or not self._waiting:
+        if self.under_way is not None or not self.waiting:
             return False
         self.round += 1
-        self._reading = (commit, self.take_waiting())
+        self.under_way = (commit, self.take_waiting())
         return True
 
     def finish(self) -> tuple[Index, tuple[int, ...]]:
         """A majority has answered in the round: as of which index the reads may be answered, and which."""
-        assert self._reading is not None, "no round is under way"
-        found, self._reading, self.ask_all_ms = self._reading, None, None
+        assert self.under_way is not None, "no round is under way"
+        found, self.under_way, self.ask_all_ms = self.under_way, None, None
         return found
 
     def all(self) -> tuple[int, ...]:
         """Under way and waiting."""
-        return (*(self._reading[1] if self._reading is not None else ()), *self._waiting)
+        return (*(self.under_way[1] if self.under_way is not None else ()), *self.waiting)
 
     # -- who is quick -----------------------------------------------------------------------------------------------
 
     def heartbeat(self) -> None:
         """All are asked whether they are there."""
-        self._answered = set()
+        self.answered = set()
 
     def heard(self, voter: NodeId, needed: int) -> None:
         """A voter answered; `needed`: how many make a majority with the leader."""
-        if self._answered is not None:
-            self._answered.add(voter)
-            if len(self._answered) >= needed:
-                self._quick, self._answered = frozenset(self._answered), None
+        if self.answered is not None:
+            self.answered.add(voter)
+            if len(self.answered) >= needed:
+                self._quick, self.answered = frozenset(self.answered), None
 
     def quick(self, voters: Iterable[NodeId], needed: int) -> frozenset[NodeId]:
         """Whom to ask; nobody when too few of `voters` are known to be quick: ask all then."""

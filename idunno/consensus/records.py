@@ -28,7 +28,7 @@ _ANEW: Final = 1  # of the flags
 _CRC: Final = struct.Struct("<I")
 _PLACE: Final = struct.Struct("<II")
 _RECORD: Final = struct.Struct("<4sIIIIQQ")  # magic, checksum, previous checksum, payload length, batch, index, term
-_COVERED: Final = struct.Struct("<IIIQQ")  # the part of it behind the checksum
+_COVERED: Final = struct.Struct("<IIIIIQQ")  # segment, offset, and the part of it behind the checksum
 _STATE: Final = struct.Struct("<8sHHIQQ")  # magic, format, length of voted_for, zero, term, end
 
 SEGMENT_HEADER_BYTES: Final = _SEGMENT.size + _CRC.size
@@ -56,9 +56,9 @@ def encode_record(
     segment: int, offset: int, previous: int, batch: int, index: int, term: int, payload: bytes
 ) -> tuple[bytes, int]:
     """The record's header, to be followed by the payload, and its checksum."""
-    covered = _COVERED.pack(previous, len(payload), batch, index, term)
-    checksum = zlib.crc32(payload, zlib.crc32(covered, zlib.crc32(_PLACE.pack(segment, offset))))
-    return RECORD_MAGIC + _CRC.pack(checksum) + covered, checksum
+    length = len(payload)
+    checksum = zlib.crc32(payload, zlib.crc32(_COVERED.pack(segment, offset, previous, length, batch, index, term)))
+    return _RECORD.pack(RECORD_MAGIC, checksum, previous, length, batch, index, term), checksum
 
 
 def decode_record(data: bytes, at: int, segment: int, offset: int) -> Record | None:

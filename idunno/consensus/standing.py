@@ -72,10 +72,7 @@ class _Known(msgspec.Struct, frozen=True):
         return before if but == self.newest else max(before, Claim(self.newest_term, self.newest_index))
 
     def raised(self, said: Claim, run: int) -> _Known:
-        """This, and what `run` of it said."""
-        if run == self.newest:
-            mark = max(said, Claim(self.newest_term, self.newest_index))
-            return _Known(self.term, self.index, self.run, run, mark.term, mark.index)
+        """This, and what another run of it than the newest said."""
         if Run.of(run).boot > Run.of(self.newest).boot:
             before = self.mark()
             return _Known(before.term, before.index, self.run, run, said.term, said.index)
@@ -113,8 +110,11 @@ class Witness:
         """`run` of it said so; None: the one that is heard."""
         known = self._known.get(node, _NOTHING_KNOWN)
         run = known.run if run is None else run
-        if run == known.newest and (term, index) <= (known.newest_term, known.newest_index):
-            return  # nearly always, where it does not lead
+        if run == known.newest:
+            if (term, index) > (known.newest_term, known.newest_index):
+                self._known[node] = _Known(known.term, known.index, known.run, run, term, index)
+                self.changed = True
+            return
         raised = known.raised(Claim(term, index), run)
         if raised != known:
             self._known[node], self.changed = raised, True

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import repeat
 
 from idunno.base.ids import Index, Term
 
@@ -33,6 +35,15 @@ class Terms:
             return None
         if index >= self._starts[-1]:  # nearly always
             return Term(self._terms[-1])
+        return self._of(index)
+
+    def each(self, first: int, last: int) -> Iterable[Term]:
+        """The terms of `first` to `last`, which must exist."""
+        if first >= self._starts[-1]:  # nearly always
+            return repeat(Term(self._terms[-1]), last - first + 1)
+        return (self._of(index) for index in range(first, last + 1))
+
+    def _of(self, index: int) -> Term:
         return Term(self._terms[bisect_right(self._starts, index) - 1])
 
     def size(self, index: int) -> int:
@@ -40,7 +51,7 @@ class Terms:
         return self._sizes[index - self.base - 1]
 
     def append(self, term: Term, size: int) -> None:
-        assert term >= self.last_term, f"term {term} after {self.last_term}"
+        assert term >= self._terms[-1], f"term {term} after {self.last_term}"
         self._sizes.append(size)
         self.last = Index(self.last + 1)
         if term != self._terms[-1]:
@@ -86,6 +97,8 @@ class Terms:
 
     def batch_end(self, first: int, bytes_max: int, entries_max: int) -> tuple[Index, int]:
         """The last entry, and the payload bytes, of a batch from `first` within the bounds; one entry at least."""
+        if first == self.last:
+            return self.last, self._sizes[-1]
         end = min(self.last, first + entries_max - 1)
         whole = sum(self._sizes[first - self.base - 1 : end - self.base])
         if whole <= bytes_max:  # nearly always

@@ -22,7 +22,12 @@ def encode_voters(voters: Iterable[NodeId]) -> bytes:
 
 
 def names_voters(payload: bytes | memoryview) -> bool:
-    return len(payload) > 0 and payload[0] == MARK
+    return payload[0] == MARK if payload else False
+
+
+def named_in(payloads: Iterable[bytes]) -> dict[int, frozenset[NodeId]]:
+    """The voters that some of these entries name, by their places. Raises DecodeError."""
+    return {at: decode_voters(payload) for at, payload in enumerate(payloads) if payload and payload[0] == MARK}
 
 
 def decode_voters(payload: bytes | memoryview) -> frozenset[NodeId]:
@@ -43,10 +48,8 @@ class Voters:
 
     def __init__(self, first: Iterable[NodeId], at: int = 0) -> None:
         self._named: list[tuple[int, frozenset[NodeId]]] = [(at, frozenset(first))]
-
-    @property
-    def now(self) -> frozenset[NodeId]:
-        return self._named[-1][1]
+        self.now = self._named[-1][1]
+        """Those of the newest entry."""
 
     @property
     def index(self) -> Index:
@@ -64,11 +67,13 @@ class Voters:
 
     def append(self, index: int, voters: frozenset[NodeId]) -> None:
         self._named.append((index, voters))
+        self.now = voters
 
     def truncate(self, first: int) -> None:
         """The entries from `first` on are gone."""
         while len(self._named) > 1 and self._named[-1][0] >= first:
             self._named.pop()
+        self.now = self._named[-1][1]
 
     def compact(self, index: int) -> None:
         """The entries up to `index` are committed, and no longer in the log."""

@@ -18,6 +18,8 @@ class Proposal:
 
     payload: bytes
     answer: asyncio.Future[tuple[Index, int, Any]]
+    timeout_s: float
+    end_s: float  # by the loop's clock
     index: Index | None = None  # None: not appended yet
     applied: bool = False
     value: Any = None  # what apply returned

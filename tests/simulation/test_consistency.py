@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from idunno.base.ids import Index
+from idunno.consensus import callers
 from idunno.consensus.quorum import majority, reached
-from idunno.consensus.raft import Raft
 from idunno.coordinator.namespace import Namespace
 from tests.simulation.consistency import consistent
 
@@ -21,10 +20,10 @@ def test_what_users_hear_is_linearizable_whatever_happens(nodes: int) -> None:
 
 
 def test_an_answer_before_it_is_synced_on_four_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def copies(self: Raft, count: int) -> Index:
-        return Index(reached([self.synced, *(p.match for p in self.peers.values())], majority(len(self.voters))))
+    def of_a_majority(copies: list[int], count: int) -> int:
+        return reached(copies, majority(len(copies)))
 
-    monkeypatch.setattr(Raft, "copies", copies)
+    monkeypatch.setattr(callers, "reached", of_a_majority)
     with pytest.raises(AssertionError, match=r"answered for entry \d+ with . copies of 4"):
         consistent(1, 5, operations=100, kinds=[])
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from idunno.base.ids import Index, NodeId, Term
 from idunno.consensus import events as e
+from idunno.consensus.quorum import reached
 from idunno.consensus.raft import Raft
 from idunno.coordinator.electorate import voters_of
 from tests.simulation.linearizable import (
@@ -183,7 +184,7 @@ class Registers(World):
             del self._waiting[key]
             self._again(waiting)
             return
-        ready = min(len(node.applied), core.copies(self.copies))
+        ready = min(len(node.applied), reached(core.copies(), self.copies))
         while waiting and waiting[0][0] <= ready:
             index, term, asking = waiting.pop(0)
             self._check_copies(index, term)
