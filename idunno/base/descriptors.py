@@ -1,9 +1,9 @@
 # idunno/base/descriptors.py: whole reads and writes at an offset of a file descriptor, through the page cache or past it.
 #
 # Rule 1: `read` and `write` go on after a short step, until all is done or the file ends.
-# Rule 2: past the cache (open(2), O_DIRECT) memory, offset and length are multiples of ALIGN_BYTES. So bytes are copied through a
-#         room of each thread that is aligned, and where an offset or an end does not fit, or the file system refuses, the file
-#         goes through the cache from there on. The system keeps both ways to one file coherent.
+# Rule 2: past the cache (open(2), O_DIRECT) memory, offset and length are multiples of ALIGN_BYTES. So bytes that do not lie so
+#         are copied through a room of each thread that does, and where an offset or an end does not fit, or the file system
+#         refuses, the file goes through the cache from there on. The system keeps both ways to one file coherent.
 # Why: a block is written once and read seldom. Through the cache each byte costs a copy into fresh pages, which push out what
 #      the machine's own work has there, and the sync at the end waits for all of them at once.
 from __future__ import annotations
@@ -46,17 +46,10 @@ def write(descriptor: int, offset: int, data: Sequence[Buffer], also: Also | Non
     if also is not None:
         also(data)
     views = [memoryview(part).cast("B") for part in data if len(part)]
-    at = 0
-    while at < len(views):
-        group = views[at : at + BUFFERS_MAX]
-        written = os.pwritev(descriptor, group, offset)
+    while views:
+        written = os.pwritev(descriptor, views[:BUFFERS_MAX], offset)
         offset += written
-        while written and at < len(views):  # a short write ends inside a buffer, when the disk is nearly full
-            taken = min(written, len(views[at]))
-            written -= taken
-            views[at] = views[at][taken:]
-            if not len(views[at]):
-                at += 1
+        _take(views, written)  # a short write ends inside a buffer, when the disk is nearly full
 
 
 class _Room(threading.local):
@@ -105,6 +98,11 @@ def read_direct(descriptor: int, offset: int, length: int) -> bytes:
 def write_direct(descriptor: int, offset: int, data: Sequence[Buffer], also: Also | None = None) -> None:
     """As `write`, past the cache as far as the file was opened so and offset and length allow it."""
     views = [memoryview(part).cast("B") for part in data if len(part)]
+    if offset % ALIGN_BYTES == 0 and all(map(_lies_well, views)) and is_direct(descriptor):
+        if also is not None:
+            also(views)
+            also = None
+        offset += _write_in_place(descriptor, offset, views)
     while views and offset % ALIGN_BYTES == 0 and is_direct(descriptor):
         filled = _fill(_room.view, views)
         whole = filled - filled % ALIGN_BYTES
@@ -125,6 +123,34 @@ def write_direct(descriptor: int, offset: int, data: Sequence[Buffer], also: Als
         if is_direct(descriptor):
             _through_the_cache(descriptor)
         write(descriptor, offset, views, also)
+
+
+def _lies_well(view: memoryview) -> bool:
+    """Whether it may be written past the cache from where it lies: most likely at a page of a mapping, and of whole pages."""
+    return isinstance(view.obj, mmap.mmap) and len(view) % ALIGN_BYTES == 0
+
+
+def _write_in_place(descriptor: int, offset: int, views: list[memoryview]) -> int:
+    """How many bytes of `views` the system has taken from where they lie, perhaps none. They are gone from `views` then."""
+    try:
+        written = os.pwritev(descriptor, views[:BUFFERS_MAX], offset) if views else 0
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0
+    _take(views, written)
+    return written
+
+
+def _take(views: list[memoryview], count: int) -> None:
+    """Let the first `count` bytes of `views` go."""
+    whole = 0
+    while count and count >= len(views[whole]):
+        count -= len(views[whole])
+        whole += 1
+    del views[:whole]
+    if count:
+        views[0] = views[0][count:]
 
 
 def _fill(room: memoryview, views: list[memoryview]) -> int:

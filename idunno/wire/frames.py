@@ -15,6 +15,7 @@ import msgspec
 from idunno.base.disk import Buffer
 from idunno.base.errors import DecodeError
 from idunno.wire.calls import BODY_BYTES_MAX, HEADER_BYTES_MAX
+from idunno.wire.rooms import room
 
 MAGIC: Final = b"iD"
 VERSION: Final = 1
@@ -82,14 +83,14 @@ class FrameDecoder:
         self.header_bytes_max, self.body_bytes_max = header_bytes_max, body_bytes_max
         self._room = memoryview(bytearray(RECEIVE_BYTES))
         self._start = self._end = 0  # what is received and not yet taken lies in _room[_start:_end]
-        self._large: bytearray | None = None  # header and body of an unfinished large frame, received in place
+        self._large: memoryview | None = None  # header and body of an unfinished large frame, received in place
         self._large_head = (Kind.REQUEST, 0, 0)  # its kind, request, header length
         self._filled = 0
 
     def buffer(self) -> memoryview:
         """Where the next bytes go; never empty once next() has said None."""
         if self._large is not None:
-            return memoryview(self._large)[self._filled :]
+            return self._large[self._filled :]
         if self._start:
             rest = self._end - self._start
             self._room[:rest] = bytes(self._room[self._start : self._end])
@@ -122,7 +123,7 @@ class FrameDecoder:
                 self._start = self._end = 0
             return Frame(kind, request, header, body)
         if total > _DIRECT_BYTES:
-            self._large, self._large_head = bytearray(total - HEAD_BYTES), (kind, request, header_bytes)
+            self._large, self._large_head = room(total - HEAD_BYTES), (kind, request, header_bytes)
             self._filled = have - HEAD_BYTES
             self._large[: self._filled] = self._room[at : self._end]
             self._start = self._end = 0
@@ -144,10 +145,10 @@ class FrameDecoder:
             )
         return kind, request, header_bytes, body_bytes
 
-    def _finish_large(self, large: bytearray) -> Frame | None:
+    def _finish_large(self, large: memoryview) -> Frame | None:
         if self._filled < len(large):
             return None
         kind, request, header_bytes = self._large_head
         self._large, self._filled = None, 0
-        view = memoryview(large).toreadonly()
+        view = large.toreadonly()
         return Frame(kind, request, bytes(view[:header_bytes]), view[header_bytes:])

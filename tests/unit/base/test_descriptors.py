@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,61 @@ def test_a_disk_that_takes_a_part_or_refuses_is_written_to_in_the_usual_way(
         assert not is_direct(descriptor)
         assert (tmp_path / f"{number}").read_bytes() == content
         os.close(descriptor)
+
+
+def mapped(content: bytes) -> memoryview:
+    """Read-only bytes that lie at a page."""
+    memory = mmap.mmap(-1, len(content))
+    memory[:] = content
+    return memoryview(memory).toreadonly()
+
+
+def test_whole_pages_of_a_mapping_are_written_from_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copied(room: memoryview, views: list[memoryview]) -> int:
+        raise AssertionError("there was no need of a copy")
+
+    pieces = [os.urandom(ALIGN_BYTES), os.urandom(3 * ALIGN_BYTES)]
+    heard = bytearray()
+    descriptor = opened(tmp_path / "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(descriptors, "_fill", copied)
+        write_direct(descriptor, ALIGN_BYTES, list(map(mapped, pieces)), lambda parts: heard.extend(b"".join(parts)))
+    assert (tmp_path / "a").read_bytes() == bytes(ALIGN_BYTES) + b"".join(pieces)
+    assert heard == b"".join(pieces)
+    write_direct(descriptor, ALIGN_BYTES, [mapped(pieces[1])[512:], mapped(pieces[0])[:512]])  # anywhere in their pages
+    assert (tmp_path / "a").read_bytes() == bytes(ALIGN_BYTES) + pieces[1][512:] + pieces[0][:512] + pieces[1][
+        -ALIGN_BYTES:
+    ]
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("takes", [2 * ALIGN_BYTES, 512, 0])
+def test_what_a_disk_does_not_take_from_where_it_lies_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes: int
+) -> None:
+    real = os.pwritev
+    content = os.urandom(5 * ALIGN_BYTES)
+    calls = 0
+
+    def pwritev(descriptor: int, data: Sequence[Buffer], offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            return real(descriptor, data, offset)
+        if not takes:
+            raise OSError(errno.EINVAL, "invalid argument")
+        return real(descriptor, [memoryview(data[0])[:takes]], offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    heard = bytearray()
+    descriptor = opened(tmp_path / "a")
+    if is_direct(descriptor):
+        pieces = [mapped(content[: 3 * ALIGN_BYTES]), mapped(content[3 * ALIGN_BYTES :])]
+        write_direct(descriptor, 0, pieces, lambda parts: heard.extend(b"".join(parts)))
+        assert (tmp_path / "a").read_bytes() == heard == content
+    os.close(descriptor)
 
 
 def test_a_disk_without_room_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
