@@ -183,7 +183,7 @@ class Caller(Protocol):
         ...
 
 
-class Lane(enum.Enum):
+class Lane(enum.StrEnum):  # its members hash as text, in C: whoever sends to a node looks its lane up
     """Connections of their own between two nodes, so that one kind of traffic never waits behind another."""
 
     CONSENSUS, CALLS, BULK = "consensus", "calls", "bulk"

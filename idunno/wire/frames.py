@@ -108,24 +108,25 @@ class FrameDecoder:
         """The next whole frame, None when more bytes are needed. Raises DecodeError."""
         if self._large is not None:
             return self._finish_large(self._large)
-        have = self._end - self._start
+        received, start = self._room, self._start
+        have = self._end - start
         if have < HEAD_BYTES:
             return None
         kind, request, header_bytes, body_bytes = self._check_head()  # a bad head stays there: it fails every time
-        total = HEAD_BYTES + header_bytes + body_bytes
-        at = self._start + HEAD_BYTES
-        if have >= total:
-            middle = at + header_bytes
-            self._start += total
-            header = bytes(self._room[at:middle])
-            body = bytes(self._room[middle : self._start]) if body_bytes else b""
-            if self._start == self._end:
+        at = start + HEAD_BYTES
+        middle = at + header_bytes
+        end = middle + body_bytes
+        if end <= self._end:
+            header, body = received[at:middle].tobytes(), received[middle:end].tobytes() if body_bytes else b""
+            if end == self._end:
                 self._start = self._end = 0
+            else:
+                self._start = end
             return Frame(kind, request, header, body)
-        if total > _DIRECT_BYTES:
-            self._large, self._large_head = room(total - HEAD_BYTES), (kind, request, header_bytes)
+        if end - start > _DIRECT_BYTES:
+            self._large, self._large_head = room(header_bytes + body_bytes), (kind, request, header_bytes)
             self._filled = have - HEAD_BYTES
-            self._large[: self._filled] = self._room[at : self._end]
+            self._large[: self._filled] = received[at : self._end]
             self._start = self._end = 0
         return None
 

@@ -158,13 +158,11 @@ class Serving:
 
     def received(self, frame: Frame) -> None:
         kind = frame.kind
-        if kind is Kind.REQUEST or kind is Kind.NOTIFY:
-            if frame.request:
-                self._begin(frame)
-            elif kind is Kind.REQUEST:
-                raise DecodeError("request number 0 is the connection's own")
-            else:
-                self.body_bytes_max = decode(frame.header, Greeting).takes_bytes()
+        if kind is Kind.REQUEST:
+            self._asked(frame)
+            return
+        if kind is Kind.NOTIFY:
+            self._told(frame)
             return
         if kind is Kind.ANSWER or kind is Kind.ERROR:
             raise DecodeError(f"{kind.name} frame from the calling side")
@@ -194,26 +192,31 @@ class Serving:
 
     # -- a request begins -----------------------------------------------------------------------------------------------
 
-    def _begin(self, frame: Frame) -> None:
-        number = frame.request
+    def _asked(self, frame: Frame) -> None:
+        self._check_number(frame.request)
+        try:
+            self._begin(frame, silent=False)
+        except IdunnoError as error:
+            self.link.send(Kind.ERROR, frame.request, encode_error(error))
+
+    def _told(self, frame: Frame) -> None:
+        if not frame.request:
+            self.body_bytes_max = decode(frame.header, Greeting).takes_bytes()
+            return
+        self._check_number(frame.request)
+        try:
+            if not self._heard(frame):
+                self._begin(frame, silent=True)
+        except IdunnoError as error:
+            if self._anonymous:  # nor shall a stranger fill the log
+                raise DecodeError(f"a notification without a certificate: {error}") from None
+            log.warning("notification refused", extra={"peer": self.peer.actor.name, "error": str(error)})
+
+    def _check_number(self, number: int) -> None:
+        if not number:
+            raise DecodeError("request number 0 is the connection's own")
         if number in self.calls:
             raise DecodeError(f"request number {number} is under way already")
-        try:
-            if frame.kind is Kind.NOTIFY and self._heard(frame):
-                return
-            call, handler = self._prepare(frame)
-        except IdunnoError as error:
-            if frame.kind is Kind.REQUEST:
-                self.link.send(Kind.ERROR, number, encode_error(error))
-            else:
-                if self._anonymous:  # nor shall a stranger fill the log
-                    raise DecodeError(f"a notification without a certificate: {error}") from None
-                log.warning("notification refused", extra={"peer": self.peer.actor.name, "error": str(error)})
-            return
-        self.calls[number] = call
-        self.held += call.size
-        self._deadlines.added(call.deadline)
-        call.task = self.loop.create_task(self._run(call, handler))
 
     def _heard(self, frame: Frame) -> bool:
         """Whether a listener took this notification. Raises IdunnoError when it is not to be heard."""
@@ -235,9 +238,9 @@ class Serving:
                 log.exception("listener failed", extra={"method": method.name, "peer": self.peer.actor.name})
         return True
 
-    def _prepare(self, frame: Frame) -> tuple[ServerCall[Any], Handler[Any, Any]]:
+    def _begin(self, frame: Frame, *, silent: bool) -> None:
         """Raises IdunnoError when the request is not to be run."""
-        dispatch, size = self._dispatch, len(frame.header) + len(frame.body)
+        dispatch, number, size = self._dispatch, frame.request, len(frame.header) + len(frame.body)
         if dispatch.stopping:
             raise Unavailable(f"node {dispatch.name} is stopping: ask another node")
         if len(self.calls) >= self._calls_max:
@@ -257,13 +260,12 @@ class Serving:
                 f"{method.name} needs the role {method.access.value}, {actor.name or 'you'!r} has {actor.role.value}"
             )
         request = decode(head.request, method.request)
-        silent = frame.kind is Kind.NOTIFY
         left_s = NOTIFY_S if silent else head.left_ms / 1000
         if self._anonymous:
             left_s = min(left_s, ANONYMOUS_S)
-        call = ServerCall(
+        self.calls[number] = call = ServerCall(
             self,
-            frame.request,
+            number,
             method,
             request,
             frame.body,
@@ -275,7 +277,9 @@ class Serving:
             silent=silent,
             answered=silent,
         )
-        return call, handler
+        self.held += size
+        self._deadlines.added(call.deadline)
+        call.task = self.loop.create_task(self._run(call, handler))
 
     def _item(self, call: ServerCall[Any], frame: Frame) -> None:
         size = cost(frame.header, frame.body)
