@@ -221,9 +221,8 @@ def members(only_self: bool, events: bool) -> None:
         return [row for row in rows if me in (row.name, row.id)]
 
     rows = work(body)
-    columns = ["name", "id", "address", "state", "role", "incarnation", "version", "slots", "zone"]
-    if any(row.problem for row in rows):
-        columns.append("problem")
+    columns = ["name", "id", "address", "state", "role", "version", "slots"]  # what fits a terminal; --json has all
+    columns += [extra for extra in ("zone", "problem") if any(getattr(row, extra) for row in rows)]
     result(rows, lambda: render.table(columns, [[getattr(row, column) for column in columns] for row in rows]))
 
 

@@ -1,6 +1,7 @@
 # idunno/cli/render.py: tables and progress bars.
 #
-# Rule 1: a terminal gets rich tables that fit it; anything else gets plain aligned text, one row a line, nothing cut.
+# Rule 1: a terminal gets rich tables where they fit it; anything else gets plain aligned text, one row a line, nothing cut: what
+#         is folded within its column (the id of a job) can be neither read nor copied.
 # Rule 2: a progress bar is drawn on standard error, and only when that is a terminal.
 # Rule 3: text that came from elsewhere (logs, names, errors) never reaches a terminal with its control characters.
 from __future__ import annotations
@@ -8,9 +9,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import click
+
+PAD_MAX: Final = 60
+"""Characters: names and reasons are rarely longer."""
+WIDTH_MAX: Final = 10_000
+"""Of a table that is only measured."""
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -20,10 +26,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         bool(rows) and all(isinstance(row[place], (int, float)) or row[place] is None for row in rows)
         for place in range(len(columns))
     ]
-    if sys.stdout.isatty():
-        _rich(columns, texts, numeric)
+    if sys.stdout.isatty() and _rich(columns, texts, numeric):
         return
-    widths = [max(len(title), *(len(row[i]) for row in texts), 0) for i, title in enumerate(columns)]
+    # One that is very long pushes its own row to the right, not all the others.
+    widths = [max(len(title), *(min(len(row[i]), PAD_MAX) for row in texts), 0) for i, title in enumerate(columns)]
     for row in [list(columns), *texts]:
         cells = [
             text.rjust(width) if right else text.ljust(width)
@@ -32,18 +38,25 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-def _rich(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> None:
+def _rich(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> bool:
+    """Whether it fits the terminal; then it was printed."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, right in zip(columns, numeric, strict=True):
-        shown.add_column(title, justify="right" if right else "left", overflow="fold")
+    # Two blanks between columns, not three: nine columns then leave more of 80 characters to what stands in them.
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, (title, right) in enumerate(zip(columns, numeric, strict=True), 1):
+        whole = place < len(columns)  # only what stands last, a reason or a list of nodes, may be folded
+        shown.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         shown.add_row(*(Text(text) for text in row))  # Text: brackets in names are no markup
-    Console().print(shown)
+    console = Console()
+    if console.measure(shown, options=console.options.update(max_width=WIDTH_MAX)).minimum > console.width:
+        return False
+    console.print(shown)
+    return True
 
 
 def cell(value: Any) -> str:

@@ -76,6 +76,10 @@ def up(directory: Path, nodes: int | None = None, port: int | None = None) -> di
         raise Conflict(
             f"{directory} holds a cluster of {len(found)} nodes; `idunno join` adds one, another --dir makes another"
         )
+    elif port is not None and port != (begins := _first_port(found[0])):
+        raise Conflict(
+            f"{directory} holds a cluster whose ports begin at {begins}: leave out --port, or choose another --dir"
+        )
     stopped = [node for node in found if running_pid(node) is None]
     for node in stopped:
         _check_port(load_config(node))
@@ -97,6 +101,11 @@ def up(directory: Path, nodes: int | None = None, port: int | None = None) -> di
         "started": sum(node.name not in gone for node in stopped),
         "gone": gone,
     }
+
+
+def _first_port(node: Path) -> int:
+    """Of the cluster that the node was made with."""
+    return parse_address(load_config(node).listen)[1] - int(node.name[1:]) + 1
 
 
 def existing_nodes(directory: Path) -> list[Path]:

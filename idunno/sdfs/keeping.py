@@ -37,6 +37,7 @@ from idunno.sdfs.messages import (
 )
 from idunno.sdfs.ports import Coordination
 from idunno.sdfs.rules import iso
+from idunno.sdfs.views import check_present
 from idunno.wire.calls import Actor, Call, Peers, Registrar, Role
 
 ROWS_MAX: Final = 1_000
@@ -131,6 +132,7 @@ class Keeping:
             if node.node == self._me:
                 self._begin_scrub()
                 return ScrubAnswer([node.name])
+            check_present(node)
             actor = None if call.actor.role is Role.NODE else call.actor
             left_s = min(ASK_S, _left_s(call))
             return await self._peers.to(node.node).call(SCRUB, Scrub(node.node), timeout_s=left_s, actor=actor)

@@ -10,11 +10,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
-from idunno.base.errors import Corrupt, IdunnoError, InvalidArgument, Unavailable
+from idunno.base.errors import Corrupt, IdunnoError, InvalidArgument, NotReady, Unavailable
 from idunno.base.ids import NodeId
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.permissions import check_read, may_read
-from idunno.coordinator.records import Block, VersionRecord
+from idunno.coordinator.records import Block, NodeRecord, VersionRecord
 from idunno.sdfs.blocks import BlockStore
 from idunno.sdfs.hashing import block_id
 from idunno.sdfs.messages import (
@@ -204,6 +204,7 @@ class Views:
         machine = await self._read(call)
         node = machine.roster.resolve(request.node) if request.node else machine.roster.node(self._me)
         if node.node != self._me:
+            check_present(node)
             onward = Store(node.node, request.after, request.limit)
             left_s = max(0.05, call.remaining_s() - 0.2)
             actor = None if call.actor.role is Role.NODE else call.actor  # nodes act for users, not for each other
@@ -225,6 +226,15 @@ class Views:
             if any(block.block in store for block in record.blocks):
                 return StoreRow(name, record.version, record.size)
         return None
+
+
+def check_present(node: NodeRecord) -> None:
+    """Raises NotReady for a node that is away: who asks only it need not wait until his time is over."""
+    if node.presence != "present":
+        raise NotReady(
+            f"{node.name} is {node.presence} since {iso(node.since_ms)} ({node.reason}); ask it when it is back, "
+            "or see `idunno where NAME` for who else has a file"
+        )
 
 
 def _list_row(name: str, versions: Sequence[VersionRecord], *, long: bool) -> ListRow:

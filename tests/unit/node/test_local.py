@@ -204,3 +204,10 @@ def test_nodes_that_find_no_scheduler_are_not_said_to_be_silent(
     write_identity(node, Identity(1, "ab" * 16, NodeId(f"{1:016x}")))
     with pytest.raises(DeadlineExceeded, match=f"waiting for node n1 to know a scheduler: {why}"):
         asyncio.run(local._until_ready([node], {}))
+
+
+def test_another_port_for_a_cluster_that_is_there_is_refused(up: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    up()
+    assert local.up(tmp_path / "cluster", 3, 7400)["gone"] == []
+    with pytest.raises(Conflict, match="ports begin at 7400"):
+        local.up(tmp_path / "cluster", 3, 7401)

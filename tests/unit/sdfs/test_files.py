@@ -1,12 +1,15 @@
 # The file store from the user's side: five nodes, files in and out.
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from idunno.base.errors import Conflict, InvalidArgument, NotFound, PermissionDenied
+from idunno.base.errors import Conflict, InvalidArgument, NotFound, NotReady, PermissionDenied
 from idunno.coordinator.machine import Machine
 from idunno.sdfs.client import source_of
 from idunno.sdfs.hashing import block_id
+from idunno.wire.calls import Actor, Role
 from tests.unit.sdfs.world import MB, OTHER, Coordination, World, content_of, read, run
 
 
@@ -237,5 +240,21 @@ def test_a_node_that_has_not_replayed_its_log_takes_a_small_file_all_the_same() 
             world.node(2).files._coordinator = Behind(world)
             assert (await world.put(b"small", "f", entry=2)).copies == 4
             assert await world.get("f") == b"small"
+
+    run(story)
+
+
+def test_what_only_a_node_that_is_away_could_tell_is_refused_at_once() -> None:
+    async def story() -> None:
+        async with World(5) as world:
+            away = world.node(5)
+            world.kill(away, noticed_after_s=None)
+            world.set_presence(away.id, "failed")
+            began_s = asyncio.get_running_loop().time()
+            with pytest.raises(NotReady, match=r"n5 is failed since .*; ask it when it is back"):
+                await world.client().store("n5")
+            with pytest.raises(NotReady, match="n5 is failed since"):
+                await world.client(Actor("root", Role.ADMIN)).scrub("n5")
+            assert asyncio.get_running_loop().time() - began_s < 1
 
     run(story)
