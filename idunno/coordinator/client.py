@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -98,17 +98,15 @@ class Coordinator:
         Raises what the machine refused it with; NoQuorum (nothing happened), DeadlineExceeded or Unconfirmed (it may have).
         """
 
-        async def here(left_s: float) -> Proposed:
-            return await self.propose_here(command, actor=actor, request=request, timeout_s=left_s)
+        def here(left_s: float) -> Awaitable[Proposed]:
+            return self.propose_here(command, actor=actor, request=request, timeout_s=left_s)
 
-        answer = await self.ask_leader(
-            PROPOSE,
-            Propose(c.encode_command(command), request),
-            here,
-            timeout_s=timeout_s,
-            actor=actor,
-            again=is_idempotent(command, request),
-        )
+        def there(leader: NodeId, left_s: float) -> Awaitable[Proposed]:
+            asked = Propose(c.encode_command(command), request)
+            return self._peers.to(leader).call(PROPOSE, asked, timeout_s=left_s, actor=actor)
+
+        again = is_idempotent(command, request)
+        answer = await self._at_leader(PROPOSE.name, here, there, timeout_s=timeout_s, again=again)
         result = answer.result
         return result if isinstance(result, msgspec.Struct) else convert(type(command), result), answer.copies
 
@@ -116,8 +114,7 @@ class Coordinator:
         """The leader's part. `result` is the result's struct. Raises NotLeader too."""
         if self.driver.leader != self.me:
             raise NotLeader(f"{self.me} does not lead; the leader is {self.driver.leader or 'not known'}")
-        end_s = _now_s() + timeout_s
-        permissions.check_new_names(command)
+        permissions.check_new_name(command, self.machine)
         if self.driver.short_of_space and isinstance(command, BEGINS):
             raise Exhausted(
                 f"the log's disk of the leader, {self.machine.roster.name(self.me)}, is full: only what frees space is done; "
@@ -127,11 +124,13 @@ class Coordinator:
             permissions.check(command, actor, self.machine)
         except (PermissionDenied, Conflict):
             # This leader may be new and its machine a little behind: refuse only by what is certainly true.
+            end_s = _now_s() + timeout_s
             index = await self.driver.read_index(timeout_s)
             await self.driver.applied(index, _left_s(end_s))
             permissions.check(command, actor, self.machine)
+            timeout_s = _left_s(end_s)
         entry = c.Entry(c.FORMAT, max(0, self.now_ms()), actor.name, actor.role.value, request, command)
-        index, copies, applied = await self.driver.propose(c.encode_entry(entry), _left_s(end_s))
+        index, copies, applied = await self.driver.propose(c.encode_entry(entry), timeout_s)
         if not isinstance(applied, Applied):
             raise InternalError(f"entry {index} was applied by something that is not a machine: {applied!r:.80}")
         if applied.error is not None:
@@ -175,7 +174,7 @@ class Coordinator:
 
     # -- finding the leader -------------------------------------------------------------------------------------------
 
-    async def ask_leader(
+    def ask_leader(
         self,
         method: Method[Q, A],
         request: Q,
@@ -185,25 +184,42 @@ class Coordinator:
         actor: Actor | None = None,
         body: Buffer = b"",
         again: bool,
-    ) -> A:
+    ) -> Coroutine[Any, Any, A]:
         """Have the leader answer: `here(timeout_s)` when it is this node, a call of `method` otherwise.
 
         Waits for a leader, follows it when it changes. `again`: the request may be sent again although it may have happened.
         A handler must answer a node's call with NotLeader rather than forward it a second time.
         Raises what the leader raised; NoQuorum (nothing happened), DeadlineExceeded or Unconfirmed (something may have).
         """
-        end_s, pause_s, unsure = _now_s() + timeout_s, PAUSE_MIN_S, False
+
+        def there(leader: NodeId, left_s: float) -> Awaitable[A]:
+            return self._peers.to(leader).call(method, request, timeout_s=left_s, actor=actor, body=body)
+
+        return self._at_leader(method.name, here, there, timeout_s=timeout_s, again=again)
+
+    async def _at_leader(
+        self,
+        what: str,
+        here: Callable[[float], Awaitable[A]],
+        there: Callable[[NodeId, float], Awaitable[A]],
+        *,
+        timeout_s: float,
+        again: bool,
+    ) -> A:
+        """See `ask_leader`; `there(leader, timeout_s)` asks another node."""
+        left_s, end_s, pause_s, unsure = timeout_s, _now_s() + timeout_s, PAUSE_MIN_S, False
         last: IdunnoError | None = None
-        while (left_s := end_s - _now_s()) > 0:
+        while left_s > 0:
             leader = self.driver.leader
-            if leader is None:
-                await self._change(left_s)
-                continue
             try:
                 if leader == self.me:
                     return await here(left_s)
-                call = self._peers.to(leader).call(method, request, timeout_s=left_s, actor=actor, body=body)
-                return await (self._while_led_by(leader, call) if again else call)
+                if leader is None:
+                    await self._change(left_s)
+                elif again:
+                    return await self._while_led_by(leader, there(leader, left_s))
+                else:
+                    return await there(leader, left_s)
             except (NotLeader, NoQuorum, Unavailable) as error:
                 last = error
             except Unconfirmed as error:
@@ -213,12 +229,13 @@ class Coordinator:
             except IdunnoError as error:
                 if not unsure or not undecided(error):
                     raise
-                raise DeadlineExceeded(f"{method.name} was sent, its answer was lost; asked again: {error}") from error
-            if self.driver.leader == leader:
+                raise DeadlineExceeded(f"{what} was sent, its answer was lost; asked again: {error}") from error
+            if leader is not None and self.driver.leader == leader:
                 await self._change(min(pause_s, end_s - _now_s()))
                 pause_s = min(2 * pause_s, PAUSE_MAX_S)
+            left_s = end_s - _now_s()
         why = str(last) if last is not None else "no leader is known: too few voters are up, or one is being elected"
-        text = f"{method.name} not done within {timeout_s:g} s: {why}; see `idunno status`"
+        text = f"{what} not done within {timeout_s:g} s: {why}; see `idunno status`"
         raise DeadlineExceeded(text) if unsure else NoQuorum(f"{text}; {WHEN_LOST}")
 
     async def _while_led_by(self, leader: NodeId, call: Awaitable[A]) -> A:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 from blake3 import blake3
@@ -45,7 +45,7 @@ class Applied(msgspec.Struct, frozen=True):
     effects: tuple[e.Effect, ...] = ()
 
 
-class _Asked(NamedTuple):
+class _Asked(msgspec.Struct, frozen=True, gc=False):
     """Who asked, under which request id."""
 
     actor: Actor
@@ -87,7 +87,7 @@ class Machine:
         Raises DecodeError or Incompatible for an entry that this version does not know: the caller must apply nothing more.
         """
         assert index > self.index, f"entry {index} after {self.index}: the log is applied once and in order"
-        if len(payload) == 0:  # a leader's no-op
+        if not payload:  # a leader's no-op
             self.index = index
             return Applied()
         if names_voters(payload):
@@ -95,33 +95,38 @@ class Machine:
             self.index = index
             return Applied(done, None, (e.RosterChanged(),))
         entry = c.decode_entry(payload)
+        command = entry.command
         try:
             asked = _Asked(_actor(entry.actor, entry.role), entry.request)
         except ValueError:
             raise DecodeError(
                 f"log entry {index} was asked for by role {entry.role[:40]!r}, which this version lacks"
             ) from None
-        self._check_known(index, entry.command)
+        kind = type(command)
+        since = c.SINCE.get(kind, 1)
+        if since > 1 or kind is c.Genesis:
+            self._check_known(index, command, since)
         self.now_ms = max(self.now_ms, entry.stamp_ms)
         self._effects = []
         try:
-            permissions.check(entry.command, asked.actor, self)
-            self._check_raised(entry.command)
-            result = _APPLY[type(entry.command)](self, entry.command, asked)
+            permissions.check(command, asked.actor, self)
+            if since > 1:
+                self._check_raised(command, since)
+            result = _APPLY[kind](self, command, asked)
             if freed := self.references.freed():
                 self._tell(e.BlocksFreed(freed))
             applied = Applied(result, None, tuple(self._effects))
         except Incompatible:
             raise
         except IdunnoError as error:
-            assert not self._effects, f"{type(entry.command).__name__} was refused half done"
+            assert not self._effects, f"{kind.__name__} was refused half done"
             applied = Applied(error=error)
         self.index = index
         return applied
 
-    def _check_known(self, index: Index, command: c.Command) -> None:
+    def _check_known(self, index: Index, command: c.Command, since: int) -> None:
         """Raises Incompatible for what this release does not know: it must apply nothing more."""
-        needed = c.SINCE.get(type(command), 1)
+        needed = since
         if isinstance(command, c.RaiseVersion | c.Genesis):
             needed = max(needed, command.machine_version if isinstance(command, c.Genesis) else command.version)
         if needed > self.supports:
@@ -130,9 +135,9 @@ class Machine:
                 f"this node, and start it again"
             )
 
-    def _check_raised(self, command: c.Command) -> None:
+    def _check_raised(self, command: c.Command, needed: int) -> None:
         """Before the cluster's version is raised everybody refuses what came with the next."""
-        needed, present = c.SINCE.get(type(command), 1), self.roster.machine_version
+        present = self.roster.machine_version
         if needed > present and not isinstance(command, c.RaiseVersion):
             raise Conflict(
                 f"the cluster's machine version is {present}, this takes {needed}: `idunno upgrade` raises it"
@@ -292,8 +297,8 @@ class Machine:
         done = self.namespace.put_small(command, asked.actor.name, self.now_ms)
         if not retry:
             block = Block(command.block, len(command.content))  # which `put_small` has checked
-            self._tell(e.KeepSmall(block.block, command.content))
-            self._tell(e.VersionMade(command.name, done.version, (block,)))
+            made = e.VersionMade(command.name, done.version, (block,))
+            self._effects += (e.KeepSmall(block.block, command.content), made)
         return done
 
     def _delete_file(self, command: c.DeleteFile, asked: _Asked) -> FileGone:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Owns = Callable[[Any, Actor, "Machine"], None]
 
+_PUTS: Final = (c.BeginPut, c.PutSmall)
+
 
 def check(command: c.Command, actor: Actor, machine: Machine) -> None:
     """Raises PermissionDenied unless `actor` may give this command now, naming who may or whose it is."""
@@ -30,9 +32,9 @@ def check(command: c.Command, actor: Actor, machine: Machine) -> None:
         owns(command, actor, machine)
 
 
-def check_new_names(command: c.Command) -> None:
-    """Before proposing: names of new files must be clean by this Python's own Unicode tables too (see names.py)."""
-    if isinstance(command, c.BeginPut | c.PutSmall):
+def check_new_name(command: c.Command, machine: Machine) -> None:
+    """Before proposing, so that what apply would refuse enters no log: the name of a file that is not there yet must be clean."""
+    if isinstance(command, _PUTS) and machine.namespace.find(command.name) is None:
         check_file_name(command.name, system=True)
 
 
