@@ -126,6 +126,11 @@ class Roster:
         """Who holds the certificate with that fingerprint: a node or a user. None: nobody, any more."""
         return self._by_fingerprint.get(fingerprint)
 
+    @property
+    def size(self) -> int:
+        """Nodes, present or not."""
+        return len(self._nodes)
+
     def acknowledge_copies(self) -> int:
         """On how many nodes an entry must be synced before its reply leaves: min(4, present nodes), at least 1."""
         return max(1, min(COPIES_WANTED, self.present))

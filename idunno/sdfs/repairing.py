@@ -98,8 +98,11 @@ class Repairing:
         self._wake.set()
 
     def made(self, blocks: Iterable[BlockId]) -> None:
-        """A version refers to these since just now: reports about them are under way."""
-        self.core.hold_back(blocks, self._now_ms() + self._config.settle_ms)
+        """A version refers to these since just now: reports about them are under way, but of a small content nobody reports."""
+        references = self._coordinator.machine.references
+        stored = [block for block in blocks if block in references]
+        if stored:
+            self.core.hold_back(stored, self._now_ms() + self._config.settle_ms)
 
     def roster_changed(self) -> None:
         roster = self._coordinator.machine.roster

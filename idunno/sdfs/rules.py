@@ -3,11 +3,9 @@
 # Rule 1: these numbers follow the roster, never gossip: only then do all nodes count alike.
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from idunno.base.errors import Exhausted, InvalidArgument
-from idunno.base.ids import NodeId
 from idunno.coordinator.records import COPIES_WANTED
 from idunno.coordinator.roster import Roster
 from idunno.sdfs.messages import PutAnswer
@@ -20,7 +18,7 @@ def quorum(roster: Roster, write_quorum: int | None = None) -> int:
     Raises InvalidArgument.
     """
     if write_quorum is None:
-        return max(roster.acknowledge_copies(), min(2, len(roster.nodes())))
+        return max(roster.acknowledge_copies(), min(2, roster.size))
     if not 1 <= write_quorum <= COPIES_WANTED:
         raise InvalidArgument(f"a write quorum is 1 to {COPIES_WANTED} copies, not {write_quorum}")
     return write_quorum
@@ -37,16 +35,16 @@ def check_reachable(roster: Roster, needed: int) -> None:
 
 
 def put_answer(
-    roster: Roster, name: str, version: int, size: int, blocks: int, holders: Iterable[NodeId], copies: int
+    roster: Roster, name: str, version: int, size: int, blocks: int, holders: list[str], copies: int
 ) -> PutAnswer:
-    """The acknowledgement, which says so when there are fewer copies than there should be."""
+    """The acknowledgement, which says so when there are fewer copies than there should be. `holders`: the names of nodes."""
     wanted = roster.copies_wanted()
     degraded = copies < wanted
     why = ""
     if degraded:
         away = ", ".join(f"{n.name} {n.presence}" for n in roster.nodes() if n.presence != "present")
         why = f"{copies} of {wanted} copies" + (f"; {away}" if away else "")
-    return PutAnswer(name, version, size, blocks, [roster.name(n) for n in holders], degraded, copies, why)
+    return PutAnswer(name, version, size, blocks, holders, degraded, copies, why)
 
 
 def iso(time_ms: int) -> str:

@@ -220,7 +220,7 @@ class FileService:
         else:
             self.witness.forget(request.put)
             await self._tell_leader([BlockCopies(b.block, b.size, copies[b.block]) for b in request.blocks], call)
-        holders = _by_share(copies)
+        holders = [machine.roster.name(node) for node in _by_share(copies)]
         return put_answer(machine.roster, done.name, done.version, done.size, len(blocks), holders, _fewest(copies))
 
     async def _tell_leader(self, blocks: list[BlockCopies], call: Call[Commit]) -> None:
@@ -249,9 +249,10 @@ class FileService:
         assert isinstance(done, PutDone)
         roster = self._coordinator.machine.roster
         # Every node gets the entry; `copies` of them had synced it when this left. Which ones is not told: present ones.
-        present = [n.node for n in roster.nodes() if n.presence == "present"]
-        present.sort(key=lambda node: node != self._me)
-        return put_answer(roster, done.name, done.version, done.size, 1, present[:copies], copies)
+        present = [n for n in roster.nodes() if n.presence == "present"]
+        mine = [n.name for n in present if n.node == self._me]
+        others = [n.name for n in present if n.node != self._me]
+        return put_answer(roster, done.name, done.version, done.size, 1, (mine + others)[:copies], copies)
 
     async def abort(self, call: Call[Abort]) -> Empty:
         command = AbortPut(call.request.put, call.request.reason)
