@@ -28,7 +28,7 @@ from idunno.consensus.events import Propose, Read
 from idunno.consensus.gathering import Gathering
 from idunno.consensus.health import Health
 from idunno.consensus.messages import PAYLOAD_BYTES_MAX
-from idunno.consensus.quorum import majority, reached
+from idunno.consensus.quorum import majority
 from idunno.consensus.raft import Raft
 from idunno.consensus.voters import names_voters
 from idunno.consensus.waiting import IndexWaiters, Proposal
@@ -183,22 +183,30 @@ class Callers:
         if proposal is not None:
             proposal.applied, proposal.value = True, value
 
+    def applied_more(self) -> None:
+        """Answer whoever waited for an entry to be applied."""
+        self._awaited.reached(self._applying.index)
+
     def settle(self) -> None:
-        """Answer whoever waited for what is now there."""
-        applied, core = self._applying.index, self._core
-        self._awaited.reached(applied)
-        if not self._proposals or next(iter(self._proposals)) > applied or core is None or not core.is_leader:
+        """Answer the proposals that are applied and on enough nodes."""
+        if not self._proposals:
+            return
+        oldest, applied, core = next(iter(self._proposals)), self._applying.index, self._core
+        if oldest > applied or core is None or not core.is_leader:
             return
         synced = core.copies()
         copies, answered = len(synced), 0
-        ready = min(applied, reached(synced, self.copies_needed))
-        while self._proposals and next(iter(self._proposals)) <= ready:
+        ready = min(applied, synced[self.copies_needed - 1]) if self.copies_needed <= copies else 0
+        while oldest <= ready:
             index, proposal = self._proposals.popitem(last=False)
             while synced[copies - 1] < index:  # never more of them than had the entry before
                 copies -= 1
             if not proposal.answer.done():
                 proposal.answer.set_result((index, copies, proposal.value))
                 answered += 1
+            if not self._proposals:
+                break
+            oldest = next(iter(self._proposals))
         if answered:
             self._gathering.answered(answered, self._loop.time())
 
@@ -212,6 +220,7 @@ class Callers:
 
     def fail_awaited(self) -> None:
         """Nothing is applied here any more."""
+        self.applied_more()  # before it ended
         self._awaited.fail(Unavailable(f"{self._me} applies nothing: {self._health.problem}; ask another node"))
 
     # -----------------------------------------------------------------------------------------------------------------

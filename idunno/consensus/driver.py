@@ -145,7 +145,7 @@ class RaftDriver:
             self._log.hard,
             self.config,
             self._rng,
-            self._now_ms(),
+            int(self._loop.time() * 1000),
             applied,
         )
         self._durability = Durability(self._log, self._core.terms, self._health, send=self._send, step=self._step)
@@ -398,9 +398,6 @@ class RaftDriver:
 
     # -- the core and its outputs -----------------------------------------------------------------------------------
 
-    def _now_ms(self) -> int:
-        return int(self._loop.time() * 1000)
-
     def _step(self, event: Input) -> None:
         """Hand an event to the core and carry out what it says. An event that this causes waits for its turn."""
         self._inbox.append(event)
@@ -409,7 +406,7 @@ class RaftDriver:
         self._busy = True
         try:
             while self._inbox:
-                for output in self._core.handle(self._inbox.popleft(), self._now_ms()):
+                for output in self._core.handle(self._inbox.popleft(), int(self._loop.time() * 1000)):
                     self._carry_out(output)
         finally:
             self._busy = False
@@ -473,6 +470,7 @@ class RaftDriver:
         self._log.begin_anew(index)
         self._snapshots.incoming.install()
         self._applying.begin_anew(index)
+        self._callers.applied_more()
 
     async def _watch_reserve(self) -> None:
         """While the log is short nothing new is proposed, so no snapshot may ever come that would look for space again."""
@@ -498,6 +496,7 @@ class RaftDriver:
     # -- applied, and answered --------------------------------------------------------------------------------------
 
     def _slice_applied(self) -> None:
+        self._callers.applied_more()
         self._settle()
         if self._snapshots is not None:
             self._snapshots.consider(self._applying.index)

@@ -42,7 +42,8 @@ class Health:
         await asyncio.sleep(DISK_RETRY_S)
 
     def disk_works(self, doing: str) -> None:
-        self._end(doing)
+        if self._problems:
+            self._end(doing)
 
     def broken(self, problem: str, error: BaseException | None) -> None:
         self.stuck = True

@@ -202,8 +202,10 @@ class Log:
         """Take entries in for the next flush; they replace whatever stands at `first` and behind."""
         for index in range(first, self._cache_first + len(self._cache)):  # a suffix that is replaced
             self._cache_bytes -= len(self._cache.pop(index, b""))
-        self._cache_first = min(self._cache_first, first)
-        self._staged_first = min(self._staged_first, first)
+        if first < self._cache_first:
+            self._cache_first = first
+        if first < self._staged_first:
+            self._staged_first = first
         for index, entry in enumerate(entries, first):
             size = len(entry.payload)
             assert size <= PAYLOAD_BYTES_MAX

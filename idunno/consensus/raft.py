@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from operator import attrgetter
 from typing import Final
 
 from idunno.base.ids import Index, NodeId, Term
@@ -62,9 +64,10 @@ from idunno.consensus.progress import Progress
 from idunno.consensus.quorum import grants_vote, majority, reached
 from idunno.consensus.read_index import ReadIndex
 from idunno.consensus.terms import Terms
-from idunno.consensus.voters import Voters, decode_voters, encode_voters, named_in, names_voters
+from idunno.consensus.voters import Voters, encode_voters, named_in
 
 _NONE: Final = Index(0)
+_term: Final[Callable[[Entry], Term]] = attrgetter("term")
 
 
 class Raft:
@@ -128,7 +131,7 @@ class Raft:
 
     @property
     def accepts_proposals(self) -> bool:
-        return self.is_leader and self._transfer is None
+        return self.role is RaftRole.LEADER and self._transfer is None
 
     @property
     def term_start(self) -> Index:
@@ -152,7 +155,7 @@ class Raft:
         return ""
 
     def deadline_ms(self) -> int:
-        if not self.is_leader:
+        if self.role is not RaftRole.LEADER:
             return self._election_ms
         due, notice, ask_all = self._heartbeat_ms, self._notice_ms, self._reads.ask_all_ms
         if notice is not None and notice < due:
@@ -401,11 +404,10 @@ class Raft:
 
     def _append_own(self, payloads: tuple[bytes, ...]) -> None:
         first = Index(self.terms.last + 1)
-        for payload in payloads:
-            self.terms.append(self.term, len(payload))
-            if names_voters(payload):
-                self.named.append(self.terms.last, decode_voters(payload))
-                self._meet_peers()  # 4.1: they count as soon as they are in the log
+        self.terms.extend(self.term, [len(payload) for payload in payloads])
+        for at, voters in named_in(payloads).items():
+            self.named.append(first + at, voters)
+            self._meet_peers()  # 4.1: they count as soon as they are in the log
         self._persist(first=first, entries=tuple([Entry(self.term, payload) for payload in payloads]))
         for node, p in self.peers.items():
             self._replicate(node, p)
@@ -579,11 +581,13 @@ class Raft:
                 self.named.truncate(index)
                 self.synced = Index(min(self.synced, index - 1))
                 self._unsynced = deque((seq, min(last, index - 1)) for seq, last in self._unsynced)
-            for place, new in enumerate(append.entries[at:], at):
-                self.terms.append(new.term, len(new.payload))
-                if place in named:
-                    self.named.append(self.terms.last, named[place])
-            return append.entries[at:]
+            new = append.entries[at:]
+            for term, entries in groupby(new, _term):
+                self.terms.extend(term, [len(entry.payload) for entry in entries])
+            for place, voters in named.items():
+                if place >= at:
+                    self.named.append(append.prev_index + 1 + place, voters)
+            return new
         return ()
 
     # -- snapshots (5.1) --------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 
 from idunno.base.ids import Index, Term
@@ -51,12 +51,16 @@ class Terms:
         return self._sizes[index - self.base - 1]
 
     def append(self, term: Term, size: int) -> None:
+        self.extend(term, (size,))
+
+    def extend(self, term: Term, sizes: Sequence[int]) -> None:
+        """Entries of these sizes, one or more, all of one term."""
         assert term >= self._terms[-1], f"term {term} after {self.last_term}"
-        self._sizes.append(size)
-        self.last = Index(self.last + 1)
         if term != self._terms[-1]:
-            self._starts.append(self.last)
+            self._starts.append(self.last + 1)
             self._terms.append(term)
+        self._sizes.extend(sizes)
+        self.last = Index(self.last + len(sizes))
 
     def truncate(self, first: int) -> None:
         """Forget the entries from `first` on."""
