@@ -234,8 +234,11 @@ class Coordinator:
                 await self._change(min(pause_s, end_s - _now_s()))
                 pause_s = min(2 * pause_s, PAUSE_MAX_S)
             left_s = end_s - _now_s()
-        why = str(last) if last is not None else "no leader is known: too few voters are up, or one is being elected"
-        text = f"{what} not done within {timeout_s:g} s: {why}; see `idunno status`"
+        if last is None:  # nothing was sent
+            raise NoQuorum(
+                "no leader is known: too few voters are up, or one is being elected; see `idunno status`; " + WHEN_LOST
+            )
+        text = f"{what} not done within {timeout_s:g} s: {last}; see `idunno status`"
         raise DeadlineExceeded(text) if unsure else NoQuorum(f"{text}; {WHEN_LOST}")
 
     async def _while_led_by(self, leader: NodeId, call: Awaitable[A]) -> A:

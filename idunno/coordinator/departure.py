@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, NotLeader
 from idunno.base.ids import NodeId
+from idunno.coordinator.answering import left_s
 from idunno.coordinator.client import Coordinator
 from idunno.coordinator.commands import RemoveNode
 from idunno.coordinator.elector import Elector
@@ -96,7 +97,7 @@ class Departures:
         """Whom an admin means. Raises NotFound, but never because this node is behind."""
         if _passed_on(call):
             return NodeId(name)  # it is the id already, which may be out by now: then that was done before
-        machine = await self._coordinator.read(call.remaining_s())
+        machine = await self._coordinator.read(left_s(call))
         return machine.roster.resolve(name).node
 
     async def _at_leader(
@@ -106,9 +107,9 @@ class Departures:
         if _passed_on(call):
             if self._coordinator.driver.leader != self._coordinator.me:
                 raise NotLeader(f"{self._coordinator.me} does not lead")
-            return await here(call.remaining_s())
+            return await here(left_s(call))
         return await self._coordinator.ask_leader(
-            method, request, here, timeout_s=call.remaining_s(), actor=call.actor, again=True
+            method, request, here, timeout_s=left_s(call), actor=call.actor, again=True
         )
 
     async def _go(self, node: NodeId, request: str, actor: Actor, timeout_s: float, *, leave: bool) -> GoneNode:

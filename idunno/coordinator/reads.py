@@ -53,6 +53,10 @@ class ReadRounds:
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
+            if isinstance(
+                self._last, NoQuorum
+            ):  # it says what to do, and of a time that means more than the last attempt's
+                raise NoQuorum(f"no consistent read: {self._last}") from None
             why = str(self._last) if self._last is not None else "the leader has not answered yet"
             raise NoQuorum(
                 f"no consistent read within {timeout_s:g} s: {why}; see `idunno status`; {WHEN_LOST}"

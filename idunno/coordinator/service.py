@@ -13,6 +13,7 @@ import msgspec
 from idunno.base.errors import InvalidArgument, NotLeader, PermissionDenied
 from idunno.base.version import VERSION
 from idunno.coordinator import messages as m
+from idunno.coordinator.answering import left_s
 from idunno.coordinator.client import Coordinator
 from idunno.coordinator.commands import AddToken, RevokeToken, RevokeUser, decode_command
 from idunno.coordinator.enroll import Enrolment
@@ -77,9 +78,9 @@ class CoordinatorService:
         if call.peer.node is not None and self._coordinator.driver.leader != self._coordinator.me:
             raise NotLeader(f"{self._coordinator.me} does not lead")
         if call.peer.node is not None:
-            return await here(call.remaining_s())
+            return await here(left_s(call))
         return await self._coordinator.ask_leader(
-            method, call.request, here, timeout_s=call.remaining_s(), actor=call.actor, again=again
+            method, call.request, here, timeout_s=left_s(call), actor=call.actor, again=again
         )
 
     # -- joining ------------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ class CoordinatorService:
         return await self._at_leader(m.TOKEN_NEW, call, here, again=True)
 
     async def _token_list(self, call: Call[Empty]) -> m.TokenRows:
-        machine = await self._coordinator.read(call.remaining_s())
+        machine = await self._coordinator.read(left_s(call))
         return m.TokenRows([token_row(token, self._now_ms()) for token in machine.roster.tokens()])
 
     async def _token_revoke(self, call: Call[m.ById]) -> Empty:
@@ -127,7 +128,7 @@ class CoordinatorService:
         return Empty()
 
     async def _users(self, call: Call[Empty]) -> m.UserRows:
-        machine = await self._coordinator.read(call.remaining_s())
+        machine = await self._coordinator.read(left_s(call))
         return m.UserRows([user_row(user) for user in machine.roster.users()])
 
     async def _user_revoke(self, call: Call[m.ById]) -> Empty:
@@ -136,7 +137,7 @@ class CoordinatorService:
 
     async def _command(self, command: RevokeToken | RevokeUser, call: Call[m.ById]) -> Any:
         result, _ = await self._coordinator.propose(
-            command, actor=call.actor, request=call.request.request, timeout_s=call.remaining_s()
+            command, actor=call.actor, request=call.request.request, timeout_s=left_s(call)
         )
         return result
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from idunno.base.errors import Conflict, IdunnoError, Incompatible, NotLeader
 from idunno.base.version import VERSION
+from idunno.coordinator.answering import left_s
 from idunno.coordinator.client import Coordinator
 from idunno.coordinator.commands import RaiseVersion
 from idunno.coordinator.messages import KNOWS, UPGRADE, UPGRADE_CHECK, Knows, Upgrade, UpgradeAnswer, UpgradeNode
@@ -49,9 +50,9 @@ class Upgrades:
         if call.peer.node is not None and not call.peer.local:
             if coordinator.driver.leader != coordinator.me:
                 raise NotLeader(f"{coordinator.me} does not lead")
-            return await here(call.remaining_s())
+            return await here(left_s(call))
         return await coordinator.ask_leader(
-            method, call.request, here, timeout_s=call.remaining_s(), actor=call.actor, again=True
+            method, call.request, here, timeout_s=left_s(call), actor=call.actor, again=True
         )
 
     async def look(self, timeout_s: float) -> UpgradeAnswer:

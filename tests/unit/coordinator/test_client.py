@@ -297,6 +297,9 @@ def test_a_read_is_asked_again_after_trouble_and_gives_up_with_the_reason() -> N
         world.lead(None)
         with pytest.raises(NoQuorum, match=r"no consistent read within .* `idunno recover`"):
             await world.nodes[N2].coordinator.read(0.02)
+        with pytest.raises(NoQuorum, match=r"no consistent read: no leader is known: .* `idunno recover`") as later:
+            await world.nodes[N2].coordinator.read(4)  # more than one round: what the last one said
+        assert str(later.value).count("idunno recover") == 1
         await world.nodes[N2].coordinator.close()
 
     run(story())

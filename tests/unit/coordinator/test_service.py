@@ -9,7 +9,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from idunno.base.errors import Conflict, InvalidArgument, NotLeader, NotReady, PermissionDenied, Unauthenticated
+from idunno.base.errors import (
+    Conflict,
+    InvalidArgument,
+    NoQuorum,
+    NotLeader,
+    NotReady,
+    PermissionDenied,
+    Unauthenticated,
+)
 from idunno.base.ids import NodeId
 from idunno.coordinator import messages as m
 from idunno.coordinator.service import CoordinatorService
@@ -17,7 +25,7 @@ from idunno.coordinator.views import iso_time
 from idunno.wire import security
 from idunno.wire.calls import Actor, Empty, Peer, Role
 from idunno.wire.tokens import make_token, parse_token
-from tests.unit.coordinator.fakes import FakeCluster
+from tests.unit.coordinator.fakes import FakeCall, FakeCluster
 from tests.unit.coordinator.world import ADMIN, ALICE, HOUR_MS, N1, N2, N3
 
 CA_PEM, CA_KEY_PEM = security.make_ca()
@@ -228,3 +236,25 @@ def test_times_are_written_in_utc() -> None:
     assert iso_time(1_795_176_480_123) == "2026-11-20T12:08:00.123Z"
     assert iso_time(-5) == "1970-01-01T00:00:00.000Z"
     assert iso_time(2**63).startswith("9999-12-31")
+
+
+def test_without_a_leader_the_reason_comes_before_the_callers_time_is_over() -> None:
+    """Else the caller hears only that time is over, and that a token may have been made."""
+
+    async def story() -> None:
+        world = cluster()
+        world.lead(None)
+        node = world.nodes[N2]
+        requests: list[tuple[Any, Any]] = [
+            (m.TOKEN_NEW, m.NewToken("user", 60, "r1")),
+            (m.TOKEN_LIST, Empty()),
+            (m.USERS, Empty()),
+            (m.TOKEN_REVOKE, m.ById("x", "r2")),
+        ]
+        for method, request in requests:
+            call: Any = FakeCall(request, Peer(ADMIN), ADMIN, time_s=1.0)
+            with pytest.raises(NoQuorum, match=r"no leader is known|no consistent read"):
+                await asyncio.wait_for(node.handlers[method.name](call), 1.0)
+        await node.coordinator.close()
+
+    run(story())
