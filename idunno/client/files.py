@@ -7,9 +7,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
 from idunno.base.errors import Corrupt, IdunnoError, InvalidArgument, NotFound
@@ -139,6 +140,7 @@ class Files(Base):
         rows = await self._file_client.ls(prefix, timeout_s=deadline.left_s(f"ls {prefix}"))
         if not rows:
             raise NotFound(f"no file below {prefix}: see `idunno ls {prefix}`")
+        _check_tree([row.name for row in rows])
         tally = Tally(progress, sum(row.size for row in rows))
 
         async def one(row: ListRow) -> FileInfo:
@@ -301,3 +303,15 @@ class Files(Base):
             progress=progress,
             timeout_s=deadline.left_s(f"get of {name}"),
         )
+
+
+def _check_tree(names: Iterable[str]) -> None:
+    """Raises InvalidArgument where a local folder cannot hold all of these: in the store a name may also be others' prefix."""
+    files = set(names)
+    for name in sorted(files):
+        above = next((str(path) for path in PurePosixPath(name).parents if str(path) in files), None)
+        if above is not None:
+            raise InvalidArgument(
+                f"{above} is a file, and {name} is below it: no local folder can hold both; get them one by one, e.g. "
+                f"`idunno get {above} FILE`"
+            )

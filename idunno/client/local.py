@@ -120,9 +120,12 @@ class _Place:
                 if not self._named:
                     # With a directory's descriptor: only then what the link in /proc leads to is what gets the name.
                     os.link(f"/proc/self/fd/{file.fileno()}", self._temporary.name, dst_dir_fd=directory)
+                    self._named = True
                 os.replace(self._temporary, self._path)
                 self._temporary = None
                 os.fsync(directory)
+            except OSError as error:  # about the name that was given, not about ours
+                raise OSError(error.errno, error.strerror, str(self._path)) from None
             finally:
                 os.close(directory)
 

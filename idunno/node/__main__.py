@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def main() -> int:
     except IdunnoError as error:
         return _failed(str(error))
     except OSError as error:
-        return _failed(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        return _failed(f"{text}; free some space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else text)
     except KeyboardInterrupt:  # while it still loads: nothing has begun
         return 130
     return 0

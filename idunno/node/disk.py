@@ -16,6 +16,7 @@ from typing import Final, ParamSpec, TypeVar
 from idunno.base.descriptors import O_DIRECT, is_direct, read, read_direct, write, write_direct
 from idunno.base.disk import Also, Buffer, Entry, File, Space
 from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
+from idunno.base.naming import naming
 from idunno.base.writing import start_writing
 from idunno.node.prompt import BYTES_MAX, Promptness
 
@@ -296,9 +297,10 @@ def replace_file(full: str, data: Buffer, mode: int = 0o600) -> None:
     temporary = f"{full}.new"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
-        write(descriptor, 0, [data])
-        os.fchmod(descriptor, mode)
-        os.fsync(descriptor)
+        with naming(full):
+            write(descriptor, 0, [data])
+            os.fchmod(descriptor, mode)
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
     os.rename(temporary, full)

@@ -16,6 +16,7 @@ import msgspec
 
 from idunno.base.errors import Conflict, Corrupt, Incompatible, InvalidArgument
 from idunno.base.ids import NodeId
+from idunno.base.naming import naming
 from idunno.coordinator.messages import MemberAddress
 from idunno.node.config import NodeConfig, save_config
 from idunno.node.disk import replace_file
@@ -190,9 +191,10 @@ class DirectoryLock:
                 file.close()
                 raise Conflict(f"process {holder} runs this node already: stop it first ({self._path})") from None
             fcntl.flock(file, fcntl.LOCK_EX)  # only somebody who looks (`running_pid`), for microseconds
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with naming(self._path):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         self._file = file
 
     def release(self) -> None:

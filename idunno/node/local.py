@@ -4,16 +4,19 @@
 # Rule 2: a process that ends while `up` waits is reported with the last lines it wrote, not as a time-out.
 # Rule 3: a node that left or was removed is neither waited for nor left running, once the scheduler's roster is without it.
 # Rule 4: a cluster whose making was interrupted is made again from the start: none of its nodes has ever run.
+# Rule 5: one `up` at a time works on a directory: a second one would take for interrupted what the first is just making.
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +37,8 @@ NODES_MAX: Final = 64
 READY_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 15.0
 """A node stops within 10 s (commands.md); what is left after this is killed."""
+FULL_BYTES: Final = 64 * 1024
+"""With less free than this a node does not come to write what it needs to start."""
 LOOK_AGAIN_S: Final = 0.1
 
 UNFINISHED_FILE: Final = "up.unfinished"
@@ -62,6 +67,34 @@ def up(directory: Path, nodes: int | None = None, port: int | None = None) -> di
     do not run. Raises InvalidArgument, Conflict, DeadlineExceeded.
     """
     directory = directory.absolute()
+    with _alone(directory):
+        return _up(directory, nodes, port)
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Rule 5. Raises Conflict, InvalidArgument for what is no directory, OSError."""
+    if directory.exists() and not directory.is_dir():
+        raise InvalidArgument(f"{directory} is a file: choose another --dir")
+    new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(f"another `idunno up` is at work on {directory}: wait until it is done") from None
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # it holds something already: it stays
+                directory.rmdir()
+        raise
+    finally:
+        os.close(held)
+
+
+def _up(directory: Path, nodes: int | None, port: int | None) -> dict[str, Any]:
     clock = asyncio.new_event_loop()
     began_s = clock.time()
     found = existing_nodes(directory)
@@ -141,8 +174,6 @@ def _make(directory: Path, nodes: int, port: int) -> list[Path]:
         raise InvalidArgument(f"--nodes {nodes}: one machine runs 1 to {NODES_MAX}")
     if not 1 <= port <= 65535 - nodes:
         raise InvalidArgument(f"--port {port}: {nodes} ports from there must be at most 65535")
-    if directory.exists() and not directory.is_dir():
-        raise InvalidArgument(f"{directory} is a file: choose another --dir")
     # These nodes share one machine: each computes with its part of the cores, and none keeps a process waiting.
     threads = max(1, (os.cpu_count() or 1) // nodes)
     configs = [
@@ -160,7 +191,6 @@ def _make(directory: Path, nodes: int, port: int) -> list[Path]:
             raise Conflict(
                 f"{node} is there already, and is no node of a cluster: move it away, or choose another --dir"
             )
-    directory.mkdir(parents=True, exist_ok=True)
     replace_file(str(directory / UNFINISHED_FILE), "\n".join(config.name for config in configs).encode())
     made = make_cluster(directories, configs)
     about = LocalCluster(made["cluster"], [c.name for c in configs], [c.address for c in configs])
@@ -292,7 +322,12 @@ def _last_words(node: Path) -> str:
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     except FileNotFoundError:
         lines = []
-    return lines[-1][:300] if lines else f"it wrote nothing; see {node}/logs/"
+    if lines:
+        return lines[-1][:300]
+    free = shutil.disk_usage(node).free
+    if free < FULL_BYTES:  # there was no room for its words either
+        return f"the disk of {node} is full ({free:,} bytes free); free some space there"
+    return f"it wrote nothing; see {node}/logs/"
 
 
 def down(directory: Path, purge: bool = False) -> dict[str, Any]:

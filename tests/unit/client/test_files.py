@@ -308,3 +308,25 @@ def test_a_put_whose_content_stands_still_ends_with_its_time(before: bytes) -> N
     assert time.monotonic() - began_s < 10
     feeding.join()
     os.close(writing)
+
+
+def test_a_name_that_is_a_file_and_a_folder_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    fake = FakeCluster()
+    fake.world.put("p/a", b"x")
+    fake.world.put("p/a.txt", b"x")
+    fake.world.put("p/a/b/c", b"x")
+
+    async def body(cluster: Cluster) -> None:
+        with pytest.raises(InvalidArgument, match="p/a is a file, and p/a/b/c is below it"):
+            await cluster.get_folder("p/", tmp_path / "o")
+        assert (await cluster.get_folder("p/a/", tmp_path / "o")).size == 1
+
+    play(fake, body)
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+def test_what_cannot_take_its_place_is_named_as_it_was_given(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError) as caught, replacing(tmp_path / "a"):
+        (tmp_path / "a" / "b").mkdir(parents=True)  # meanwhile
+    assert caught.value.filename == str(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

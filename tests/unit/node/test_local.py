@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -211,3 +212,38 @@ def test_another_port_for_a_cluster_that_is_there_is_refused(up: Callable[[], di
     assert local.up(tmp_path / "cluster", 3, 7400)["gone"] == []
     with pytest.raises(Conflict, match="ports begin at 7400"):
         local.up(tmp_path / "cluster", 3, 7401)
+
+
+def test_two_at_once_do_not_make_one_cluster_of_two(
+    up: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second took for interrupted what the first was making: it emptied the first one's directories."""
+    refused: list[str] = []
+
+    def write(directory: Path, identity: Identity) -> None:
+        if not refused:
+            with pytest.raises(Conflict, match="another `idunno up` is at work") as caught:
+                up()
+            refused.append(str(caught.value))
+        write_identity(directory, identity)
+
+    monkeypatch.setattr(lifecycle, "write_identity", write)
+    assert up()["started"] == 3
+    assert len(refused) == 1
+    nodes = local.existing_nodes(tmp_path / "cluster")
+    assert len({load_identity(node).cluster for node in nodes}) == 1
+
+
+def test_a_directory_that_was_made_for_nothing_goes_again(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="one machine runs 1 to"):
+        local.up(tmp_path / "new", 1000)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidArgument, match="is a file"):
+        local.up(tmp_path / "file", 1)
+
+
+def test_a_node_whose_disk_had_no_room_for_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local._last_words(tmp_path) == f"it wrote nothing; see {tmp_path}/logs/"
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
+    assert local._last_words(tmp_path) == f"the disk of {tmp_path} is full (4,096 bytes free); free some space there"
