@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -54,7 +55,7 @@ class OnnxModel:
         try:
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ModelFailed(f"{name} cannot be loaded: {one_line(str(error))}") from error
+            raise ModelFailed(f"{name} cannot be loaded: {one_line(_plain(str(error)))}") from error
         self._inputs, batches = _inputs(self._session)
         self._outputs = [output.name for output in self._session.get_outputs()]
         fixed = {n for n in batches if n is not None}
@@ -187,3 +188,16 @@ def _model_file(folder: str) -> str:
         found = f"has {len(names)} .onnx files" if names else "has no .onnx file"
         raise ModelFailed(f"the model's folder {found}: name the one to load model.onnx")
     return os.path.join(folder, names[0])
+
+
+_NOISE: Final = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : (\w+) : "
+    r"(?:Load model from .*? failed:)?"
+    r"(?:/\S+:\d+ [^(]*\((?:[^()]|\([^()]*\))*\)(?: const)?(?: \[with [^\]]*\])? )?"  # where in its source
+)
+
+
+def _plain(text: str) -> str:
+    """onnxruntime's message without its number, its source and the path of our copy, which differs on each node: the reason."""
+    found = _NOISE.match(text)
+    return f"{text[found.end() :].strip()} ({found[1]})" if found else text

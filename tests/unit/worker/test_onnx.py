@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from idunno.base.errors import ModelFailed
 from idunno.worker.data import Bad, Chunk, Picture
 from idunno.worker.runtimes import Answered, Model, load_model
+from idunno.worker.runtimes.onnx import _plain
 from idunno.worker.runtimes.prepare import Input, RowError, layout, row
 from tests.unit.worker.helpers import EXAMPLES, add_one, png, save_model
 
@@ -190,3 +191,34 @@ def test_weights_beside_the_model_are_read_only_inside_its_folder(tmp_path: Path
     else:
         with pytest.raises(ModelFailed, match="escapes model directory"):
             load_model("onnx", str(folder), 1)
+
+
+def test_the_reason_a_model_does_not_load_is_the_same_on_every_node_and_comes_first(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Frobnicate", ["a"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("a", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
+    )
+    said = set()
+    for content in (b"no model", helper.make_model(graph).SerializeToString()):
+        for node in ("n1", "n2"):
+            folder = tmp_path / node
+            folder.mkdir(exist_ok=True)
+            (folder / "m.onnx").write_bytes(content)
+            with pytest.raises(ModelFailed, match=r"^m\.onnx cannot be loaded: \w") as caught:
+                load_model("onnx", str(folder), 1)
+            assert str(tmp_path) not in str(caught.value)
+            said.add(str(caught.value))
+    assert len(said) == 2
+    assert "m.onnx cannot be loaded: Protobuf parsing failed. (INVALID_PROTOBUF)" in said
+
+
+def test_the_runtimes_source_is_left_out_of_a_reason() -> None:
+    said = (
+        "[ONNXRuntimeError] : 1 : FAIL : Load model from /n3/cache/8/m.onnx failed:/onnxruntime_src/core/graph/utils.h:46 void "
+        "onnxruntime::ValidateOpset(const std::unordered_map<std::__cxx11::basic_string<char>, int>&, bool (*)(int), int) "
+        "ONNX Runtime only *guarantees* support for (some) models."
+    )
+    assert _plain(said) == "ONNX Runtime only *guarantees* support for (some) models. (FAIL)"
+    assert _plain("something else: 3") == "something else: 3"
