@@ -6,6 +6,7 @@
 # Rule 4: completion only helps: it asks the cluster with a short time limit, and when that fails it offers nothing.
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import time
@@ -22,6 +23,8 @@ from idunno.cli.options import Named, settings
 from idunno.cli.running import DONE, USAGE, note, report, run
 
 if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+
     from idunno.client.api import Cluster
 
 SHORT_NAMES: Final = {
@@ -100,14 +103,13 @@ def interact(root: click.Group) -> int:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion
     from prompt_toolkit.document import Document
-    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    from idunno.client.locate import home
-
-    class History(FileHistory):
+    class Kept(FileHistory):
         def store_string(self, string: str) -> None:
             if "--token" not in string:
-                super().store_string(string)
+                with contextlib.suppress(OSError):  # a full disk: the line is remembered as long as the shell runs
+                    super().store_string(string)
 
     class Offers(Completer):
         def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
@@ -117,12 +119,13 @@ def interact(root: click.Group) -> int:
 
     common = common_options()
     names = ClusterNames(settings().cluster)
-    at_home = home(os.environ)
-    at_home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    history = at_home / "history"
-    history.touch(mode=0o600)
+    try:
+        history: History = Kept(str(_history_file()))
+    except (OSError, IdunnoError) as error:
+        note(f"what you type is not kept for the next time: {error}")
+        history = InMemoryHistory()
     session: PromptSession[str] = PromptSession(
-        history=History(str(history)), completer=Offers(), complete_in_thread=True, complete_while_typing=False
+        history=history, completer=Offers(), complete_in_thread=True, complete_while_typing=False
     )
     running.in_shell = True
     note("Type a command, `help` for all of them, `help COMMAND` for one, Tab to complete, `exit` to leave.")
@@ -136,6 +139,18 @@ def interact(root: click.Group) -> int:
         if line.strip() in ENDINGS:
             return DONE
         run_line(root, common, line)
+
+
+def _history_file() -> Path:
+    """Made if need be, for this user alone. Raises OSError, InvalidArgument for somebody without a home."""
+    from idunno.client.locate import home
+
+    at_home = home(os.environ)
+    at_home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    history = at_home / "history"
+    history.touch(mode=0o600)
+    with open(history, "ab"):  # may it be written to?
+        return history
 
 
 @dataclass(frozen=True, slots=True)

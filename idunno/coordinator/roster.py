@@ -295,7 +295,7 @@ class Roster:
             )
         if old is not None:
             raise Conflict(
-                f"there is a {old.role} {user.name} already; log in under another name, or let an admin "
+                f"the name {user.name} is taken, by role {old.role}; log in under another name, or let an admin "
                 f"`idunno users revoke {user.name}` first"
             )
         if NodeId(user.name) in self._nodes:

@@ -3,12 +3,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from idunno.base.errors import Unavailable
 from idunno.cli import running
 from idunno.cli.root import cli
-from idunno.cli.shell import ClusterNames, Offer, _split, offers, words_of
+from idunno.cli.shell import ClusterNames, Offer, _split, interact, offers, words_of
 from tests.unit.cli.support import Terminal
 from tests.unit.client.fake import model
 
@@ -124,3 +129,32 @@ def test_names_come_from_the_cluster_are_kept_a_while_and_never_break_the_line(i
 
     running.connect = gone  # type: ignore[assignment] # the fixture puts the real one back
     assert names("job", "") == []
+
+
+@pytest.mark.parametrize("at_home", ["a file/home", "a file"])
+def test_a_shell_whose_history_cannot_be_kept_works_all_the_same(
+    at_home: str, idunno: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("IDUNNO_HOME", str(tmp_path / at_home))
+    idunno.fake.world.put("notes", b"1")
+    with create_pipe_input() as typed, create_app_session(input=typed, output=DummyOutput()), click.Context(cli):
+        typed.send_text("ls\rexit\r")
+        assert interact(cli) == 0
+    out, err = capfd.readouterr()
+    assert "notes" in out
+    assert "what you type is not kept for the next time: " in err
+
+
+def test_a_disk_that_fills_up_does_not_end_the_shell(
+    idunno: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(history: FileHistory, string: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("IDUNNO_HOME", str(tmp_path))
+    monkeypatch.setattr(FileHistory, "store_string", full)
+    with create_pipe_input() as typed, create_app_session(input=typed, output=DummyOutput()), click.Context(cli):
+        typed.send_text("ls\rexit\r")
+        assert interact(cli) == 0
+    assert "name" in capfd.readouterr().out
