@@ -1,10 +1,12 @@
 # idunno/cli/main.py: where the command `idunno` begins. Nothing that takes time is loaded before this is in charge.
 #
 # Rule 1: Ctrl-C ends it in one line from its first moment on, while it still loads as well.
-# Rule 2: descriptors 0, 1 and 2 are taken, whatever the caller closed: a file or connection of ours that got one of them
+# Rule 2: what a terminal of another encoding, or none, cannot show is shown by its number; it is no reason to fail.
+# Rule 3: descriptors 0, 1 and 2 are taken, whatever the caller closed: a file or connection of ours that got one of them
 #         would be read as somebody's input, or written over by our messages.
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import NoReturn
@@ -13,6 +15,7 @@ from typing import NoReturn
 def main() -> NoReturn:
     try:
         hold_standard_streams()
+        show_what_can_be_shown()
         from idunno.cli.root import cli
         from idunno.cli.running import run
 
@@ -34,6 +37,13 @@ def hold_standard_streams() -> None:
             os.dup2(opened, descriptor, inheritable=False)
             os.close(opened)
         setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", closefd=False))  # noqa: SIM115 (until the end)
+
+
+def show_what_can_be_shown() -> None:
+    """Also names that are no UTF-8, which local files may have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def let_go_of_output() -> None:

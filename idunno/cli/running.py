@@ -154,7 +154,7 @@ def json_line(value: Any) -> None:
     import msgspec
 
     with printing():
-        click.echo(msgspec.json.encode(value).decode())
+        click.echo(msgspec.json.encode(value))  # bytes: JSON is UTF-8, whatever the terminal's encoding is
 
 
 @contextlib.contextmanager

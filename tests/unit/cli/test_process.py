@@ -97,3 +97,24 @@ def test_somebody_without_a_name_or_home_is_somebody(tmp_path: Path, monkeypatch
     other = run("status", "--cluster", "~nosuchuser/x", home=tmp_path)
     assert other.returncode == 1
     assert other.stderr == "error: ~nosuchuser/x: there is no such home directory; write the path without ~\n"
+
+
+def test_what_an_encoding_lacks_is_shown_by_its_number_and_json_is_utf_8(tmp_path: Path) -> None:
+    program = (
+        "import sys, click\n"
+        "from idunno.cli import main, root, running\n"
+        "from idunno.cli.options import command\n"
+        "@command('say', example='idunno say')\n"
+        "def say():\n"
+        "    running.result('n\\u00f6\\u7801', lambda: click.echo('n\\u00f6\\u7801 \\udcff'))\n"
+        "root.cli.add_command(say)\n"
+        "main.main()\n"
+    )
+    environ = {**os.environ, "PYTHONIOENCODING": "latin-1", "IDUNNO_HOME": str(tmp_path)}
+    shown = subprocess.run([sys.executable, "-c", program, "say"], capture_output=True, env=environ, timeout=60)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    assert shown.stdout.decode("latin-1") == "nö\\u7801 \\udcff\n"
+    document = subprocess.run(
+        [sys.executable, "-c", program, "say", "--json"], capture_output=True, env=environ, timeout=60
+    )
+    assert document.stdout.decode() == '"nö码"\n'
