@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path, PurePosixPath
@@ -57,6 +58,7 @@ async def replacing_aside(path: Path) -> AsyncIterator[IO[bytes]]:
 
 
 _WRITE_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_COPY_BYTES: Final = 1024 * 1024
 _NO_NAMELESS: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 """What file systems and old kernels say that know no files without a name."""
 
@@ -118,9 +120,7 @@ class _Place:
             directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 if not self._named:
-                    # With a directory's descriptor: only then what the link in /proc leads to is what gets the name.
-                    os.link(f"/proc/self/fd/{file.fileno()}", self._temporary.name, dst_dir_fd=directory)
-                    self._named = True
+                    self._give_name(file.fileno(), self._temporary, directory)
                 os.replace(self._temporary, self._path)
                 self._temporary = None
                 os.fsync(directory)
@@ -128,6 +128,19 @@ class _Place:
                 raise OSError(error.errno, error.strerror, str(self._path)) from None
             finally:
                 os.close(directory)
+
+    def _give_name(self, content: int, name: Path, directory: int) -> None:
+        self._named = True
+        entry = f"/proc/self/fd/{content}"
+        try:
+            # With a directory's descriptor: only then what the link in /proc leads to is what gets the name.
+            os.link(entry, name.name, dst_dir_fd=directory)
+        except OSError:  # whatever forbids it here, the content need not be fetched again
+            with open(entry, "rb") as source, open(os.open(name, _WRITE_NEW, 0o600), "wb") as copy:
+                shutil.copyfileobj(source, copy, _COPY_BYTES)
+                copy.flush()
+                os.fchmod(copy.fileno(), stat.S_IMODE(os.fstat(content).st_mode))
+                os.fsync(copy.fileno())
 
     def discard(self) -> None:
         try:

@@ -53,6 +53,7 @@ class Callers:
         self._gathering = Gathering()
         self._waiting: asyncio.TimerHandle | None = None  # for more of them
         self._expiry: asyncio.TimerHandle | None = None
+        self._expiry_s = math.inf  # when it fires, in loop time
         self._proposals: OrderedDict[Index, Proposal] = OrderedDict()  # appended here, in this term, not answered
         self._reads: dict[int, asyncio.Future[Index]] = {}
         self._read_number = 0
@@ -266,14 +267,14 @@ class Callers:
     def _expire_by(self, end_s: float) -> None:
         """One timer for all proposals, moved only when it must fire earlier: nearly all are answered long before."""
         if self._expiry is not None:
-            if self._expiry.when() <= end_s:
+            if self._expiry_s <= end_s:
                 return
             self._expiry.cancel()
-        self._expiry = self._loop.call_at(end_s, self._expire)
+        self._expiry, self._expiry_s = self._loop.call_at(end_s, self._expire), end_s
 
     def _expire(self) -> None:
         self._expiry = None
-        now_s, next_s = self._loop.time(), math.inf
+        now_s, next_s = max(self._expiry_s, self._loop.time()), math.inf  # a loop may round a timer down
         for proposal in [*self._proposals.values(), *self._new]:
             if proposal.end_s > now_s:
                 next_s = min(next_s, proposal.end_s)

@@ -106,7 +106,7 @@ class Coordinator:
             return self._peers.to(leader).call(PROPOSE, asked, timeout_s=left_s, actor=actor)
 
         again = is_idempotent(command, request)
-        answer = await self._at_leader(PROPOSE.name, here, there, timeout_s=timeout_s, again=again)
+        answer = await self._at_leader(PROPOSE.name, here, there, timeout_s=timeout_s, again=again, changes=True)
         result = answer.result
         return result if isinstance(result, msgspec.Struct) else convert(type(command), result), answer.copies
 
@@ -195,7 +195,7 @@ class Coordinator:
         def there(leader: NodeId, left_s: float) -> Awaitable[A]:
             return self._peers.to(leader).call(method, request, timeout_s=left_s, actor=actor, body=body)
 
-        return self._at_leader(method.name, here, there, timeout_s=timeout_s, again=again)
+        return self._at_leader(method.name, here, there, timeout_s=timeout_s, again=again, changes=method.changes)
 
     async def _at_leader(
         self,
@@ -205,6 +205,7 @@ class Coordinator:
         *,
         timeout_s: float,
         again: bool,
+        changes: bool,
     ) -> A:
         """See `ask_leader`; `there(leader, timeout_s)` asks another node."""
         left_s, end_s, pause_s, unsure = timeout_s, _now_s() + timeout_s, PAUSE_MIN_S, False
@@ -225,7 +226,7 @@ class Coordinator:
             except Unconfirmed as error:
                 if not again:
                     raise
-                last, unsure = error, True
+                last, unsure = error, changes
             except IdunnoError as error:
                 if not unsure or not undecided(error):
                     raise

@@ -161,8 +161,9 @@ def _content(directory: Path) -> list[Path]:
 
 
 def _empty(directory: Path) -> None:
-    """Remove what lies in it, and leave it itself: a file system may begin there."""
-    for path in _content(directory):
+    """Remove what lies in it, and leave it itself: a file system may begin there. Who it is goes last: as long as anything is
+    left, what was interrupted can be found and done again."""
+    for path in sorted(_content(directory), key=lambda path: path.name == IDENTITY_FILE):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -336,9 +337,23 @@ def down(directory: Path, purge: bool = False) -> dict[str, Any]:
     Returns {stopped, killed, purged}. Raises InvalidArgument, DiskFailed.
     """
     directory = directory.absolute()
-    nodes = existing_nodes(directory)
-    if not nodes and not (directory / UP_FILE).exists():
+    if not directory.is_dir() or not (existing_nodes(directory) or _begun(directory) or (directory / UP_FILE).exists()):
         raise InvalidArgument(f"{directory} holds no cluster of `idunno up`")
+    if not purge:
+        return _down(directory)
+    with _alone(directory):
+        done = _down(directory)
+        try:
+            _purge(directory)
+        except OSError as error:
+            raise DiskFailed(
+                f"{error.filename or directory} cannot be deleted: {error.strerror}; delete it by hand"
+            ) from None
+    return {**done, "purged": True}
+
+
+def _down(directory: Path) -> dict[str, Any]:
+    nodes = existing_nodes(directory)
     running = {node: pid for node in nodes if (pid := running_pid(node)) is not None}
     for pid in running.values():
         _signal(pid, signal.SIGTERM)
@@ -348,19 +363,13 @@ def down(directory: Path, purge: bool = False) -> dict[str, Any]:
             _signal(pid, signal.SIGKILL)
     if left:
         run_async(_until_gone(left, 5.0))
-    if purge:
-        try:
-            _purge(directory, nodes)
-        except OSError as error:
-            raise DiskFailed(
-                f"{error.filename or directory} cannot be deleted: {error.strerror}; delete it by hand"
-            ) from None
-    return {"stopped": len(running) - len(left), "killed": len(left), "purged": purge}
+    return {"stopped": len(running) - len(left), "killed": len(left), "purged": False}
 
 
-def _purge(directory: Path, nodes: list[Path]) -> None:
+def _purge(directory: Path) -> None:
     """`up` takes any directory, a home as well: so only what it made goes. That this was a cluster is forgotten last."""
-    for node in nodes:
+    begun = [directory / name for name in sorted(_begun(directory))]  # by an `up` that was interrupted
+    for node in dict.fromkeys([*existing_nodes(directory), *(node for node in begun if node.is_dir())]):
         _empty(node)
         with contextlib.suppress(OSError):  # a file system begins there: empty is all that it can be
             node.rmdir()

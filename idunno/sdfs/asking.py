@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from idunno.base.disk import Buffer
-from idunno.base.errors import Cancelled, DeadlineExceeded, IdunnoError, NotReady, Unavailable, undecided
+from idunno.base.errors import Cancelled, DeadlineExceeded, IdunnoError, Unavailable, undecided
 from idunno.wire.calls import A, Caller, Method, Q
 
 ATTEMPT_S: Final = 10.0
@@ -30,7 +30,9 @@ class Asker:
     def __init__(self, caller: Callable[[], Caller], what: str, timeout_s: float, rng: random.Random) -> None:
         self.caller, self.what, self.timeout_s = caller, what, timeout_s
         self.problem = ""  # what keeps the operation from going on; part of the error when the time is over
-        self.unsure = False  # the answer to something that changes was lost: it may have happened, or happen yet
+        self._lost: set[str] = (
+            set()
+        )  # of what changes: whose answer was lost once, so that it may have happened, or happen yet
         self._rng = rng
         self._loop = asyncio.get_running_loop()
         self._end_s = self._loop.time() + timeout_s
@@ -53,9 +55,17 @@ class Asker:
         pause_s = min(PAUSE_MIN_S * 2 ** min(attempt, 10), PAUSE_MAX_S) * self._rng.uniform(0.5, 1.0)
         await asyncio.sleep(min(pause_s, max(0.0, self._end_s - self._loop.time())))
 
-    async def ask(self, method: Method[Q, A], request: Q, *, body: Buffer = b"", patience_s: float = math.inf) -> A:
+    async def ask(
+        self,
+        method: Method[Q, A],
+        request: Q,
+        *,
+        body: Buffer = b"",
+        patience_s: float = math.inf,
+        final: bool = True,
+    ) -> A:
         """Raises what the handler raised, if asking again cannot help; else, at the end of the time, why it did not work.
-        Once an answer was lost a refusal is DeadlineExceeded (`undecided`); but NotReady is no refusal, its caller goes on.
+        Once its answer was lost a refusal is DeadlineExceeded (`doubt`); unless it is not `final`, for its caller goes on.
 
         `patience_s`: for an operation's first question. A transfer may take an hour, but that nothing answers at all is
         said sooner.
@@ -68,19 +78,25 @@ class Asker:
                 return await self.caller().call(method, request, timeout_s=min(left_s, ATTEMPT_S), body=body)
             except IdunnoError as error:
                 if not may_repeat(error):
-                    if self.unsure and method.changes and undecided(error) and not isinstance(error, NotReady):
-                        raise DeadlineExceeded(f"{self.what}: an answer was lost; asked again: {error}") from error
+                    if final:
+                        self.doubt(method, error)
                     raise
                 last = error
-                self.unsure = self.unsure or (error.may_have_happened and method.changes)
+                if error.may_have_happened and method.changes:
+                    self._lost.add(method.name)
             await self.pause(attempt)
             attempt += 1
-        if last is not None and (last.may_have_happened or not self.unsure) and not self.problem:
+        if last is not None and (last.may_have_happened or method.name not in self._lost) and not self.problem:
             raise last
         said = self.problem or f"waiting for {method.name}" + (f" ({last})" if last is not None else "")
         raise DeadlineExceeded(
             f"{self.what}: not done in {min(self.timeout_s, patience_s):g} s, {said}; give a larger --timeout"
         ) from last
+
+    def doubt(self, method: Method[Q, A], error: IdunnoError) -> None:
+        """Raises DeadlineExceeded if `error` refuses what may have happened, because an answer of `method` was lost."""
+        if method.name in self._lost and undecided(error):
+            raise DeadlineExceeded(f"{self.what}: an answer was lost; asked again: {error}") from error
 
 
 def may_repeat(error: IdunnoError) -> bool:

@@ -163,8 +163,11 @@ class FileClient:
     ) -> PutAnswer:
         try:
             placed = await upload.begin()
-        except Exhausted as error:  # of who can take it; the put was opened before that was asked
-            await self._abort(begin.put, str(error))
+        except IdunnoError as error:
+            if error.may_have_happened or isinstance(
+                error, Exhausted
+            ):  # it was opened before who can take it was asked
+                await self._abort(begin.put, str(error))
             raise
         if placed.committed is not None:  # an earlier try of the caller got that far
             return await asker.ask(COMMIT, _commit_again(begin, placed.committed, write_quorum))
@@ -180,9 +183,11 @@ class FileClient:
             raise
         try:
             return await self._commit(asker, upload, begin, write_quorum)
-        except Exception as error:
-            if not (isinstance(error, IdunnoError) and error.may_have_happened):
-                await self._abort(begin.put, str(error))
+        except IdunnoError as error:
+            if error.may_have_happened:
+                raise
+            await self._abort(begin.put, str(error))
+            asker.doubt(COMMIT, error)
             raise
 
     async def upload(
@@ -374,7 +379,7 @@ class FileClient:
                 begin.put, begin.name, upload.size, upload.copies(), write_quorum, if_version=begin.if_version
             )
             try:
-                return await asker.ask(COMMIT, request)
+                return await asker.ask(COMMIT, request, final=False)
             except NotReady:
                 asker.left_s("more copies of its blocks are needed")
                 await asker.pause(attempt)

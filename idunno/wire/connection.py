@@ -136,6 +136,7 @@ class Wire(asyncio.BufferedProtocol):
             self._gone.set_result(None)
         self._out.clear()
         self._out_bytes = 0
+        self.decoder.drop()
         if isinstance(exc, ssl.SSLError):
             self._end(Unauthenticated(f"TLS ended the connection: {exc.reason or exc}"))
         else:

@@ -49,6 +49,7 @@ class Deadlines(Generic[T]):
 
     def _fire(self) -> None:
         now = max(self._at, self._loop.time())  # a loop may round a timer down
-        for call in [call for call in self._calls.values() if call.deadline <= now]:
-            self._late(call)
+        late = [call for call in self._calls.values() if call.deadline <= now]
         self._set(min((call.deadline for call in self._calls.values() if call.deadline > now), default=math.inf))
+        for call in late:
+            self._late(call)

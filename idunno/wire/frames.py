@@ -97,6 +97,10 @@ class FrameDecoder:
             self._start, self._end = 0, rest
         return self._room[self._end :]
 
+    def drop(self) -> None:
+        """Nothing more comes: give back the memory of a frame that is not whole."""
+        self._large = None
+
     def received(self, count: int) -> None:
         """`count` bytes were written into what buffer() gave."""
         if self._large is not None:

@@ -24,7 +24,10 @@ def room(size: int) -> memoryview:
     if not ROOM_BYTES // 2 < size <= ROOM_BYTES:
         return memoryview(bytearray(size))
     for _ in range(len(_rooms)):
-        found = _rooms.popleft()
+        try:
+            found = _rooms.popleft()
+        except IndexError:  # a loop in another thread looks through them, too
+            break
         view = memoryview(found)[:size] if _is_free(found) else None
         _rooms.append(found)
         if view is not None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
 import stat
@@ -281,6 +282,21 @@ def test_what_is_killed_while_it_fetches_leaves_nothing_behind(tmp_path: Path) -
             file.flush()
             assert sorted(path.name for path in tmp_path.iterdir()) == before
         assert (tmp_path / name).read_bytes() == b"fetched"
+
+
+def test_what_was_fetched_is_not_lost_where_a_descriptor_gets_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", forbidden)
+    (tmp_path / "a").touch(mode=0o640)
+    with replacing(tmp_path / "a") as file:
+        file.write(b"fetched")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"fetched"
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
 def test_where_files_need_names_they_have_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,36 @@ def test_a_purge_deletes_what_up_made_and_nothing_else(up: Callable[[], dict[str
         local.down(cluster, purge=True)
 
 
+def test_a_purge_that_was_interrupted_is_done_again(
+    up: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = tmp_path / "cluster"
+    up()
+    (cluster / "n2" / "blocks").mkdir(exist_ok=True)
+    (cluster / "n2" / "blocks" / "results").write_text("of a month")
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            local.down(cluster, purge=True)
+    assert local.down(cluster, purge=True)["purged"]
+    assert not cluster.exists()
+
+
+def test_what_an_interrupted_up_made_is_purged_as_well(
+    up: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        killed_at(1, patch)
+        with pytest.raises(Killed):
+            up()
+    assert local.down(tmp_path / "cluster", purge=True)["purged"]
+    assert not (tmp_path / "cluster").exists()
+
+
 def test_what_is_no_node_is_never_removed(up: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
     thesis = tmp_path / "cluster" / "n2" / "thesis.txt"
     thesis.parent.mkdir(parents=True)

@@ -172,6 +172,47 @@ def test_what_may_have_happened_is_not_said_to_have_failed(story_of_answers: lis
     run(story)
 
 
+class Troubled:
+    """A caller whose questions meet these troubles first, method by method."""
+
+    def __init__(self, caller: Caller, troubles: dict[str, list[IdunnoError]]) -> None:
+        self._caller, self._troubles = caller, troubles
+
+    async def call(self, method: Any, request: Any, **more: Any) -> Any:
+        if troubles := self._troubles.get(method.name):
+            raise troubles.pop(0)
+        return await self._caller.call(method, request, **more)
+
+    def open(self, *asked: Any, **more: Any) -> Any:
+        return self._caller.open(*asked, **more)
+
+
+@pytest.mark.parametrize(
+    ("troubles", "said"),
+    [
+        # Where a commit's answer was lost, it may still come, whoever refuses what is asked after it.
+        ({COMMIT.name: [ConnectionLost("broke"), Conflict("at version 3")]}, DeadlineExceeded),
+        ({COMMIT.name: [ConnectionLost("broke"), *[NotReady("copies")] * 200]}, DeadlineExceeded),
+        # To open a put makes nothing.
+        ({BEGIN.name: [ConnectionLost("broke")], COMMIT.name: [Conflict("at version 3")]}, Conflict),
+        ({BEGIN.name: [ConnectionLost("broke"), Exhausted("all are full")]}, DeadlineExceeded),
+    ],
+)
+def test_only_a_lost_commit_leaves_a_put_in_doubt_and_none_stays_open(
+    troubles: dict[str, list[IdunnoError]], said: type[IdunnoError]
+) -> None:
+    async def story() -> None:
+        async with World(4) as world:
+            client = world.client()
+            caller = client._caller
+            client._caller = lambda: cast(Caller, Troubled(caller(), troubles))
+            with pytest.raises(said):
+                await client.put(source_of(content_of(MB)), "f", if_version=0)
+            assert world.machine.namespace.open_puts() == []
+
+    run(story)
+
+
 def test_no_memory_is_taken_for_a_block_of_impossible_size() -> None:
     async def story() -> None:
         nobody: Callable[[], Caller] = lambda: pytest.fail("nobody is to be asked")  # noqa: E731

@@ -88,3 +88,19 @@ def test_a_call_that_stays_after_its_deadline_keeps_nobody_awake(loop: str) -> N
         assert not calls.timers()
 
     run(loop, main)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_error_in_one_end_leaves_the_later_deadlines(loop: str) -> None:
+    async def main() -> None:
+        calls = Calls()
+        calls.loop.set_exception_handler(lambda *_: None)
+        calls.add(1, 0.0)
+        del calls.calls[1]
+        calls.calls[7] = Waiting(1, 0.0)  # its number is not its place: telling of it fails
+        await until(lambda: not calls.timers())
+        del calls.calls[7]
+        calls.add(2, 0.01)
+        await until(lambda: bool(calls.late))
+
+    run(loop, main)

@@ -35,6 +35,19 @@ def test_a_room_is_lent_again_once_its_last_view_is_gone(kept: deque[mmap.mmap])
     assert len(kept) == 2
 
 
+def test_a_connection_that_ends_in_the_middle_of_a_frame_gives_its_room_back(kept: deque[mmap.mmap]) -> None:
+    decoder = FrameDecoder()
+    begun = frame_head(Kind.ITEM, 1, 0, ROOM_BYTES - 100) + bytes(100)
+    decoder.buffer()[: len(begun)] = begun
+    decoder.received(len(begun))
+    assert decoder.next() is None
+    assert room(ROOM_BYTES).obj is not kept[0]
+    decoder.drop()
+    for _ in range(4):
+        room(ROOM_BYTES)
+    assert len(kept) == 2
+
+
 def test_what_is_kept_is_bounded_and_what_is_small_does_not_take_a_room(kept: deque[mmap.mmap]) -> None:
     lent = [room(ROOM_BYTES) for _ in range(ROOMS_MAX + 3)]
     assert len(kept) == ROOMS_MAX
