@@ -73,7 +73,7 @@ class Durability:
                         return
                     await self._health.pause()
                 elif self._persists:
-                    await asyncio.sleep(0)  # what was promised leaves first
+                    await asyncio.sleep(0)  # what came meanwhile has its turn
             if self._forget_up_to > self._terms.base and not self._ending:
                 await self._cut()
             if self._ending:
@@ -87,9 +87,11 @@ class Durability:
             self._persists = batch + self._persists
             self._health.disk_refuses("write", f"its log cannot be written: {error}", error)
             return False
-        for persist in batch:
-            for send in persist.then:
-                self._send(send.to, send.message)
+        promises = [send for persist in batch for send in persist.then]
+        for send in promises:
+            self._send(send.to, send.message)
+        if promises:
+            await asyncio.sleep(0)  # they leave before anything else is done: the leader waits for them
         self._step(Persisted(batch[-1].seq))
         self._health.disk_works("write")
         return True

@@ -570,9 +570,10 @@ def _versions(entries: list[TrashEntry]) -> list[VersionRecord]:
 
 def small_block(content: bytes) -> Block:
     """The block that a small content is. Raises InvalidArgument when it is too large for a command."""
-    if len(content) > SMALL_BYTES_MAX:
-        raise InvalidArgument(f"{len(content)} bytes do not ride in a command: at most {SMALL_BYTES_MAX}")
-    return Block(BlockId(blake3(content).hexdigest()), len(content))
+    size = len(content)
+    if size > SMALL_BYTES_MAX:
+        raise InvalidArgument(f"{size} bytes do not ride in a command: at most {SMALL_BYTES_MAX}")
+    return Block(BlockId(blake3(content).hexdigest()), size)
 
 
 def check_blocks(blocks: tuple[Block, ...], size: int) -> None:

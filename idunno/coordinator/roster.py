@@ -133,11 +133,11 @@ class Roster:
 
     def acknowledge_copies(self) -> int:
         """On how many nodes an entry must be synced before its reply leaves: min(4, present nodes), at least 1."""
-        return max(1, min(COPIES_WANTED, self.present))
+        return min(COPIES_WANTED, self.present) or 1
 
     def copies_wanted(self) -> int:
         """How many copies of a block there should be: min(4, all nodes), at least 1."""
-        return max(1, min(COPIES_WANTED, len(self._nodes)))
+        return min(COPIES_WANTED, len(self._nodes)) or 1
 
     # -- nodes --------------------------------------------------------------------------------------------------------
 

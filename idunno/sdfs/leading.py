@@ -105,7 +105,7 @@ class Leading:
         if self._repairing is None:
             return
         if isinstance(effect, VersionMade):
-            self._repairing.made([block.block for block in effect.blocks])
+            self._repairing.made(effect.blocks)
         elif isinstance(effect, BlocksFreed):
             self._repairing.touch(effect.blocks)
         elif isinstance(effect, RosterChanged):

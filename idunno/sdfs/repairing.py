@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from idunno.base.errors import Conflict, IdunnoError, NotFound
 from idunno.base.ids import BlockId, NodeId
-from idunno.coordinator.records import BLOCK_BYTES_MAX, NodeRecord
+from idunno.coordinator.records import BLOCK_BYTES_MAX, Block, NodeRecord
 from idunno.sdfs import tasks
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.locator import Locator
@@ -97,10 +97,10 @@ class Repairing:
         self.core.touch(blocks)
         self._wake.set()
 
-    def made(self, blocks: Iterable[BlockId]) -> None:
+    def made(self, blocks: Iterable[Block]) -> None:
         """A version refers to these since just now: reports about them are under way, but of a small content nobody reports."""
         references = self._coordinator.machine.references
-        stored = [block for block in blocks if block in references]
+        stored = [block.block for block in blocks if block.block in references]
         if stored:
             self.core.hold_back(stored, self._now_ms() + self._config.settle_ms)
 

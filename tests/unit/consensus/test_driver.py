@@ -288,6 +288,29 @@ def test_a_deadline_says_what_was_waited_for() -> None:
     story(work, 3)
 
 
+def test_each_proposal_has_its_own_deadline_though_one_timer_serves_all() -> None:
+    async def work(cluster: Cluster) -> None:
+        leader = await cluster.elected()
+        cluster.cut.update(n for n in cluster.voters if n != leader.me)
+        loop, ended = asyncio.get_running_loop(), list[tuple[float, float]]()
+
+        async def propose(timeout_s: float) -> None:
+            begun_s = loop.time()
+            error = await outcome(leader.propose(b"x", timeout_s))
+            assert f"no answer after {timeout_s:g} s" in str(error)
+            ended.append((timeout_s, loop.time() - begun_s))
+
+        long = asyncio.create_task(propose(WAIT_S))
+        await asyncio.gather(propose(0.05), propose(0.01), propose(0.03))
+        assert [timeout_s for timeout_s, _ in ended] == [0.01, 0.03, 0.05]
+        assert all(took_s >= timeout_s - 0.001 for timeout_s, took_s in ended)
+        long.cancel()
+        await asyncio.wait({long})
+        assert leader._callers._proposals == {}
+
+    story(work, 3)
+
+
 def test_bounds_are_kept_and_named() -> None:
     async def work(cluster: Cluster) -> None:
         leader = await cluster.elected()

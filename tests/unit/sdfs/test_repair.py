@@ -173,6 +173,18 @@ def test_with_two_copies_left_a_third_is_made_at_once_whoever_is_expected_back()
     run(story)
 
 
+def test_only_blocks_that_nodes_report_are_held_back_when_a_version_is_made() -> None:
+    async def story() -> None:
+        async with World(5) as world:
+            await world.put(b"small", "s")
+            core = world.leading._repairing.core
+            assert core._held_back == {}
+            await world.put(CONTENT, "f")
+            assert set(core._held_back) == set(BLOCKS)
+
+    run(story)
+
+
 def test_blocks_without_a_copy_are_named_with_their_files() -> None:
     async def story() -> None:
         async with World(6) as world:
