@@ -82,7 +82,9 @@ class Callers:
             raise InvalidArgument(f"a command has 1 to {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}")
         if names_voters(payload):
             raise InvalidArgument("voters are named by change_voters only")
-        core = self.leading()
+        core = self._core
+        if core is None or not self._new:  # with others there, what let in the first of them holds
+            core = self.leading()
         waiting = len(self._new) + max(len(self._proposals), core.terms.last - core.commit)
         if waiting >= self._config.proposals_max:
             raise Exhausted(

@@ -8,12 +8,13 @@ import heapq
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from idunno.base.errors import IdunnoError
 from idunno.base.ids import Index
 
 
-@dataclass(slots=True, eq=False)
-class Proposal:
+class Proposal(msgspec.Struct, eq=False):
     """A payload on its way into the log, and who waits for it."""
 
     payload: bytes
