@@ -9,7 +9,7 @@ import pytest
 
 from idunno.base.errors import Corrupt, DecodeError, DiskFailed, Exhausted, InvalidArgument, NotFound
 from idunno.base.ids import BlockId
-from idunno.sdfs.blocks import QUARANTINE_FILES_MAX, WRITE_BYTES, BlockStore
+from idunno.sdfs.blocks import BUFFERED_BYTES_MAX, CROWDED_WRITE_BYTES, QUARANTINE_FILES_MAX, WRITE_BYTES, BlockStore
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.hashing import block_id
 from tests.unit.sdfs.world import CONFIG, MB, ToldDisk, ToldFile, content_of, run
@@ -248,6 +248,43 @@ def test_a_reader_of_an_old_file_does_not_put_away_the_block_written_meanwhile()
                 pass
         assert BLOCK in store
         assert await store.verify(BLOCK)
+
+    run(story)
+
+
+def test_many_writers_on_a_disk_that_stands_still_hold_less_each() -> None:
+    async def story() -> None:
+        goes_on, count = asyncio.Event(), 12
+        contents = [content_of(2 * WRITE_BYTES, seed) for seed in range(count)]
+        assert count * CROWDED_WRITE_BYTES > BUFFERED_BYTES_MAX
+
+        async def wait(doing: str, path: str) -> None:
+            if doing == "write":
+                await goes_on.wait()
+
+        async def one(content: bytes) -> None:
+            writer = await store.begin(block_id(content), len(content))
+            try:
+                for at in range(0, len(content), MB // 2):
+                    await writer.append(content[at : at + MB // 2])
+                    await asyncio.sleep(0)
+                await writer.finish()
+            finally:
+                await writer.close()
+
+        disk = ToldDisk()
+        store = await opened(disk)
+        disk.before = wait
+        async with asyncio.TaskGroup() as group:
+            for content in contents:
+                group.create_task(one(content))
+            for _ in range(500):
+                await asyncio.sleep(0)
+            held = store.buffered_bytes
+            goes_on.set()
+        assert BUFFERED_BYTES_MAX < held <= count * (CROWDED_WRITE_BYTES + MB // 2)
+        assert store.buffered_bytes == 0
+        assert all([await read(store, block_id(content), 0, len(content)) == content for content in contents])
 
     run(story)
 

@@ -36,6 +36,8 @@ from tests.unit.sdfs.world import CONFIG, MB, OTHER, USER, Node, World, content_
 
 CONTENT = content_of(9 * MB)
 """Two blocks."""
+THREE = content_of(17 * MB)
+"""Three: each is written in few steps."""
 SMALL = content_of(1000)
 
 
@@ -76,7 +78,7 @@ def test_a_replica_that_dies_in_the_middle_is_replaced_unnoticed(place: int, sta
 
 
 @pytest.mark.parametrize("entry", [1, 2], ids=["entry-leads", "entry-follows"])
-@pytest.mark.parametrize("content", [SMALL, CONTENT], ids=["small", "large"])
+@pytest.mark.parametrize("content", [SMALL, THREE], ids=["small", "large"])
 def test_the_entry_node_dies_at_every_step_of_a_put(entry: int, content: bytes) -> None:
     steps = 0
 
@@ -99,12 +101,12 @@ def test_the_entry_node_dies_at_every_step_of_a_put(entry: int, content: bytes) 
                 assert not lost.alive
             assert (answer.version, answer.copies) == (1, 4)
             assert [row.version for row in await world.client(entry=3).versions("f")] == [1]
-            if content is CONTENT:
+            if content is THREE:
                 check_durable(world, content, 4)
             assert await world.get("f", entry=3) == content
 
     run(lambda: story(None))
-    assert steps > (20 if content is CONTENT else 1)
+    assert steps > (20 if content is THREE else 1)
     for step in range(steps):
         run(lambda step=step: story(step))  # type: ignore[misc]
 
