@@ -18,7 +18,7 @@ from idunno.base.errors import Conflict, Corrupt, Incompatible, InvalidArgument
 from idunno.base.ids import NodeId
 from idunno.base.naming import naming
 from idunno.coordinator.messages import MemberAddress
-from idunno.node.config import NodeConfig, save_config
+from idunno.node.config import CONFIG_FILE, NodeConfig, save_config
 from idunno.node.disk import replace_file
 
 FORMAT: Final = 1
@@ -29,6 +29,9 @@ UP_FILE: Final = "cluster.json"
 """Of a directory of `idunno up`, which holds its nodes' directories."""
 FOLDERS: Final = ("logs", "blocks", "small", "cache", "models", "tmp")
 """That belong to the directory, whoever its node is."""
+KEYS: Final = ("ca.pem", "node.pem", "node.key", "cluster.key", "ca.key")
+MADE: Final = frozenset({"log", *FOLDERS, *KEYS, CONFIG_FILE, PEERS_FILE, IDENTITY_FILE})
+"""All that lies in a directory before its node's first start."""
 DECIDED: Final = "recovering"
 """There while a directory becomes another node's (switch.py)."""
 

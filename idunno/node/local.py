@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ from idunno.base.ids import NodeId
 from idunno.coordinator.messages import MEMBERS, STATUS, Member, Members, Status, StatusAnswer
 from idunno.node.config import NodeConfig, load_config, parse_address
 from idunno.node.disk import replace_file, sync_directory
-from idunno.node.identity import BOOT_FILE, IDENTITY_FILE, UP_FILE, load_identity, running_pid
+from idunno.node.identity import BOOT_FILE, IDENTITY_FILE, MADE, UP_FILE, load_identity, running_pid
 from idunno.node.lifecycle import make_cluster
 from idunno.node.running import run_async
 from idunno.wire.rpc import Connection, connect_unix
@@ -148,11 +149,18 @@ def existing_nodes(directory: Path) -> list[Path]:
 
 
 def _begun(directory: Path) -> frozenset[str]:
-    """The nodes that an `up` was making when it was interrupted, by their directories' names."""
+    """The nodes that an `up` was making when it was interrupted, by their directories' names; but where something else lies, it
+    is somebody's who came since."""
     try:
-        return frozenset((directory / UNFINISHED_FILE).read_text().split())
-    except (FileNotFoundError, NotADirectoryError):
+        names = (directory / UNFINISHED_FILE).read_text().split()
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
         return frozenset()
+    return frozenset(name for name in names if re.fullmatch("n[0-9]+", name) and _is_ours(directory / name))
+
+
+def _is_ours(node: Path) -> bool:
+    """Whether there is nothing but what `make_cluster` makes, perhaps not all of it."""
+    return node.is_dir() and all(path.name.removesuffix(".new") in MADE for path in _content(node))
 
 
 def _content(directory: Path) -> list[Path]:
@@ -186,7 +194,7 @@ def _make(directory: Path, nodes: int, port: int) -> list[Path]:
     directories = [directory / config.name for config in configs]
     begun = _begun(directory)
     for node in directories:
-        if node.name in begun and node.is_dir():  # an `up` that did not come to its identities
+        if node.name in begun:  # an `up` that did not come to its identities
             _empty(node)
         elif node.exists() and (not node.is_dir() or _content(node)):
             raise Conflict(
@@ -337,7 +345,9 @@ def down(directory: Path, purge: bool = False) -> dict[str, Any]:
     Returns {stopped, killed, purged}. Raises InvalidArgument, DiskFailed.
     """
     directory = directory.absolute()
-    if not directory.is_dir() or not (existing_nodes(directory) or _begun(directory) or (directory / UP_FILE).exists()):
+    if not directory.is_dir() or not (
+        existing_nodes(directory) or (directory / UNFINISHED_FILE).exists() or (directory / UP_FILE).exists()
+    ):
         raise InvalidArgument(f"{directory} holds no cluster of `idunno up`")
     if not purge:
         return _down(directory)
@@ -369,7 +379,7 @@ def _down(directory: Path) -> dict[str, Any]:
 def _purge(directory: Path) -> None:
     """`up` takes any directory, a home as well: so only what it made goes. That this was a cluster is forgotten last."""
     begun = [directory / name for name in sorted(_begun(directory))]  # by an `up` that was interrupted
-    for node in dict.fromkeys([*existing_nodes(directory), *(node for node in begun if node.is_dir())]):
+    for node in dict.fromkeys([*existing_nodes(directory), *begun]):
         _empty(node)
         with contextlib.suppress(OSError):  # a file system begins there: empty is all that it can be
             node.rmdir()

@@ -75,27 +75,34 @@ class Asker:
         last: IdunnoError | None = None
         while (left_s := end_s - self._loop.time()) > 0:
             try:
-                return await self.caller().call(method, request, timeout_s=min(left_s, ATTEMPT_S), body=body)
+                answer = await self.caller().call(method, request, timeout_s=min(left_s, ATTEMPT_S), body=body)
             except IdunnoError as error:
+                if error.may_have_happened and method.changes:
+                    self._lost.add(method.name)
                 if not may_repeat(error):
                     if final:
                         self.doubt(method, error)
                     raise
                 last = error
-                if error.may_have_happened and method.changes:
-                    self._lost.add(method.name)
+            else:
+                self._lost.discard(method.name)  # what was lost does nothing more than this has done
+                return answer
             await self.pause(attempt)
             attempt += 1
-        if last is not None and (last.may_have_happened or method.name not in self._lost) and not self.problem:
+        if last is not None and (last.may_have_happened or not self.lost(method)) and not self.problem:
             raise last
         said = self.problem or f"waiting for {method.name}" + (f" ({last})" if last is not None else "")
         raise DeadlineExceeded(
             f"{self.what}: not done in {min(self.timeout_s, patience_s):g} s, {said}; give a larger --timeout"
         ) from last
 
+    def lost(self, method: Method[Q, A]) -> bool:
+        """Whether an answer of it was lost, and none came since."""
+        return method.name in self._lost
+
     def doubt(self, method: Method[Q, A], error: IdunnoError) -> None:
         """Raises DeadlineExceeded if `error` refuses what may have happened, because an answer of `method` was lost."""
-        if method.name in self._lost and undecided(error):
+        if self.lost(method) and undecided(error):
             raise DeadlineExceeded(f"{self.what}: an answer was lost; asked again: {error}") from error
 
 

@@ -358,7 +358,8 @@ class BlockWriter:
         self._written = 0  # what was handed to the disk
         self._flushing: asyncio.Task[None] | None = None
         self._publishing: asyncio.Task[None] | None = None
-        self._state = "open"  # -> published | closed
+        self._state = "open"  # -> published
+        self._closing: asyncio.Task[None] | None = None
 
     async def append(self, data: Buffer) -> None:
         """The next bytes; the buffer must not change afterwards. Raises InvalidArgument beyond `size`, and DiskFailed,
@@ -422,9 +423,12 @@ class BlockWriter:
 
     async def close(self) -> None:
         """Let go. Without a finished `finish` the temporary file is removed. Never raises an IdunnoError."""
-        if self._state == "closed":
-            return
-        published, self._state = self._state == "published", "closed"
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name=f"close {self.block[:16]}")
+        await asyncio.shield(self._closing)  # to its end, whoever waits: who was cancelled may be cancelled again here
+
+    async def _close(self) -> None:
+        published = self._state == "published"
         if self._publishing is not None and not published:
             await asyncio.wait([self._publishing])
             published = not self._publishing.cancelled() and self._publishing.exception() is None

@@ -184,7 +184,7 @@ class FileClient:
         try:
             return await self._commit(asker, upload, begin, write_quorum)
         except IdunnoError as error:
-            if error.may_have_happened:
+            if error.may_have_happened and asker.lost(COMMIT):
                 raise
             await self._abort(begin.put, str(error))
             asker.doubt(COMMIT, error)

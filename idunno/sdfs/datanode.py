@@ -189,7 +189,7 @@ class DataNode:
             await self._receive(call, copies)
             answers = await asyncio.gather(*(copy.finish() for copy in copies))
         finally:
-            for copy in copies:
+            for copy in reversed(copies):  # the wire's first: a disk may be slow, and who waits for it be cancelled
                 await copy.close()
         stored: list[NodeId] = [node for answer in answers for node in answer.stored]
         failed: list[CopyFailure] = [failure for answer in answers for failure in answer.failed]

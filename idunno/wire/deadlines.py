@@ -52,4 +52,4 @@ class Deadlines(Generic[T]):
         late = [call for call in self._calls.values() if call.deadline <= now]
         self._set(min((call.deadline for call in self._calls.values() if call.deadline > now), default=math.inf))
         for call in late:
-            self._late(call)
+            self._loop.call_soon(self._late, call)  # an error in one is not the others'

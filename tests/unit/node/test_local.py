@@ -14,7 +14,7 @@ from idunno.base.errors import Conflict, DeadlineExceeded, InvalidArgument, Unav
 from idunno.base.ids import NodeId
 from idunno.coordinator.messages import STATUS, Member, StatusAnswer
 from idunno.node import lifecycle, local
-from idunno.node.identity import BOOT_FILE, UP_FILE, Identity, load_identity, write_identity
+from idunno.node.identity import BOOT_FILE, MADE, UP_FILE, Identity, load_identity, write_identity
 
 
 class Killed(BaseException):
@@ -117,6 +117,29 @@ def test_what_an_interrupted_up_made_is_purged_as_well(
             up()
     assert local.down(tmp_path / "cluster", purge=True)["purged"]
     assert not (tmp_path / "cluster").exists()
+
+
+def test_what_came_where_an_interrupted_up_would_have_made_a_node_is_never_removed(
+    up: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = tmp_path / "cluster"
+    with monkeypatch.context() as patch:
+        killed_at(1, patch)
+        with pytest.raises(Killed):
+            up()
+    (cluster / "n3" / "thesis.txt").write_text("years of work")
+    (cluster / local.UNFINISHED_FILE).write_text("n1 n2 n3 . .. /")
+    with pytest.raises(Conflict, match="n3 is there already"):
+        up()
+    assert local.down(cluster, purge=True)["purged"]
+    assert [path.name for path in cluster.iterdir()] == ["n3"]
+    assert (cluster / "n3" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_up_makes_of_a_node_is_known(up: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    up()
+    made = {path.name for node in (tmp_path / "cluster").glob("n*") for path in node.iterdir()}
+    assert made == set(MADE)
 
 
 def test_what_is_no_node_is_never_removed(up: Callable[[], dict[str, Any]], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from idunno.base.ids import BlockId
 from idunno.sdfs.blocks import BUFFERED_BYTES_MAX, CROWDED_WRITE_BYTES, QUARANTINE_FILES_MAX, WRITE_BYTES, BlockStore
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.hashing import block_id
-from tests.unit.sdfs.world import CONFIG, MB, ToldDisk, ToldFile, content_of, run
+from tests.unit.sdfs.world import CONFIG, MB, ToldDisk, ToldFile, content_of, run, until
 
 CONTENT = content_of(WRITE_BYTES + MB)  # two writes
 BLOCK = block_id(CONTENT)
@@ -319,6 +319,45 @@ def test_a_reader_that_is_cancelled_closes_the_file_however_slow_the_disk(
         await asyncio.wait([reading])
         assert reading.cancelled()
         assert len(closed) == 1
+
+    run(story)
+
+
+@pytest.mark.parametrize("cancels", [1, 2, 3])
+def test_a_writer_that_is_cancelled_while_its_block_gets_its_name_lets_go_of_everything(
+    cancels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First its caller gives up, then the time for a block is over, then the node stops."""
+
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        naming, slow, closed = asyncio.Event(), asyncio.Event(), list[ToldFile]()
+
+        async def wait(doing: str, path: str) -> None:
+            if doing == "rename":
+                naming.set()
+                await slow.wait()
+
+        async def close(file: ToldFile) -> None:
+            closed.append(file)
+
+        disk.before = wait
+        monkeypatch.setattr(ToldFile, "close", close)
+        before = (await store.space()).free_bytes
+        writing = asyncio.create_task(keep(store))
+        await naming.wait()
+        for _ in range(cancels):
+            writing.cancel()
+            await asyncio.sleep(0)
+        slow.set()
+        await asyncio.wait([writing])
+        assert writing.cancelled()
+        await until(lambda: bool(closed))
+        assert len(closed) == 1
+        assert not store.is_written(BLOCK)
+        assert BLOCK in store  # it has its name
+        assert (await store.space()).free_bytes == before - len(CONTENT)
 
     run(story)
 

@@ -193,6 +193,8 @@ class Troubled:
         # Where a commit's answer was lost, it may still come, whoever refuses what is asked after it.
         ({COMMIT.name: [ConnectionLost("broke"), Conflict("at version 3")]}, DeadlineExceeded),
         ({COMMIT.name: [ConnectionLost("broke"), *[NotReady("copies")] * 200]}, DeadlineExceeded),
+        # Refused each time: nothing was lost, so nothing comes.
+        ({COMMIT.name: [NotReady("copies")] * 200}, IdunnoError),
         # To open a put makes nothing.
         ({BEGIN.name: [ConnectionLost("broke")], COMMIT.name: [Conflict("at version 3")]}, Conflict),
         ({BEGIN.name: [ConnectionLost("broke"), Exhausted("all are full")]}, DeadlineExceeded),
