@@ -227,7 +227,7 @@ class Serving:
         method, listener = known
         actor = self.peer.actor if head.actor is None else acting(self.peer, head.actor)
         if not actor.may(method.access):
-            raise PermissionDenied(f"{method.name} needs the role {method.access.value}")
+            raise _denied(method, actor)
         if not self._dispatch.stopping:
             request = decode(head.request, method.request)
             try:
@@ -256,9 +256,7 @@ class Serving:
         method, handler = known
         actor = self.peer.actor if head.actor is None else acting(self.peer, head.actor)
         if not actor.may(method.access):
-            raise PermissionDenied(
-                f"{method.name} needs the role {method.access.value}, {actor.name or 'you'!r} has {actor.role.value}"
-            )
+            raise _denied(method, actor)
         request = decode(head.request, method.request)
         left_s = NOTIFY_S if silent else head.left_ms / 1000
         if self._anonymous:
@@ -369,3 +367,11 @@ def acting(peer: Peer, named: tuple[str, Role]) -> Actor:
     if named[1] is Role.NODE:
         raise PermissionDenied(f"node {peer.actor.name} may not act as node {named[0]}")
     return Actor(*named)
+
+
+def _denied(method: Method[Any, Any], actor: Actor) -> PermissionDenied:
+    needed = method.access.value
+    text = f"{method.name} needs the role {needed}, {actor.name or 'you'!r} has {actor.role.value}"
+    if method.access is not Role.NODE:  # nobody is given that one for a command
+        text += f"; an admin gives it: log in with a token of `idunno token new --role {needed}`"
+    return PermissionDenied(text)
