@@ -30,6 +30,7 @@ from idunno.consensus.events import (
     ChangeVoters,
     Committed,
     Copy,
+    Doubted,
     HardState,
     Input,
     InstallAnswered,
@@ -301,6 +302,11 @@ class RaftDriver:
         """Unproved for longer: its log was found to be an old one. It takes in the leader's, and promises nothing. `term`: in
         which it once was, as others know."""
         self._step(Copy(term))
+
+    def doubt(self, node: NodeId) -> None:
+        """The log of `node` is an old one: its disk has not what it acknowledged."""
+        if self._running:
+            self._step(Doubted(node))
 
     @property
     def copying(self) -> bool:

@@ -107,6 +107,12 @@ class Halt(_Value, frozen=True):
     on: bool
 
 
+class Doubted(_Value, frozen=True):
+    """The log of `node` was found to be an old one: what it acknowledged counts as a copy no more, until it says so again."""
+
+    node: NodeId
+
+
 class Copy(_Value, frozen=True):
     """Halted as it is, this node takes in the leader's log, in place of its own where they differ, and says how far it has
     come; it goes on so until Halt(False). `term`: in which it once was, as others know, whatever its disk says."""
@@ -128,6 +134,7 @@ Input: TypeAlias = (
     | Compacted
     | Halt
     | Copy
+    | Doubted
 )
 
 

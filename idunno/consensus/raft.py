@@ -23,6 +23,7 @@ from idunno.consensus.events import (
     Committed,
     Compacted,
     Copy,
+    Doubted,
     Halt,
     HardState,
     Input,
@@ -211,6 +212,9 @@ class Raft:
                 self.copying = self.halted
                 if self.copying and term > self.term:
                     self._follow(term, None)
+            case Doubted(node):
+                if (p := self.peers.get(node)) is not None:
+                    self.peers[node] = Progress(next=self.terms.last + 1, unanswered=p.unanswered, silent=True)
             case Halt(on):
                 self.halted, self.copying = on, self.copying and on
                 if on and self.role is not RaftRole.FOLLOWER:

@@ -296,6 +296,7 @@ class Vouching:
         why = self.witness.judge(sender, Run.of(hello.run), Claim(hello.term, hello.index), self._boot_seen(sender))
         if why:
             log.error("node is not heard", extra={"node_id": sender, "name_of_node": self._name(sender), "why": why})
+            self._driver.doubt(sender)  # or that of a copy of it: then what the node itself says next counts again
             return HelloAnswer(why, term=self.witness.mark(sender).term)
         if self.readmission.why:
             raise Unavailable("this node's own log is an old one: its word counts for nobody")

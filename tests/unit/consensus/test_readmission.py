@@ -78,6 +78,20 @@ def test_what_it_had_acknowledged_before_is_forgotten_and_sent_again_and_again_w
         assert raft.peers[A].match == 0
 
 
+def test_whose_log_is_found_to_be_an_old_one_has_no_copies_and_does_not_depose_the_leader() -> None:
+    raft = core(1)
+    lead(raft)
+    sync(raft)
+    ack(raft, A, 2)
+    assert raft.copies() == [2, 2, 0]
+    raft.handle(e.Doubted(A), LATE)
+    assert (raft.copies(), raft.commit) == ([2, 0, 0], 2)
+    assert raft.answering(3) == 3  # a copied directory was refused, and the node itself is well
+    ack(raft, A, 2)
+    assert raft.copies() == [2, 2, 0]
+    raft.handle(e.Doubted(NodeId("nobody")), LATE)
+
+
 def test_once_it_says_so_itself_its_word_counts_again() -> None:
     raft = core(1)
     lead(raft)
