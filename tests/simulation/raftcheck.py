@@ -1,7 +1,8 @@
 # tests/simulation/raftcheck.py: the properties of Raft (Ongaro's thesis, figure 3.2), watched inside the nodes of a world.
 #
 # Rule 1: log matching: an entry is known by index and term, for ever: what it holds, and which term the entry before it has.
-# Rule 2: leader completeness: what is committed in a term is in the log of every leader of a later one.
+# Rule 2: leader completeness: what is committed in a term is in the log of every leader of a later one. That is not the term of
+#         the entry: one that a dead leader left behind may be committed by the next but one, while the next never had it.
 # Rule 3: an answer goes out only when its entry is synced on as many nodes as it says, and on as many as the roster asks for.
 #         What is synced is taken from the flushes that ended, not from what anybody says of it: a flush of the log, and that
 #         of what was found on the disk at a start, where what a crash left unsynced may have survived.
@@ -64,7 +65,7 @@ class RaftChecks:
         self.world = world
         self.counts: Counter[str] = Counter()
         self._entries: dict[tuple[int, int], tuple[bytes, int]] = {}  # (index, term) -> content, term before
-        self._committed: dict[int, int] = {}  # index -> term
+        self._committed: dict[int, tuple[int, int]] = {}  # index -> its term, and the term in which it was committed
         self._leaders: list[Leader] = []
         self._synced: dict[str, Synced] = {}
         world.on_made.append(self._made)
@@ -127,21 +128,21 @@ class RaftChecks:
         leader = Leader(change.term, machine.name, terms.base, held)
         self._leaders.append(leader)
         self.counts["elections"] += 1
-        for index, term in self._committed.items():
-            self._complete(leader, index, term)
+        for index, (term, by) in self._committed.items():
+            self._complete(leader, index, term, by)
 
     def _applied(self, machine: Machine, node: Node, index: Index, payload: bytes) -> None:
         term = node.driver._core.terms.term(index)
         if term is None or index in self._committed:
             return
-        self._committed[index] = term
+        by = node.driver.term  # whose leader applies it first, at once
+        self._committed[index] = (term, by)
         for leader in self._leaders:
-            if leader.term > term:
-                self._complete(leader, index, term)
+            self._complete(leader, index, term, by)
 
-    def _complete(self, leader: Leader, index: int, term: int) -> None:
+    def _complete(self, leader: Leader, index: int, term: int, by: int) -> None:
         at = index - 1 - leader.base
-        if leader.term > term and at >= 0 and (at >= len(leader.terms) or leader.terms[at] != term):
+        if leader.term > by and at >= 0 and (at >= len(leader.terms) or leader.terms[at] != term):
             self.world.found(
                 f"{leader.name} led term {leader.term} without entry {index} of term {term}, which is committed"
             )
