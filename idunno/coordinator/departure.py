@@ -13,12 +13,12 @@ from typing import Any, Final
 
 from idunno.base.errors import Conflict, DeadlineExceeded, IdunnoError, NotLeader
 from idunno.base.ids import NodeId
-from idunno.coordinator.answering import left_s
 from idunno.coordinator.client import Coordinator
 from idunno.coordinator.commands import RemoveNode
 from idunno.coordinator.elector import Elector
 from idunno.coordinator.messages import LEFT, NODE_LEAVE, NODE_REMOVE, GoneNode, LeaveNode, RemoveDead
 from idunno.coordinator.records import NodeRecord
+from idunno.wire.answering import left_s
 from idunno.wire.calls import A, Actor, Call, Empty, Lane, Method, Peers, Q, Registrar
 
 log = logging.getLogger("idunno.coordinator")

@@ -13,7 +13,6 @@ import msgspec
 from idunno.base.errors import InvalidArgument, NotLeader, PermissionDenied
 from idunno.base.version import VERSION
 from idunno.coordinator import messages as m
-from idunno.coordinator.answering import left_s
 from idunno.coordinator.client import Coordinator
 from idunno.coordinator.commands import AddToken, RevokeToken, RevokeUser, decode_command
 from idunno.coordinator.enroll import Enrolment
@@ -21,6 +20,7 @@ from idunno.coordinator.records import TokenRecord
 from idunno.coordinator.roster import TOKEN_ROLES
 from idunno.coordinator.views import iso_time, token_row, user_row
 from idunno.wire import security
+from idunno.wire.answering import left_s
 from idunno.wire.calls import A, Call, Empty, Method, Q, Registrar
 from idunno.wire.tokens import make_token
 

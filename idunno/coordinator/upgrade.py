@@ -11,11 +11,11 @@ from typing import Final
 
 from idunno.base.errors import Conflict, IdunnoError, Incompatible, NotLeader
 from idunno.base.version import VERSION
-from idunno.coordinator.answering import left_s
 from idunno.coordinator.client import Coordinator
 from idunno.coordinator.commands import RaiseVersion
 from idunno.coordinator.messages import KNOWS, UPGRADE, UPGRADE_CHECK, Knows, Upgrade, UpgradeAnswer, UpgradeNode
 from idunno.coordinator.records import NodeRecord
+from idunno.wire.answering import left_s
 from idunno.wire.calls import Actor, Call, Empty, Method, Peers, Registrar
 
 ASK_S: Final = 3.0

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from idunno.base.errors import NotLeader
 from idunno.coordinator.commands import Command
 from idunno.coordinator.machine import Machine
+from idunno.wire.answering import left_s
 from idunno.wire.calls import A, Actor, Call, Method, Q
-
-MARGIN_S: Final = 0.2
-"""What is left of a caller's time for the answer's way back."""
 
 
 class Cluster(Protocol):
@@ -39,11 +37,6 @@ class Cluster(Protocol):
     ) -> A:
         """`here(timeout_s)` when this node leads, else the same call to the leader. `again`: may be sent twice."""
         ...
-
-
-def left_s(call: Call[Any]) -> float:
-    """Time that a handler may spend, in seconds."""
-    return max(0.05, call.remaining_s() - MARGIN_S)
 
 
 async def at_leader(

@@ -16,7 +16,7 @@ from idunno.coordinator.commands import CancelJob, ForgetJob, SubmitJob
 from idunno.coordinator.ledger import FINISHED
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.records import JobRecord, TaskRecord
-from idunno.scheduler.cluster import Cluster, at_leader, left_s
+from idunno.scheduler.cluster import Cluster, at_leader
 from idunno.scheduler.config import SchedulerConfig
 from idunno.scheduler.leading import Leading
 from idunno.scheduler.messages import (
@@ -39,6 +39,7 @@ from idunno.scheduler.messages import (
 from idunno.scheduler.models import check_batch_size
 from idunno.scheduler.views import job_info
 from idunno.scheduler.waiters import Waiters
+from idunno.wire.answering import left_s
 from idunno.wire.calls import HEADER_BYTES_MAX, Actor, Call, Empty, Registrar, Role
 
 JOBS_SHOWN: Final = 1_000

@@ -13,7 +13,7 @@ from idunno.coordinator.machine import Machine
 from idunno.coordinator.records import ModelFile
 from idunno.coordinator.registry import RUNTIMES
 from idunno.scheduler import deploy
-from idunno.scheduler.cluster import Cluster, at_leader, left_s
+from idunno.scheduler.cluster import Cluster, at_leader
 from idunno.scheduler.config import SchedulerConfig
 from idunno.scheduler.leading import Leading
 from idunno.scheduler.messages import (
@@ -32,6 +32,7 @@ from idunno.scheduler.messages import (
 from idunno.scheduler.sizing import QUERIES_MAX
 from idunno.scheduler.views import model_info
 from idunno.scheduler.waiters import Waiters
+from idunno.wire.answering import left_s
 from idunno.wire.calls import Actor, Call, Empty, Registrar
 
 WEIGHT_MIN: Final = 0.001

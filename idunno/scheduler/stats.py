@@ -8,7 +8,7 @@ from idunno.coordinator.machine import Machine
 from idunno.coordinator.records import NodeRecord
 from idunno.coordinator.timing import mean_s, percentile_s, std_s
 from idunno.coordinator.views import iso_time
-from idunno.scheduler.cluster import Cluster, at_leader, left_s
+from idunno.scheduler.cluster import Cluster, at_leader
 from idunno.scheduler.dispatch import Dispatch
 from idunno.scheduler.jobs import visible
 from idunno.scheduler.leading import Leading
@@ -30,6 +30,7 @@ from idunno.scheduler.messages import (
 from idunno.scheduler.queues import PLAN
 from idunno.scheduler.rates import RateWindow
 from idunno.scheduler.views import job_waits_for, model_info, model_waits_for
+from idunno.wire.answering import left_s
 from idunno.wire.calls import Actor, Call, Empty, Registrar
 
 

@@ -12,7 +12,7 @@ from idunno.base.errors import Conflict, InvalidArgument, NotFound, NotLeader, P
 from idunno.base.ids import NodeId
 from idunno.coordinator.commands import CompleteTask, FailAttempt, PlanJob, ReportWorker
 from idunno.coordinator.ledger import TASKS_MAX
-from idunno.scheduler.cluster import Cluster, left_s
+from idunno.scheduler.cluster import Cluster
 from idunno.scheduler.dispatch import EndAttempt
 from idunno.scheduler.leading import Leading
 from idunno.scheduler.messages import (
@@ -30,6 +30,7 @@ from idunno.scheduler.messages import (
 )
 from idunno.scheduler.queues import PLAN
 from idunno.scheduler.sizing import task_queries
+from idunno.wire.answering import left_s
 from idunno.wire.calls import Call, Empty, Registrar, Role
 
 REFUSED: Final = (InvalidArgument, Conflict, PermissionDenied, NotFound)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final
+from typing import Final
 
 from idunno.base.errors import IdunnoError, Unconfirmed
 from idunno.base.ids import NodeId
@@ -38,6 +38,7 @@ from idunno.sdfs.messages import (
 from idunno.sdfs.ports import Coordination
 from idunno.sdfs.rules import iso
 from idunno.sdfs.views import check_present
+from idunno.wire.answering import left_s
 from idunno.wire.calls import Actor, Call, Peers, Registrar, Role
 
 ROWS_MAX: Final = 1_000
@@ -66,9 +67,9 @@ class Keeping:
         request = call.request
         if not request.show:
             command = SetRetention(request.prefix, request.versions, request.age_ms)
-            await self._coordinator.propose(command, actor=call.actor, request=request.request, timeout_s=_left_s(call))
+            await self._coordinator.propose(command, actor=call.actor, request=request.request, timeout_s=left_s(call))
         try:
-            machine = await self._coordinator.read(_left_s(call))
+            machine = await self._coordinator.read(left_s(call))
         except IdunnoError as error:
             if request.show:
                 raise
@@ -84,7 +85,7 @@ class Keeping:
 
     async def list_trash(self, call: Call[ListTrash]) -> TrashAnswer:
         request = call.request
-        machine = await self._coordinator.read(_left_s(call))
+        machine = await self._coordinator.read(left_s(call))
         limit = max(1, min(request.limit, ROWS_MAX))
         found: list[TrashEntry] = []
         async for entry in _entries(machine, request.after):
@@ -109,18 +110,18 @@ class Keeping:
     async def restore(self, call: Call[RestoreFile]) -> RestoreAnswer:
         command = RestoreTrash(call.request.name)
         done, _ = await self._coordinator.propose(
-            command, actor=call.actor, request=call.request.request, timeout_s=_left_s(call)
+            command, actor=call.actor, request=call.request.request, timeout_s=left_s(call)
         )
         assert isinstance(done, Restored)
         return RestoreAnswer(done.name, done.versions)
 
     async def empty_trash(self, call: Call[EmptyTrash]) -> EmptyTrashAnswer:
-        machine = await self._coordinator.read(_left_s(call))
+        machine = await self._coordinator.read(left_s(call))
         entries, more = await _owned(machine, call.request.prefix, call.actor)
         if not entries:
             return EmptyTrashAnswer(0, 0)
         done, _ = await self._coordinator.propose(
-            Purge(entries), actor=call.actor, request=call.request.request, timeout_s=_left_s(call)
+            Purge(entries), actor=call.actor, request=call.request.request, timeout_s=left_s(call)
         )
         assert isinstance(done, Purged)
         return EmptyTrashAnswer(done.versions, done.size, more)
@@ -134,10 +135,10 @@ class Keeping:
                 return ScrubAnswer([node.name])
             check_present(node)
             actor = None if call.actor.role is Role.NODE else call.actor
-            left_s = min(ASK_S, _left_s(call))
-            return await self._peers.to(node.node).call(SCRUB, Scrub(node.node), timeout_s=left_s, actor=actor)
+            timeout_s = min(ASK_S, left_s(call))
+            return await self._peers.to(node.node).call(SCRUB, Scrub(node.node), timeout_s=timeout_s, actor=actor)
         present = [record for record in roster.nodes() if record.presence == "present"]
-        answers = await asyncio.gather(*(self._ask_scrub(record.node, _left_s(call)) for record in present))
+        answers = await asyncio.gather(*(self._ask_scrub(record.node, left_s(call)) for record in present))
         begun = [record.name for record, why in zip(present, answers, strict=True) if not why]
         failed = [f"{record.name}: {why}" for record, why in zip(present, answers, strict=True) if why]
         return ScrubAnswer(begun, failed)
@@ -177,7 +178,3 @@ async def _owned(machine: Machine, prefix: str, actor: Actor) -> tuple[tuple[int
                 return tuple(found), True
             found.append(entry.entry)
     return tuple(found), False
-
-
-def _left_s(call: Call[Any]) -> float:
-    return max(0.05, call.remaining_s() - 0.2)

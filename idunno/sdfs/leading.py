@@ -38,6 +38,7 @@ from idunno.sdfs.placement import place, unable
 from idunno.sdfs.ports import Coordination
 from idunno.sdfs.repairing import Repairing
 from idunno.sdfs.rules import quorum
+from idunno.wire.answering import left_s
 from idunno.wire.calls import Actor, Call, Empty, Peers, Registrar, Role
 
 log = logging.getLogger("idunno.sdfs")
@@ -234,9 +235,7 @@ class Leading:
             leader = self._coordinator.driver.leader
             if leader is None or leader == self._me:
                 raise NoQuorum(f"no leader is known: an election is under way, or too many nodes are away; {WHEN_LOST}")
-            return await self._peers.to(leader).call(
-                REPAIR, call.request, timeout_s=max(0.05, call.remaining_s() - 0.2)
-            )
+            return await self._peers.to(leader).call(REPAIR, call.request, timeout_s=left_s(call))
         return await self._repairing.answer()
 
     # -- looking after ------------------------------------------------------------------------------------------------

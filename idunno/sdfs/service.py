@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import random
-from typing import Final
 
 from idunno.base.errors import Conflict, IdunnoError, InvalidArgument, NotReady, PermissionDenied
 from idunno.base.ids import BlockId, Index, NodeId, Term, check_file_name
@@ -50,12 +49,10 @@ from idunno.sdfs.sweep import Sweeper
 from idunno.sdfs.views import Views
 from idunno.sdfs.where import Where
 from idunno.sdfs.witness import Witness
+from idunno.wire.answering import left_s
 from idunno.wire.calls import Actor, Call, Empty, Peers, Registrar, Role
 
 log = logging.getLogger("idunno.sdfs")
-
-MARGIN_S: Final = 0.2
-"""Kept of the caller's time, so that an error about it still gets back."""
 
 
 class FileService:
@@ -161,7 +158,7 @@ class FileService:
         node = self._me if call.actor.role is Role.NODE else None
         command = BeginPut(request.put, request.name, request.if_version, node)
         opened, _ = await self._coordinator.propose(
-            command, actor=call.actor, request=request.put, timeout_s=_left_s(call)
+            command, actor=call.actor, request=request.put, timeout_s=left_s(call)
         )
         assert isinstance(opened, PutOpen)
         if (record := opened.committed) is not None:
@@ -169,7 +166,7 @@ class FileService:
                 request.name, record.version, record.size, iso(record.created_ms), record.owner, _uncounted(record)
             )
             return BeginAnswer(0, [], [], self._coordinator.driver.term, committed)
-        placed = await self._where.place(request.put, request.size, _left_s(call))
+        placed = await self._where.place(request.put, request.size, left_s(call))
         proven: list[BlockCopies] = []
         if request.claimed:
             roster = self._coordinator.machine.roster
@@ -178,7 +175,7 @@ class FileService:
                 request.claimed,
                 roster,
                 len(roster.nodes()),
-                _left_s(call) / 2,
+                left_s(call) / 2,
                 heard_only={b.block for b in request.claimed if self.must_show(b.block, call.actor)},
             )
             proven = [BlockCopies(b.block, b.size, found[b.block]) for b in request.claimed]
@@ -189,7 +186,7 @@ class FileService:
     async def commit(self, call: Call[Commit]) -> PutAnswer:
         request = call.request
         check_count(request.blocks)
-        machine = await self._coordinator.read(_left_s(call))
+        machine = await self._coordinator.read(left_s(call))
         made_before = machine.namespace.made(request.put) is not None
         needed = quorum(machine.roster, request.write_quorum)
         blocks = tuple(Block(block.block, block.size) for block in request.blocks)
@@ -203,20 +200,20 @@ class FileService:
                 request.blocks,
                 machine.roster,
                 needed,
-                _left_s(call) / 2,  # the command needs some of it, and the refusal its way back
+                left_s(call) / 2,  # the command needs some of it, and the refusal its way back
                 heard_only={b.block for b in request.blocks if self.must_show(b.block, call.actor)},
             )
             fewest = _fewest(copies)
             if fewest < needed:
                 raise NotReady(f"{request.name}: a block has {fewest} copies, {needed} are needed: begin the put again")
         done, _ = await self._coordinator.propose(
-            command, actor=call.actor, request=request.put, timeout_s=_left_s(call)
+            command, actor=call.actor, request=request.put, timeout_s=left_s(call)
         )
         assert isinstance(done, PutDone)
         if made_before:  # proven then; what is told of copies now changes nothing
             copies = _claimed(request.blocks, machine.roster)
             if _fewest(copies) == 0:  # who asks knows no holders: he asks for a put that an earlier process made
-                copies, _ = await self._where.known(list(copies), _left_s(call))
+                copies, _ = await self._where.known(list(copies), left_s(call))
         else:
             self.witness.forget(request.put)
             await self._tell_leader([BlockCopies(b.block, b.size, copies[b.block]) for b in request.blocks], call)
@@ -225,7 +222,7 @@ class FileService:
 
     async def _tell_leader(self, blocks: list[BlockCopies], call: Call[Commit]) -> None:
         try:
-            await self._where.copied(blocks, min(1.0, _left_s(call)))
+            await self._where.copied(blocks, min(1.0, left_s(call)))
         except IdunnoError as error:  # a hint; the nodes report for themselves within moments
             log.info("leader not told of copies", extra={"put": call.request.put, "error": str(error)})
 
@@ -240,11 +237,11 @@ class FileService:
         roster = self._coordinator.machine.roster
         if quorum(roster, request.write_quorum) > roster.present:
             # A node that has just started has yet to learn who is there: refuse only by what is certainly true.
-            roster = (await self._coordinator.read(_left_s(call))).roster
+            roster = (await self._coordinator.read(left_s(call))).roster
             check_reachable(roster, quorum(roster, request.write_quorum))
         command = PutSmall(request.put, request.name, block_id(content), content, request.if_version)
         done, copies = await self._coordinator.propose(
-            command, actor=call.actor, request=request.put, timeout_s=_left_s(call)
+            command, actor=call.actor, request=request.put, timeout_s=left_s(call)
         )
         assert isinstance(done, PutDone)
         roster = self._coordinator.machine.roster
@@ -257,21 +254,17 @@ class FileService:
     async def abort(self, call: Call[Abort]) -> Empty:
         command = AbortPut(call.request.put, call.request.reason)
         await self._coordinator.propose(
-            command, actor=call.actor, request=f"{call.request.put}-abort", timeout_s=_left_s(call)
+            command, actor=call.actor, request=f"{call.request.put}-abort", timeout_s=left_s(call)
         )
         return Empty()
 
     async def delete(self, call: Call[Delete]) -> DeleteAnswer:
         command = DeleteFile(call.request.name)
         gone, _ = await self._coordinator.propose(
-            command, actor=call.actor, request=call.request.request, timeout_s=_left_s(call)
+            command, actor=call.actor, request=call.request.request, timeout_s=left_s(call)
         )
         assert isinstance(gone, FileGone)
         return DeleteAnswer(gone.name, gone.versions)
-
-
-def _left_s(call: Call[Abort] | Call[Begin] | Call[Commit] | Call[Delete] | Call[PutSmallFile]) -> float:
-    return max(0.05, call.remaining_s() - MARGIN_S)
 
 
 def check_count(blocks: list[BlockCopies]) -> None:

@@ -45,6 +45,7 @@ from idunno.sdfs.ports import Coordination
 from idunno.sdfs.rules import iso
 from idunno.sdfs.small import SmallStore
 from idunno.sdfs.where import Where
+from idunno.wire.answering import left_s
 from idunno.wire.calls import Call, Lane, Peers, Registrar, Role
 
 log = logging.getLogger("idunno.sdfs")
@@ -82,7 +83,7 @@ class Views:
         registrar.register(STORE, self.store)
 
     async def _read(self, call: Call[Any]) -> Machine:
-        return await self._coordinator.read(max(0.05, call.remaining_s() - 0.2))
+        return await self._coordinator.read(left_s(call))
 
     async def stat(self, call: Call[Stat]) -> StatAnswer:
         request = call.request
@@ -188,8 +189,7 @@ class Views:
             present = [n.node for n in roster.nodes() if n.presence == "present"]
             found = {block.block: present for block in record.blocks}
         else:
-            left_s = max(0.05, call.remaining_s() - 0.2)
-            found, recovering = await self._where.known([block.block for block in record.blocks], left_s)
+            found, recovering = await self._where.known([block.block for block in record.blocks], left_s(call))
         rows = [
             WhereBlock(block.block, block.size, sorted(roster.name(node) for node in found[block.block]))
             for block in record.blocks[:ROWS_MAX]
@@ -206,9 +206,8 @@ class Views:
         if node.node != self._me:
             check_present(node)
             onward = Store(node.node, request.after, request.limit)
-            left_s = max(0.05, call.remaining_s() - 0.2)
             actor = None if call.actor.role is Role.NODE else call.actor  # nodes act for users, not for each other
-            return await self._peers.to(node.node).call(STORE, onward, timeout_s=left_s, actor=actor)
+            return await self._peers.to(node.node).call(STORE, onward, timeout_s=left_s(call), actor=actor)
         limit = max(1, min(request.limit, ROWS_MAX))
         rows: list[StoreRow] = []
         after, more = request.after, True

@@ -1,4 +1,4 @@
-# idunno/coordinator/answering.py: how long a handler may work, so that its caller hears from it why it did not come to an end.
+# idunno/wire/answering.py: how long a handler may work, so that its caller hears from it why it did not come to an end.
 from __future__ import annotations
 
 from typing import Any, Final
