@@ -183,11 +183,12 @@ class FileClient:
             raise
         try:
             return await self._commit(asker, upload, begin, write_quorum)
-        except IdunnoError as error:
-            if error.may_have_happened and asker.lost(COMMIT):
+        except Exception as error:
+            if isinstance(error, IdunnoError) and error.may_have_happened and asker.lost(COMMIT):
                 raise
             await self._abort(begin.put, str(error))
-            asker.doubt(COMMIT, error)
+            if isinstance(error, IdunnoError):
+                asker.doubt(COMMIT, error)
             raise
 
     async def upload(

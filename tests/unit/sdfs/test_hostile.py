@@ -175,7 +175,7 @@ def test_what_may_have_happened_is_not_said_to_have_failed(story_of_answers: lis
 class Troubled:
     """A caller whose questions meet these troubles first, method by method."""
 
-    def __init__(self, caller: Caller, troubles: dict[str, list[IdunnoError]]) -> None:
+    def __init__(self, caller: Caller, troubles: dict[str, list[Exception]]) -> None:
         self._caller, self._troubles = caller, troubles
 
     async def call(self, method: Any, request: Any, **more: Any) -> Any:
@@ -193,6 +193,7 @@ class Troubled:
         # Where a commit's answer was lost, it may still come, whoever refuses what is asked after it.
         ({COMMIT.name: [ConnectionLost("broke"), Conflict("at version 3")]}, DeadlineExceeded),
         ({COMMIT.name: [ConnectionLost("broke"), *[NotReady("copies")] * 200]}, DeadlineExceeded),
+        ({COMMIT.name: [RuntimeError("a bug")]}, RuntimeError),
         # Refused each time: nothing was lost, so nothing comes.
         ({COMMIT.name: [NotReady("copies")] * 200}, IdunnoError),
         # To open a put makes nothing.
@@ -201,7 +202,7 @@ class Troubled:
     ],
 )
 def test_only_a_lost_commit_leaves_a_put_in_doubt_and_none_stays_open(
-    troubles: dict[str, list[IdunnoError]], said: type[IdunnoError]
+    troubles: dict[str, list[Exception]], said: type[Exception]
 ) -> None:
     async def story() -> None:
         async with World(4) as world:
