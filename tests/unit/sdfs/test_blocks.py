@@ -289,6 +289,17 @@ def test_many_writers_on_a_disk_that_stands_still_hold_less_each() -> None:
     run(story)
 
 
+def closed_from_now_on(monkeypatch: pytest.MonkeyPatch) -> list[ToldFile]:
+    """The files that are closed, in order."""
+    closed: list[ToldFile] = []
+
+    async def close(file: ToldFile) -> None:
+        closed.append(file)
+
+    monkeypatch.setattr(ToldFile, "close", close)
+    return closed
+
+
 @pytest.mark.parametrize("cancels", [1, 2])
 def test_a_reader_that_is_cancelled_closes_the_file_however_slow_the_disk(
     cancels: int, monkeypatch: pytest.MonkeyPatch
@@ -297,7 +308,7 @@ def test_a_reader_that_is_cancelled_closes_the_file_however_slow_the_disk(
         disk = ToldDisk()
         store = await opened(disk)
         await keep(store)
-        reads, slow, closed = asyncio.Event(), asyncio.Event(), list[ToldFile]()
+        reads, slow = asyncio.Event(), asyncio.Event()
 
         async def wait(doing: str, path: str) -> None:
             if doing == "read":
@@ -305,11 +316,8 @@ def test_a_reader_that_is_cancelled_closes_the_file_however_slow_the_disk(
                 await slow.wait()
                 raise DiskFailed("at last")
 
-        async def close(file: ToldFile) -> None:
-            closed.append(file)
-
         disk.before = wait
-        monkeypatch.setattr(ToldFile, "close", close)
+        closed = closed_from_now_on(monkeypatch)
         reading = asyncio.create_task(store.verify(BLOCK))
         await reads.wait()
         for _ in range(cancels):
@@ -332,18 +340,15 @@ def test_a_writer_that_is_cancelled_while_its_block_gets_its_name_lets_go_of_eve
     async def story() -> None:
         disk = ToldDisk()
         store = await opened(disk)
-        naming, slow, closed = asyncio.Event(), asyncio.Event(), list[ToldFile]()
+        naming, slow = asyncio.Event(), asyncio.Event()
 
         async def wait(doing: str, path: str) -> None:
             if doing == "rename":
                 naming.set()
                 await slow.wait()
 
-        async def close(file: ToldFile) -> None:
-            closed.append(file)
-
         disk.before = wait
-        monkeypatch.setattr(ToldFile, "close", close)
+        closed = closed_from_now_on(monkeypatch)
         before = (await store.space()).free_bytes
         writing = asyncio.create_task(keep(store))
         await naming.wait()
