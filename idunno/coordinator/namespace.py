@@ -9,9 +9,9 @@
 # Rule 6: until the cluster's machine version is raised everything is done as its version does it: releases side by side agree.
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise, takewhile
 from typing import Final
 
 import msgspec
@@ -21,10 +21,11 @@ from idunno.base.errors import Conflict, Exhausted, InvalidArgument, NotFound
 from idunno.base.ids import BlockId, check_file_name
 from idunno.coordinator.commands import BeginPut, CommitPut, PutSmall
 from idunno.coordinator.names import SYSTEM, check_request, is_block_id
+from idunno.coordinator.ordered import OrderedNames
 from idunno.coordinator.records import BLOCK_BYTES_MAX, SMALL_BYTES_MAX, Block, OpenPut, Record, VersionRecord
 from idunno.coordinator.results import Done, FileGone, PutDone, PutOpen
 from idunno.coordinator.rows import Row, runs
-from idunno.coordinator.steps import free, in_order
+from idunno.coordinator.steps import free
 from idunno.coordinator.trash import Retention, RetentionRule, Trash, TrashEntry
 
 BLOCKS_MAX: Final = 6_000
@@ -90,7 +91,7 @@ class Namespace:
         self._captures = 0
         self._files: dict[str, _File] = {}
         self._tombstones: dict[str, _File] = {}
-        self._names: list[str] = in_order([file.name for file in state.files])
+        self._names = OrderedNames([file.name for file in state.files])
         self._puts: dict[str, OpenPut] = {}
         self._puts_of: dict[str, int] = {}  # by owner
         for put in state.puts:
@@ -114,8 +115,9 @@ class Namespace:
 
     def free(self) -> None:
         """Nobody looks at it any more: let go of it, in steps."""
-        for table in (self._files, self._tombstones, self._made, self._names):
+        for table in (self._files, self._tombstones, self._made):
             free(table)
+        self._names.free()
 
     def raise_version(self, version: int) -> None:
         """Do as this machine version does from now on."""
@@ -206,22 +208,13 @@ class Namespace:
 
         The system's own are left out unless `system` or the prefix lies within them.
         """
-        begin = bisect_right(self._names, after) if after >= prefix else bisect_left(self._names, prefix)
-        found: list[str] = []
-        hide = not system and not prefix.startswith(SYSTEM)
-        at = begin
-        while at < len(self._names):
-            name = self._names[at]
-            if not name.startswith(prefix):
-                break
-            if hide and name.startswith(SYSTEM):
-                at = self._behind(SYSTEM)
-                continue
-            if len(found) == limit:
-                return found, True
-            found.append(name)
-            at += 1
-        return found, False
+        begin = max(prefix, after + "\0")  # the least that is greater than `after`
+        if system or prefix.startswith(SYSTEM):
+            names = self._names.span(begin)
+        else:
+            names = chain(self._names.span(begin, SYSTEM), self._names.span(max(begin, _behind(SYSTEM))))
+        found = list(islice(takewhile(lambda name: name.startswith(prefix), names), limit + 1))
+        return found[:limit], len(found) > limit
 
     def each(self) -> Iterator[tuple[str, VersionRecord]]:
         """Every version of every file, by name and version, the system's own included. Not to be held across awaits."""
@@ -245,10 +238,6 @@ class Namespace:
         if file is None:
             raise NotFound(f"no file {name[:200]!r}; see `idunno ls`")
         return file
-
-    def _behind(self, prefix: str) -> int:
-        """The place in the sorted names behind all that begin with `prefix` (which ends in '/')."""
-        return bisect_left(self._names, prefix[:-1] + chr(ord("/") + 1))
 
     # -- puts ---------------------------------------------------------------------------------------------------------
 
@@ -333,7 +322,7 @@ class Namespace:
         if name not in self._files:
             buried = self._tombstones.pop(name, None)
             self._files[name] = buried if buried is not None else _File(0, (), None, self._captures)
-            insort(self._names, name)
+            self._names.add(name)
             self.files += not name.startswith(SYSTEM)
         file = self._own(self._files, name)
         file.last += 1
@@ -396,7 +385,7 @@ class Namespace:
         versions = file.versions
         file.versions, file.deletion = (), Deletion(request, now_ms, len(versions), self._buried(name, file))
         del self._files[name]
-        del self._names[bisect_left(self._names, name)]
+        self._names.remove(name)
         self.files -= not name.startswith(SYSTEM)
         self._tombstones[name] = file
         if len(self._tombstones) > TOMBSTONES_MAX:
@@ -457,7 +446,7 @@ class Namespace:
         if name not in self._files:
             buried = self._tombstones.pop(name, None)
             self._files[name] = buried if buried is not None else _File(0, (), None, self._captures)
-            insort(self._names, name)
+            self._names.add(name)
             self.files += 1
         file = self._own(self._files, name)
         file.versions, file.last = versions, max(file.last, versions[-1].version)
@@ -501,23 +490,21 @@ class Namespace:
 
     def below(self, prefix: str) -> list[str]:
         """The names of all files below `prefix` (which ends in '/'), sorted."""
-        return self._names[bisect_left(self._names, prefix) : self._behind(prefix)]
+        return list(self._names.span(prefix, _behind(prefix)))
 
     def remove(self, names: list[str]) -> list[tuple[str, tuple[VersionRecord, ...]]]:
         """Remove these files (those that are there) without tombstones; says what was removed.
 
-        For names that hold an id and never come again: a job's files, a deploy's. One pass over the names, however many go.
+        For names that hold an id and never come again: a job's files, a deploy's.
         """
         gone: list[tuple[str, tuple[VersionRecord, ...]]] = []
         for name in names:
             file = self._files.pop(name, None)
             if file is not None:
                 gone.append((name, file.versions))
+                self._names.remove(name)
                 self._forget_puts(file, keep=0)
                 self.files -= not name.startswith(SYSTEM)
-        if gone:
-            first, last = (bisect_left(self._names, pick(names)) for pick in (min, max))
-            self._names[first : last + 1] = [n for n in self._names[first : last + 1] if n in self._files]
         return gone
 
     def abort_below(self, prefix: str) -> None:
@@ -558,6 +545,11 @@ def _rows(
             yield "trash", msgspec.structs.replace(entry, versions=versions), weight
     for rule in retention:
         yield "retention", rule, 1
+
+
+def _behind(prefix: str) -> str:
+    """Greater than all names that begin with `prefix` (which ends in '/'), and than no name behind them."""
+    return prefix[:-1] + chr(ord("/") + 1)
 
 
 def _weight(record: VersionRecord) -> int:
