@@ -89,6 +89,7 @@ class Snapshots:
         self._lock = asyncio.Lock()
         self._taking = False
         self._not_before_s = 0.0
+        self._bytes = 0  # of that snapshot
         self._log_bytes = 0  # of the log when the last snapshot was taken
         self._sending: dict[NodeId, asyncio.Event] = {}  # set when the follower answered
         self._answers: dict[NodeId, InstallAnswer] = {}
@@ -114,7 +115,7 @@ class Snapshots:
         finally:
             await reader.close()
         restore.install()
-        self.index = reader.head.index
+        self.index, self._bytes = reader.head.index, reader.size
         return reader.head
 
     def bind(self, core: Raft, log: Log, step: Callable[[Installed], None], forget: Callable[[Index], None]) -> None:
@@ -134,12 +135,9 @@ class Snapshots:
 
     def consider(self, applied: Index) -> None:
         """Entries were applied: begin a snapshot if it is time."""
-        config, size = self._config, self._log.size_bytes
+        size = self._log.size_bytes
         self._log_bytes = min(self._log_bytes, size)  # it was cut since: from there it grows anew
-        grown = max(
-            (applied - self.index) / config.snapshot_entries,
-            (size - self._log_bytes) / config.snapshot_bytes,
-        )
+        grown = self._grown(applied - self.index, size - self._log_bytes)
         if grown < 1.0:
             return
         patience = 4.0 if self._sending.keys() - self._silent else 1.0
@@ -153,6 +151,16 @@ class Snapshots:
         head = files.Head(applied, term, tuple(sorted(voters)), Index(at))
         self._spawn(self._take(head, self._machine.capture()), "raft snapshot")
 
+    def _grown(self, entries: int, log_bytes: int) -> float:
+        """How much of what makes the next snapshot due has come since: 1 when it is.
+
+        A snapshot larger than `snapshot_bytes` is waited for longer by as much as it is larger. Else a large machine would be
+        written all the time; and a restart that reads a long snapshot may as well read a log as long.
+        """
+        config = self._config
+        share = max(entries / config.snapshot_entries, log_bytes / config.snapshot_bytes)
+        return share / max(1.0, self._bytes / config.snapshot_bytes)
+
     async def _take(self, head: files.Head, pieces: Iterator[bytes]) -> None:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
@@ -162,7 +170,7 @@ class Snapshots:
                 await self._machine.secure()
                 if head.index > self.index:
                     await files.replace(self._disk, files.NEW_PATH)
-                    self.index, self._log_bytes = head.index, self._log.size_bytes
+                    self.index, self._bytes, self._log_bytes = head.index, size, self._log.size_bytes
         except IdunnoError as error:
             self._not_before_s = loop.time() + RETRY_S
             log.warning("snapshot not taken", extra={"index": head.index, "problem": str(error)})
@@ -189,9 +197,8 @@ class Snapshots:
 
     def _urgent(self, index: Index) -> bool:
         """The log waits for this snapshot: it has no space, or has grown again by what makes one due."""
-        config, grown = self._config, self._log.size_bytes - self._log_bytes
-        behind = self._core.commit - index
-        return self._log.short or behind >= config.snapshot_entries or grown >= 2 * config.snapshot_bytes
+        log_bytes = (self._log.size_bytes - self._log_bytes) // 2  # half of them made it due
+        return self._log.short or self._grown(self._core.commit - index, log_bytes) >= 1.0
 
     def _tail_begin(self, index: Index) -> Index:
         """The last entry that need not be kept for followers that are a little behind."""
@@ -356,7 +363,7 @@ class Snapshots:
             async with self._lock:  # one of its own may be being taken, and that can last
                 if head.index > self._core.commit and self._core.terms.term(head.index) != head.term:
                     await files.replace(self._disk, files.PART_PATH)
-                    self.index, self._log_bytes = head.index, 0
+                    self.index, self._bytes, self._log_bytes = head.index, message.size, 0
                 self.incoming = restore
                 self._step(Installed(order.sender, head.index, head.term, frozenset(head.voters), head.voters_index))
                 self.incoming = None

@@ -377,14 +377,39 @@ def test_the_log_does_not_grow_from_snapshot_to_snapshot_when_bytes_make_them_du
 
     async def work(cluster: Snapshotting) -> None:
         await cluster.fill(1)
-        driver, sizes = cluster.drivers[NodeId("n1")], []
+        driver, machine, sizes = cluster.drivers[NodeId("n1")], cluster.holders[NodeId("n1")], list[int]()
         for _ in range(12):
             await cluster.fill(8, BIG)
             sizes.append(driver._log.size_bytes)
-        assert (
-            cluster.holders[NodeId("n1")].captured >= 8
-        )  # one each 400 kB of 5.8 MB, but for those that came too late
+            machine.entries.clear()  # it stays small
+        assert machine.captured >= 8  # one each 400 kB of 5.8 MB, but for those that came too late
         assert max(sizes) < 1_300_000, sizes  # one that is due, one that is being taken, the tail
+
+    story(work, voters=1, config=config)
+
+
+@pytest.mark.parametrize("entries", [4, 1_000_000])
+def test_the_larger_the_last_snapshot_the_later_the_next_one(entries: int) -> None:
+    """A machine that only grows is written when it has doubled; also one that was restarted."""
+    small = 4 * len(BIG)
+    config = replace(CONFIG, keep_entries=0, snapshot_rest=0, snapshot_entries=entries, snapshot_bytes=small)
+
+    async def work(cluster: Snapshotting) -> None:
+        name = NodeId("n1")
+
+        async def grow(entries: int) -> int:
+            """How many snapshots were taken meanwhile."""
+            before = cluster.holders[name].captured
+            for _ in range(entries):
+                await cluster.fill(1, BIG)
+                await until(lambda: not cluster.drivers[name].busy_with_snapshot)
+            return cluster.holders[name].captured - before
+
+        assert 4 <= await grow(120) <= 6  # behind 4 or 5, 8 to 10, 16 to 20, ..., not 30 times
+        await cluster.kill(name)
+        await cluster.start(name)
+        await grow(1)
+        assert await grow(20) == 0
 
     story(work, voters=1, config=config)
 
