@@ -45,9 +45,9 @@ class File(Protocol):
     async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Also | None = None) -> None:
         """Write the buffers one after another at `offset`; with `sync` they are durable on return (fdatasync).
 
-        `also`: what else is to be done with the bytes off the loop, such as hashing them, before they are written: one
-        hand-over to another thread instead of two. It is given all of them, in order, in one part or several. Such bytes
-        are much, so the device begins to write them at once, which makes the later `sync` short.
+        Where they are much the device begins to write them at once, which makes a later `sync` short. `also`: what else is to
+        be done with the bytes off the loop, such as hashing them, before they are written: one hand-over to another thread
+        instead of two. It is given all of them, in order, in one part or several.
         """
         ...
 

@@ -48,8 +48,8 @@ class RaftConfig:
     """A fifth of the loop: a million files take half a minute, in which a busy cluster writes three snapshots' worth of log."""
     snapshot_entries: int = 50_000
     """Entries applied since the last snapshot that make the next due: a restart applies as many again, in about a second."""
-    snapshot_bytes: int = 64 * 1024 * 1024
-    """Likewise bytes of log: a restart reads them in well under a second."""
+    snapshot_bytes: int = 256 * 1024 * 1024
+    """Likewise bytes of log, which are about as many entries of the largest small files; a restart reads them in a second."""
     keep_entries: int = 10_000
     """Kept in the log behind the snapshot, for followers that are a little behind: seconds of a busy cluster."""
     keep_bytes: int = 16 * 1024 * 1024

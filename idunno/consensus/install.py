@@ -36,6 +36,11 @@ AWAY_RESENDS: Final = 3
 RETRY_S: Final = 10.0
 """After a snapshot that could not be written, or that was taken in and is not one, the next is begun so much later."""
 INBOX_MAX: Final = 16
+LIGHT_BYTES: Final = 24 * 1024 * 1024
+"""A snapshot of 100,000 files: taking it is a second of processor time, reading it at a restart likewise, as are as many entries
+as make one due."""
+SHORT_SHARE: Final = 0.1
+"""Of what makes one due, when the disk is full: what the log can let go of is wanted."""
 
 
 class Restore(Protocol):
@@ -138,11 +143,12 @@ class Snapshots:
         size = self._log.size_bytes
         self._log_bytes = min(self._log_bytes, size)  # it was cut since: from there it grows anew
         grown = self._grown(applied - self.index, size - self._log_bytes)
-        if grown < 1.0:
+        due = SHORT_SHARE if self._log.short else 1.0
+        if grown < due:
             return
         patience = 4.0 if self._sending.keys() - self._silent else 1.0
         now_s = asyncio.get_running_loop().time()
-        if grown < patience or self._taking or now_s < self._not_before_s or applied <= self.index:
+        if grown < due * patience or self._taking or now_s < self._not_before_s or applied <= self.index:
             return
         self._taking = True
         term = self._core.terms.term(applied)
@@ -154,12 +160,12 @@ class Snapshots:
     def _grown(self, entries: int, log_bytes: int) -> float:
         """How much of what makes the next snapshot due has come since: 1 when it is.
 
-        A snapshot larger than `snapshot_bytes` is waited for longer by as much as it is larger. Else a large machine would be
-        written all the time; and a restart that reads a long snapshot may as well read a log as long.
+        That is more where the last one was large: else a large machine would be written all the time. A restart that reads much
+        of a snapshot may as well read as much of a log.
         """
         config = self._config
-        share = max(entries / config.snapshot_entries, log_bytes / config.snapshot_bytes)
-        return share / max(1.0, self._bytes / config.snapshot_bytes)
+        entries_due = config.snapshot_entries * max(1.0, self._bytes / LIGHT_BYTES)
+        return max(entries / entries_due, log_bytes / max(config.snapshot_bytes, 2 * self._bytes))
 
     async def _take(self, head: files.Head, pieces: Iterator[bytes]) -> None:
         loop = asyncio.get_running_loop()

@@ -23,6 +23,8 @@ from idunno.node.prompt import BYTES_MAX, Promptness
 P = ParamSpec("P")
 T = TypeVar("T")
 
+MUCH_BYTES: Final = 64 * 1024
+"""A write of so much begins on the device at once: 64 MiB that a sync finds in memory hold up the log's syncs for a second."""
 _RWF_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
 
 
@@ -117,19 +119,19 @@ class RealFile:
             self._in_use.release()
 
     async def write(self, offset: int, data: Sequence[Buffer], *, sync: bool = False, also: Also | None = None) -> None:
-        promptness = self._promptness if sync else None
+        promptness, length = self._promptness if sync else None, sum(map(len, data))
 
         def carry_out() -> None:
             begun = promptness.clock_s() if promptness is not None else 0.0
             self._write(self._descriptor, offset, data, also)
             if sync:
                 os.fdatasync(self._descriptor)
-            elif also is not None and not is_direct(self._descriptor):
-                start_writing(self._descriptor, offset, sum(map(len, data)))
+            elif length >= MUCH_BYTES and not is_direct(self._descriptor):
+                start_writing(self._descriptor, offset, length)
             if promptness is not None:
                 promptness.took(promptness.clock_s() - begun)
 
-        if promptness is not None and promptness.is_prompt() and sum(map(len, data)) <= BYTES_MAX:
+        if promptness is not None and promptness.is_prompt() and length <= BYTES_MAX:
             await self._do_here("write", carry_out)
         else:
             await self._do("write", carry_out)
