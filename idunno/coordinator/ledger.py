@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from heapq import merge
 from typing import Final
 
 import msgspec
@@ -164,6 +165,13 @@ class Ledger:
         """The lowest ready task above `after`; -1: none. A search through one byte a task, in C. Raises NotFound."""
         held = self._job(job)
         return held.states.find(_READY, after + 1) if held.record.state == "running" else -1
+
+    def ended(self, job: str, first: int = 0) -> Iterator[TaskRecord]:
+        """Tasks from number `first` on that succeeded or failed, in order: two searches through one byte a task, in C. Not to
+        be held across awaits. Raises NotFound."""
+        held = self._job(job)
+        numbers = merge(_each(held.states, _SUCCESS, first), _each(held.states, _FAILED, first))
+        return (held.touched[number] for number in numbers)
 
     def _job(self, job: str) -> _Job:
         held = self._jobs.get(job)
@@ -357,6 +365,13 @@ def _rows(jobs: list[_Job]) -> Iterator[Row]:
         numbers = sorted(job.touched) if few else (n for n in range(len(job.states)) if n in job.touched)
         for tasks, weight in runs((job.touched[number] for number in numbers), _weight):
             yield "job", JobState(job.record, job.task_queries, tasks), weight + len(job.record.input_blocks)
+
+
+def _each(states: bytearray, state: int, at: int) -> Iterator[int]:
+    """Where `state` stands, from `at` on."""
+    while (at := states.find(state, at)) >= 0:
+        yield at
+        at += 1
 
 
 def _weight(task: TaskRecord) -> int:

@@ -155,19 +155,17 @@ class JobCalls:
         request = call.request
         machine = await self._cluster.read(left_s(call))
         record = visible(machine, request.job, call.actor)
-        found: list[OutputInfo] = []
         size = machine.ledger.task_queries(request.job)
-        tasks = machine.ledger.counts(request.job).tasks
-        task = max(0, request.first) // size if size else 0
+        ended = machine.ledger.ended(request.job, max(0, request.first) // size if size else 0)
+        found: list[OutputInfo] = []
         left_bytes = OUTPUTS_BYTES_MAX
-        while task < tasks and left_bytes > 0:
-            row = machine.ledger.task(request.job, task)
-            if row.state != "ready":
-                output = _output(row)
-                left_bytes -= OUTPUT_ROW_BYTES + len(output.name) + len(output.error.encode())
-                found.append(output)
-            task += 1
-        return Outputs(self._info(machine, record), found, more=task < tasks)
+        for row in ended:
+            if left_bytes <= 0:
+                return Outputs(self._info(machine, record), found, more=True)
+            output = _output(row)
+            left_bytes -= OUTPUT_ROW_BYTES + len(output.name) + len(output.error.encode())
+            found.append(output)
+        return Outputs(self._info(machine, record), found)
 
     async def _read(self, call: Call[Any], job: str) -> JobInfo:
         machine = await self._cluster.read(left_s(call))

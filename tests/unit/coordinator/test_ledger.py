@@ -399,6 +399,9 @@ class Jobs(RuleBasedStateMachine):
         while (task := ledger.next_ready(self.job, task)) >= 0:
             found.append(task)
         assert found == ready
+        ended = [i for i, state in enumerate(self.states) if state != "ready"]
+        for first in (0, 2):
+            assert [t.task for t in ledger.ended(self.job, first)] == [i for i in ended if i >= first]
         counts = ledger.counts(self.job)
         assert counts.ready == self.states.count("ready")
         assert counts.done == sum(n for n, s in zip(self.sizes, self.states, strict=True) if s == "success")

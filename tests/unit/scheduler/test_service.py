@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from idunno.base.errors import (
     PermissionDenied,
 )
 from idunno.coordinator import commands as c
+from idunno.coordinator import ledger
+from idunno.coordinator.records import TaskRecord
 from idunno.scheduler.messages import (
     BATCH_SIZE,
     CANCEL,
@@ -43,6 +46,7 @@ from idunno.scheduler.messages import (
     WorkerReport,
 )
 from idunno.wire.calls import HEADER_BYTES_MAX, Actor, Empty, Role, pack
+from tests.unit.coordinator.world import done
 from tests.unit.scheduler.cluster import BOB, ROOT, World, node_id, until
 from tests.unit.scheduler.users import deploy, deployed, info, planned, put, ready, story, submitted
 
@@ -237,6 +241,30 @@ def test_outputs_of_a_long_job_come_in_pages_that_fit_a_frame() -> None:
             first = page.outputs[-1].last
         assert found == list(range(9_000))
         assert pages == 3
+
+    story(test)
+
+
+def test_outputs_look_only_at_tasks_that_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 5_000, batch=1)
+        for task in (3, 4_998):
+            world.do(c.FailAttempt("j1", task, node_id(2), 0, "broken", fatal=True), world.node)
+        world.do(done("j1", 2_000, 1), world.node)
+        made = list[int]()
+
+        def make(number: int, *rest: Any, **more: Any) -> TaskRecord:
+            made.append(number)
+            return TaskRecord(number, *rest, **more)
+
+        monkeypatch.setattr(ledger, "TaskRecord", make)
+        page = await world.call(OUTPUTS, JobRequest("j1"))
+        assert ([output.task for output in page.outputs], page.more) == ([3, 2_000, 4_998], False)
+        page = await world.call(OUTPUTS, JobRequest("j1", first=2_001))
+        assert [output.task for output in page.outputs] == [4_998]
+        assert made == []  # a record for each task that nothing happened to: half a second for a million
 
     story(test)
 
