@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from idunno.base.errors import (
     DeadlineExceeded,
@@ -32,6 +32,10 @@ from idunno.consensus.quorum import majority
 from idunno.consensus.raft import Raft
 from idunno.consensus.voters import names_voters
 from idunno.consensus.waiting import IndexWaiters, Proposal
+
+EXPIRE_REST_S: Final = 1e-6
+"""Between two looks for late proposals, for each that was looked at: ten times what the look takes. Of ten thousand whose
+deadlines lie apart one is told 10 ms late at most, where a look for each took a second."""
 
 
 class Callers:
@@ -277,14 +281,15 @@ class Callers:
     def _expire(self) -> None:
         self._expiry = None
         now_s, next_s = max(self._expiry_s, self._loop.time()), math.inf  # a loop may round a timer down
-        for proposal in [*self._proposals.values(), *self._new]:
+        proposals = [*self._proposals.values(), *self._new]
+        for proposal in proposals:
             if proposal.end_s > now_s:
                 next_s = min(next_s, proposal.end_s)
             elif not proposal.answer.done():
                 story = self._story(proposal)
                 proposal.fail(DeadlineExceeded(f"no answer after {proposal.timeout_s:g} s: {story}"))
         if next_s < math.inf:
-            self._expire_by(next_s)
+            self._expire_by(max(next_s, now_s + len(proposals) * EXPIRE_REST_S))
 
     def _story(self, proposal: Proposal) -> str:
         """How far a proposal has come, with the numbers that decide."""
