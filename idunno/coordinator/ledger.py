@@ -95,12 +95,37 @@ class _Job:
         self.count(task)
 
 
+class _Totals:
+    """Of all unfinished jobs, so that who asks for them does not walk over a hundred thousand jobs."""
+
+    __slots__ = ("failed", "ready", "success", "unanswered")
+
+    def __init__(self) -> None:
+        self.ready = self.success = self.failed = 0  # tasks
+        self.unanswered: dict[str, int] = {}  # model -> queries; none that has 0
+
+    def add(self, held: _Job, sign: int) -> None:
+        """The job counts from now on (1), or no more (-1): both around each change of it."""
+        ready = len(held.states) - held.success - held.failed
+        self.ready += sign * ready
+        self.success += sign * held.success
+        self.failed += sign * held.failed
+        # A failed task's queries are answered by its error. The last task may have fewer queries than the others.
+        model, unanswered = held.record.model, held.record.queries - held.done - held.errors
+        left = self.unanswered.pop(model, 0) + sign * min(unanswered, ready * held.task_queries)
+        if left:
+            self.unanswered[model] = left
+
+
 class Ledger:
     def __init__(self, state: LedgerState | None = None) -> None:
         jobs = state.jobs if state is not None else ()
         self._jobs = {job.record.job: _Job(job) for job in jobs}
         self._captures = 0
         self._unfinished = {name: None for name, job in self._jobs.items() if job.record.state not in FINISHED}
+        self._totals = _Totals()
+        for name in self._unfinished:
+            self._totals.add(self._jobs[name], 1)
 
     def state(self) -> LedgerState:
         return LedgerState(
@@ -144,6 +169,15 @@ class Ledger:
         held = self._job(job)
         ready = len(held.states) - held.success - held.failed
         return Counts(len(held.states), ready, held.success, held.failed, held.done, held.errors)
+
+    def unfinished_tasks(self) -> Counts:
+        """Of all unfinished jobs together. O(1)."""
+        t = self._totals
+        return Counts(t.ready + t.success + t.failed, t.ready, t.success, t.failed)
+
+    def unanswered(self, model: str) -> int:
+        """Queries of the model's unfinished jobs that have no answer yet. O(1)."""
+        return self._totals.unanswered.get(model, 0)
 
     def task_queries(self, job: str) -> int:
         """Queries a task (the last may have fewer); 0 while planning."""
@@ -241,6 +275,7 @@ class Ledger:
         held = self._own(command.job)
         held.task_queries, held.states = command.task_queries, bytearray(tasks)
         held.record = msgspec.structs.replace(held.record, state="running", queries=command.queries)
+        self._totals.add(held, 1)  # while planning it had nothing to count
         self._finish_if_done(held, now_ms)
         return JobResult(command.job, held.record.state)
 
@@ -295,17 +330,15 @@ class Ledger:
     def complete(self, command: CompleteTask, output: Output, now_ms: int) -> TaskResult:
         """The task has its result. Ask `refused` and `check_completion` first."""
         held = self._own(command.job)
-        held.put(
-            msgspec.structs.replace(
-                held.task(command.task),
-                state="success",
-                output=output,
-                done=command.done,
-                errors=command.errors,
-                node=command.node,
-            )
+        task = msgspec.structs.replace(
+            held.task(command.task),
+            state="success",
+            output=output,
+            done=command.done,
+            errors=command.errors,
+            node=command.node,
         )
-        self._finish_if_done(held, now_ms)
+        self._put(held, task, now_ms)
         return TaskResult(command.job, command.task, "success", counted=True)
 
     def fail_attempt(self, command: FailAttempt, now_ms: int) -> TaskResult:
@@ -322,8 +355,7 @@ class Ledger:
             return TaskResult(command.job, command.task, task.state, counted=False, why=why)
         attempts = (*task.attempts, _attempt(command.node, command.error))
         over = command.fatal or len(attempts) >= ATTEMPTS_ALLOWED
-        held.put(msgspec.structs.replace(task, attempts=attempts, state="failed" if over else "ready"))
-        self._finish_if_done(held, now_ms)
+        self._put(held, msgspec.structs.replace(task, attempts=attempts, state="failed" if over else "ready"), now_ms)
         return TaskResult(command.job, command.task, "failed" if over else "ready", counted=True)
 
     def _fail_planning(self, command: FailAttempt, now_ms: int) -> TaskResult:
@@ -342,6 +374,12 @@ class Ledger:
         self._finish(held, "failed", f"its input could not be read: {attempts[-1].error}", now_ms)
         return TaskResult(command.job, PLANNING, "failed", counted=True)
 
+    def _put(self, held: _Job, task: TaskRecord, now_ms: int) -> None:
+        self._totals.add(held, -1)
+        held.put(task)
+        self._totals.add(held, 1)
+        self._finish_if_done(held, now_ms)
+
     def _finish_if_done(self, held: _Job, now_ms: int) -> None:
         tasks = len(held.states)
         if held.success + held.failed < tasks:
@@ -355,6 +393,7 @@ class Ledger:
     def _finish(self, held: _Job, state: str, reason: str, now_ms: int) -> None:
         held.record = msgspec.structs.replace(held.record, state=state, reason=reason, finished_ms=now_ms)
         del self._unfinished[held.record.job]
+        self._totals.add(held, -1)
 
 
 def _rows(jobs: list[_Job]) -> Iterator[Row]:

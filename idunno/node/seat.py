@@ -114,10 +114,7 @@ class Seat:
     def _seen(self, leader_view: LeaderView | None) -> Seen:
         node = self._node
         machine = node.machine
-        tasks: Counter[str] = Counter()
-        for job in machine.ledger.unfinished():
-            counts = machine.ledger.counts(job.job)
-            tasks.update(ready=counts.ready, success=counts.success, failed=counts.failed)
+        tasks = machine.ledger.unfinished_tasks()
         return Seen(
             cluster=machine.roster.cluster,
             me=node.me,
@@ -129,7 +126,7 @@ class Seat:
             view={member.node: member for member in node.membership.view()},
             files=machine.namespace.files,
             models=dict(Counter(model.state for model in machine.registry.models())),
-            tasks=dict(tasks),
+            tasks={"ready": tasks.ready, "success": tasks.success, "failed": tasks.failed},
             rates=node.scheduler.rates(),
             stopped_applying=node.driver.problem or "",
             leader_view=leader_view,

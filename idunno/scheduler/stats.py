@@ -53,14 +53,13 @@ class StatsCalls:
     async def rates(self, call: Call[Empty]) -> Rates:
         machine = await self._cluster.read(left_s(call))
         rates = self._window.rates(self._clock_ms())
-        waiting = unanswered(machine)
         rows = [
             ModelRate(
                 model=record.model,
                 rate=rates.get(record.model, 0.0),
                 queries_done=machine.registry.queries_done(record.model),
                 workers=sum(1 for worker in model_info(machine, record).workers if worker.state == "ready"),
-                waiting=waiting.get(record.model, 0),
+                waiting=machine.ledger.unanswered(record.model),
             )
             for record in machine.registry.models()
         ]
@@ -163,14 +162,3 @@ def node_waits_for(machine: Machine, dispatch: Dispatch, node: NodeRecord) -> st
             return f"idle: it could not set up {', '.join(failed)}, see `idunno explain {failed[0]}`"
         return "idle: no task of its models is ready" if not ready else f"{ready} tasks are ready for its next poll"
     return ""
-
-
-def unanswered(machine: Machine) -> dict[str, int]:
-    """Queries of planned jobs that have no answer yet, by model. A failed task's queries are answered by its error."""
-    found: dict[str, int] = {}
-    for job in machine.ledger.unfinished():
-        counts = machine.ledger.counts(job.job)
-        size = machine.ledger.task_queries(job.job)
-        left = min(counts.ready * size, job.queries - counts.done - counts.errors)
-        found[job.model] = found.get(job.model, 0) + max(0, left)
-    return found

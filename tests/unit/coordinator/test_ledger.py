@@ -220,6 +220,33 @@ def test_a_million_tasks_are_cheap_until_something_happens_to_them() -> None:
     assert len(world.machine.snapshot()) < 10_000
 
 
+def test_totals_are_of_the_unfinished_jobs_of_all_models() -> None:
+    world = World()
+
+    def totals() -> tuple[int, int, int, int, int]:
+        ledger = Machine.restore(world.machine.snapshot()).ledger
+        assert ledger.unfinished_tasks() == world.machine.ledger.unfinished_tasks()
+        assert ledger.unanswered("digits") == world.machine.ledger.unanswered("digits")
+        tasks = ledger.unfinished_tasks()
+        return tasks.tasks, tasks.ready, tasks.success, tasks.failed, ledger.unanswered("digits")
+
+    world.planned(10, 4)
+    world.planned(8, 4, "job2")
+    world.submit("job3")
+    assert totals() == (5, 5, 0, 0, 18)
+    world.do(done("job1", 2, 2), SYSTEM)
+    world.do(fail("job1", 0, 0), SYSTEM)
+    assert totals() == (5, 4, 1, 0, 16)
+    world.do(fail("job1", 0, 1, fatal=True), SYSTEM)
+    assert totals() == (5, 3, 1, 1, 12)
+    world.do(done("job1", 1, 4), SYSTEM)
+    assert totals() == (2, 2, 0, 0, 8)
+    world.do(c.CancelJob("job2"))
+    world.do(c.CancelJob("job3"))
+    assert totals() == (0, 0, 0, 0, 0)
+    assert world.machine.ledger.unanswered("letters") == 0
+
+
 def test_a_job_needs_a_model_that_serves_and_an_input_that_is_there() -> None:
     world = World()
     world.put(".idunno/jobs/job1/input")
@@ -404,6 +431,11 @@ class Jobs(RuleBasedStateMachine):
             assert [t.task for t in ledger.ended(self.job, first)] == [i for i in ended if i >= first]
         counts = ledger.counts(self.job)
         assert counts.ready == self.states.count("ready")
+        left = min(counts.ready * ledger.task_queries(self.job), sum(self.sizes) - counts.done)
+        assert ledger.unanswered("digits") == (0 if over else left)
+        all_tasks = ledger.unfinished_tasks()
+        told = (all_tasks.tasks, all_tasks.ready, all_tasks.success, all_tasks.failed)
+        assert told == ((0, 0, 0, 0) if over else (counts.tasks, counts.ready, counts.success, counts.failed))
         assert counts.done == sum(n for n, s in zip(self.sizes, self.states, strict=True) if s == "success")
         assert self.world.machine.registry.queries_done("digits") == self.answered
 

@@ -269,6 +269,21 @@ def test_outputs_look_only_at_tasks_that_have_ended(monkeypatch: pytest.MonkeyPa
     story(test)
 
 
+def test_rates_walk_over_no_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 100)
+        await planned(world, 20, "j2")
+        world.do(done("j1", 0, 10), world.node)
+        monkeypatch.delattr(ledger.Ledger, "unfinished")  # 100,000 of them: 0.2 s of the loop
+        monkeypatch.delattr(ledger.Ledger, "jobs")
+        [rate] = (await world.call(RATES, Empty())).models
+        assert rate.waiting == 110
+
+    story(test)
+
+
 def test_jobs_are_their_clients_unless_an_admin_or_reader_looks() -> None:
     async def test(world: World) -> None:
         world.lead(1)
