@@ -63,6 +63,7 @@ class JobChanged(_Effect, frozen=True):
     """A job's state, counts or tasks changed, or it was forgotten and is gone."""
 
     job: str
+    task: int | None = None  # an attempt of this one ended (PLANNING: of counting its queries)
 
 
 class TaskCompleted(_Effect, frozen=True):

@@ -464,7 +464,7 @@ class Machine:
     def _fail_attempt(self, command: c.FailAttempt, asked: _Asked) -> msgspec.Struct:
         done = self.ledger.fail_attempt(command, self.now_ms)
         if done.counted:
-            self._tell(e.JobChanged(command.job))
+            self._tell(e.JobChanged(command.job, command.task))
         return done
 
     def _cancel_job(self, command: c.CancelJob, asked: _Asked) -> msgspec.Struct:

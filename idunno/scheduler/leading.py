@@ -142,7 +142,8 @@ class Leading:
         self._rejudge = True
         self._soon_again()
 
-    def job_changed(self, job: str) -> None:
+    def job_changed(self, job: str, task: int | None = None) -> None:
+        """`task`: an attempt of it ended. A completion is told by `task_completed` as well."""
         record = self._cluster.machine.ledger.find(job)
         if record is None or record.state in FINISHED:
             self._planned.discard(job)
@@ -150,9 +151,8 @@ class Leading:
         elif not self.dispatch.queues.knows(job) or (record.state == "running" and job not in self._planned):
             self._carry_out(self.dispatch.completed(job, PLAN, self._now()))
             self._open(record, old=False)
-        else:
-            for task in [lease.task for lease in self.dispatch.leases.values() if lease.head.job == job]:
-                self.sync_task(job, task)
+        elif task is not None:
+            self.sync_task(job, task)
         self._soon_again()
 
     def task_completed(self, job: str, task: int) -> None:

@@ -88,10 +88,10 @@ class SchedulerService:
                     self._window.completed(model, queries, at_ms, clock_ms)
                     if leading is not None:
                         leading.task_completed(job, task)
-                case JobChanged(job):
+                case JobChanged(job, task):
                     self._job_changed(job)
                     if leading is not None:
-                        leading.job_changed(job)
+                        leading.job_changed(job, task)
                 case ModelChanged(model):
                     self._waiters.tell(f"model {model}")
                     if leading is not None:
