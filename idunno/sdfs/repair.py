@@ -12,14 +12,13 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from itertools import islice
+from typing import Final
 
 from idunno.base.ids import BlockId, NodeId
 from idunno.coordinator.records import BLOCK_BYTES_MAX, COPIES_WANTED
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.placement import Candidate, rank, spread, unable
-
-T = TypeVar("T")
 
 SOURCES_MAX: Final = 6
 LOOKED_AT_MAX: Final = 256
@@ -143,8 +142,7 @@ class RepairCore:
             if self._held_back.get(block) == until_ms:
                 del self._held_back[block]
                 self._dirty[block] = None
-        for _ in range(min(limit, len(self._dirty))):
-            block = next(iter(self._dirty))
+        for block in list(islice(self._dirty, limit)):  # not one at a time: each would step over what went before it
             del self._dirty[block]
             if block not in self._held_back:
                 self._judge(block, now_ms)
@@ -208,7 +206,7 @@ class RepairCore:
         orders: list[Copying] = []
         for queue in self._queues:
             looked = 0
-            for block in list(_first(queue, LOOKED_AT_MAX + self._config.repair_copies_max)):
+            for block in list(islice(queue, LOOKED_AT_MAX + self._config.repair_copies_max)):
                 if block in self._busy:
                     continue
                 if len(self._busy) >= self._config.repair_copies_max or looked >= LOOKED_AT_MAX:
@@ -275,7 +273,7 @@ class RepairCore:
         if any(self._queues[:3]) or self._dirty:
             return []
         orders: list[Trimming] = []
-        for block, since_ms in list(_first(self._surplus.items(), LOOKED_AT_MAX)):
+        for block, since_ms in list(islice(self._surplus.items(), LOOKED_AT_MAX)):
             if len(orders) + len(self._busy) >= self._config.trims_max:
                 break
             if block in self._busy or now_ms - since_ms < self._config.trim_wait_ms:
@@ -343,10 +341,3 @@ class RepairCore:
             return None
         window_ms = max(100, now_ms - self._done[0][0])
         return round(self.bytes_left * window_ms / 1000 / sum(size for _, size in self._done), 1)
-
-
-def _first(items: Iterable[T], count: int) -> Iterator[T]:
-    for number, item in enumerate(items):
-        if number >= count:
-            return
-        yield item

@@ -1,6 +1,8 @@
 # What is copied next, and what waits: the rules of repair alone, without nodes or network.
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from idunno.base.disk import Space
 from idunno.base.ids import BlockId, NodeId
 from idunno.sdfs.config import SdfsConfig
@@ -155,3 +157,21 @@ def test_surplus_is_trimmed_after_a_while_over_zones_and_only_when_nothing_is_ur
     store.core.judge(20_000, 10)
     assert store.core.next_trims(30_000) == []
     assert len(store.core.next_trims(36_000)) == 1
+
+
+def test_the_touched_are_stepped_through_once_a_slice_not_once_a_block() -> None:
+    """A dict steps over what was taken out at its front, each time it is walked."""
+    walks = 0
+
+    class Watched(dict[BlockId, None]):
+        def __iter__(self) -> Iterator[BlockId]:
+            nonlocal walks
+            walks += 1
+            return super().__iter__()
+
+    store = Store()
+    store.core._dirty = Watched()
+    for number in range(1_000):
+        store.add(number, NODES[:3])
+    assert store.core.judge(0, 100)
+    assert (walks, store.core.short) == (1, 100)
