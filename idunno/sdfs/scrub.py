@@ -3,7 +3,8 @@
 # Rule 1: a set rate, and every block at most once in a period, whatever the store's size. A pass that was asked for (`begin`)
 #         keeps the rate and does not wait for the period.
 # Rule 2: what is found is the block store's to deal with (quarantine, no longer held); the report and repair follow from that.
-# Rule 3: a pass begins at a place drawn anew, so that a node which restarts every day reaches all its blocks in the end.
+# Rule 3: a pass goes through the blocks as they lie in the store and begins at a place drawn anew, so that a node which restarts
+#         every day reaches all its blocks in the end.
 from __future__ import annotations
 
 import asyncio
@@ -60,11 +61,12 @@ class Scrubber:
     async def scrub(self) -> int:
         """One pass; how many blocks were bad."""
         loop = asyncio.get_running_loop()
-        held = sorted(self._blocks.held())
+        held = self._blocks.held()
         first = self._rng.randrange(len(held)) if held else 0
         rate = self._config.scrub_bytes_per_s or SdfsConfig().scrub_bytes_per_s
         due_s, seen_bytes, bad = loop.time(), 0, 0
-        for block in held[first:] + held[:first]:
+        for at in range(len(held)):
+            block = held[(first + at) % len(held)]
             if block not in self._blocks:
                 continue
             size = self._blocks.size(block)

@@ -26,6 +26,7 @@ log = logging.getLogger("idunno.sdfs")
 BATCH: Final = 256
 """Removed after one barrier: 2 GB at most, 100 ms of a slow disk."""
 SLICE: Final = 5_000
+"""Blocks looked at in one turn of the loop: a millisecond or two."""
 LOOK_AGAIN_S: Final = 3_600.0
 """Between looks at all blocks: a node that became another's snapshot was told nothing of what was freed in between."""
 GATHER_S: Final = 1.0
@@ -130,16 +131,23 @@ class Sweeper:
         self._candidates.update(dict.fromkeys(free))
         if self._before:
             return []
+        looked_at: list[BlockId] = []
         batch: list[BlockId] = []
-        for block in list(self._candidates):
+        for block in self._candidates:
             if self._blocks.is_written(block):
                 continue  # it may be published without a pin: a copy that was ordered
-            del self._candidates[block]
+            looked_at.append(block)
             if self._is_removable(block, machine):
-                self._blocks.take_out(block)
                 batch.append(block)
-                if len(batch) == BATCH:
-                    break
+            if len(batch) == BATCH:
+                break
+            if len(looked_at) == SLICE:
+                self._wake.set()  # the next look goes on
+                break
+        for block in looked_at:
+            del self._candidates[block]
+        for block in batch:
+            self._blocks.take_out(block)
         return batch
 
     def _is_removable(self, block: BlockId, machine: Machine) -> bool:

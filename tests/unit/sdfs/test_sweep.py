@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from idunno.sdfs.client import source_of
 from idunno.sdfs.hashing import block_id
 from idunno.sdfs.messages import COMMIT, DROP, BlockCopies, Commit, Drop
 from idunno.sdfs.pins import Pins
-from idunno.sdfs.sweep import Sweeper
+from idunno.sdfs.sweep import BATCH, SLICE, Sweeper
 from idunno.wire.calls import Actor, Peer, Role
 from tests.unit.coordinator.world import SYSTEM
 from tests.unit.sdfs.world import CONFIG, MB, USER, Node, World, content_of, run
@@ -129,6 +130,39 @@ def test_a_sweep_of_very_many_goes_in_batches() -> None:
             assert len(await world.node(1).files.sweeper._decide()) == 256
             await asyncio.sleep(40)
             assert len(world.node(1).blocks) == 0
+
+    run(story)
+
+
+def test_of_very_many_candidates_one_turn_looks_at_few() -> None:
+    looks = 0
+
+    class Watched(dict[BlockId, None]):
+        def __iter__(self) -> Iterator[BlockId]:
+            nonlocal looks
+            for block in super().__iter__():
+                looks += 1
+                yield block
+
+    async def story() -> None:
+        nonlocal looks
+        async with World(1) as world:
+            client, sweeper = world.client(), world.node(1).files.sweeper
+            puts = [
+                await client.upload(source_of(content_of(5000, number)), f"f{number}", system=False)
+                for number in range(300)
+            ]
+            for done in puts:
+                world.apply(AbortPut(done.put, "test"), SYSTEM)
+            sweeper._candidates = Watched()
+            assert len(await sweeper._decide()) == BATCH
+            assert looks == BATCH
+            elsewhere = (BlockId(f"{number:064x}") for number in range(3 * SLICE))
+            sweeper._candidates, looks = Watched(dict.fromkeys(elsewhere)), 0
+            assert await sweeper._decide() == []
+            assert looks == SLICE
+            await asyncio.sleep(10)  # it goes on by itself, long before the next look is due
+            assert not sweeper._candidates
 
     run(story)
 
