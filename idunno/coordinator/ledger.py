@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from heapq import merge
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -121,6 +122,9 @@ class Ledger:
     def __init__(self, state: LedgerState | None = None) -> None:
         jobs = state.jobs if state is not None else ()
         self._jobs = {job.record.job: _Job(job) for job in jobs}
+        self._of_client: dict[str, dict[str, None]] = {}  # client -> jobs, as submitted
+        for name, job in self._jobs.items():
+            self._of_client.setdefault(job.record.client, {})[name] = None
         self._captures = 0
         self._unfinished = {name: None for name, job in self._jobs.items() if job.record.state not in FINISHED}
         self._totals = _Totals()
@@ -157,9 +161,14 @@ class Ledger:
         """Raises NotFound."""
         return self._job(job).record
 
-    def jobs(self, client: str | None = None) -> Iterator[JobRecord]:
-        """All jobs, or one client's, as submitted. Not to be held across awaits."""
-        return (job.record for job in self._jobs.values() if client is None or job.record.client == client)
+    def jobs(self) -> Iterator[JobRecord]:
+        """All jobs, as submitted. Not to be held across awaits."""
+        return (job.record for job in self._jobs.values())
+
+    def newest(self, limit: int, client: str | None = None) -> list[str]:
+        """The last jobs submitted, at most `limit`, of all or of one client, the oldest of them first. O(limit)."""
+        names = self._jobs if client is None else self._of_client.get(client, {})
+        return list(islice(reversed(names), limit))[::-1]
 
     def unfinished(self) -> Iterator[JobRecord]:
         """Jobs in planning or running, as submitted. Not to be held across awaits."""
@@ -257,6 +266,7 @@ class Ledger:
             self._captures,
         )
         self._unfinished[command.job] = None
+        self._of_client.setdefault(client, {})[command.job] = None
         return JobResult(command.job, "planning")
 
     def plan(self, command: PlanJob, now_ms: int) -> JobResult:
@@ -293,6 +303,10 @@ class Ledger:
         if record.state not in FINISHED:
             raise Conflict(f"job {job} is {record.state}; `idunno cancel {job}` first")
         del self._jobs[job]
+        of_client = self._of_client[record.client]
+        del of_client[job]
+        if not of_client:
+            del self._of_client[record.client]
         return record
 
     # -- tasks --------------------------------------------------------------------------------------------------------

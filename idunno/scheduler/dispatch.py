@@ -113,12 +113,6 @@ class Dispatch:
         """Workers that have not yet said what they hold."""
         return frozenset(self._awaited)
 
-    def leased_of_job(self, job: str) -> int:
-        """Tasks of the job that are at workers; planning is none."""
-        return sum(
-            1 for lease in self.leases.values() if lease.head.job == job and lease.task != PLAN and not lease.ended
-        )
-
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
     def open(self, head: JobHead, ready: Iterable[int], *, old: bool) -> None:

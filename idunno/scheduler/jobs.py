@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -37,13 +36,15 @@ from idunno.scheduler.messages import (
     TaskCounts,
 )
 from idunno.scheduler.models import check_batch_size
-from idunno.scheduler.views import job_info
+from idunno.scheduler.views import Work, job_info
 from idunno.scheduler.waiters import Waiters
 from idunno.wire.answering import left_s
 from idunno.wire.calls import HEADER_BYTES_MAX, Actor, Call, Empty, Registrar, Role
 
 JOBS_SHOWN: Final = 1_000
 """In one answer: below 0.5 MiB."""
+JOBS_SLICE: Final = 100
+"""Rows made in one turn of the loop: 1 to 2 ms."""
 OUTPUTS_BYTES_MAX: Final = HEADER_BYTES_MAX - 64 * 1024
 """Of one answer's rows: about 7,000 tasks; what comes after them is asked for with `first`."""
 OUTPUT_ROW_BYTES: Final = 80
@@ -113,7 +114,7 @@ class JobCalls:
         while True:
             leading = self._lead()
             record = visible(machine, request.job, actor)
-            info = job_info(machine, record, leading.dispatch, self._machine_ms())
+            info = job_info(machine, record, Work(machine, leading.dispatch), self._machine_ms())
             if request.seen is None or _hard(info) != _hard(request.seen):
                 return info
             if not await self._waiters.wait(f"job {request.job}", end_s - loop.time()):
@@ -129,11 +130,15 @@ class JobCalls:
 
         async def here(timeout_s: float) -> Jobs:
             machine = await self._cluster.read(timeout_s)
-            dispatch, now_ms = self._lead().dispatch, self._machine_ms()
-            found = machine.ledger.jobs(None if request.all else actor.name)
-            newest: deque[JobRecord] = deque(found, maxlen=JOBS_SHOWN + 1)
-            rows = list(newest)[-JOBS_SHOWN:]
-            return Jobs([job_info(machine, r, dispatch, now_ms) for r in rows], more=len(newest) > JOBS_SHOWN)
+            newest = machine.ledger.newest(JOBS_SHOWN + 1, None if request.all else actor.name)
+            shown, rows = newest[-JOBS_SHOWN:], list[JobInfo]()
+            for first in range(0, len(shown), JOBS_SLICE):
+                if first:
+                    await asyncio.sleep(0)
+                found = [machine.ledger.find(job) for job in shown[first : first + JOBS_SLICE]]
+                work, now_ms = Work(machine, self._lead().dispatch), self._machine_ms()
+                rows += [job_info(machine, record, work, now_ms) for record in found if record is not None]
+            return Jobs(rows, more=len(newest) > JOBS_SHOWN)
 
         return await at_leader(self._cluster, self._leading() is not None, JOBS, call, here)
 
@@ -173,7 +178,8 @@ class JobCalls:
 
     def _info(self, machine: Machine, record: JobRecord) -> JobInfo:
         leading = self._leading()
-        return job_info(machine, record, leading.dispatch if leading is not None else None, self._machine_ms())
+        work = Work(machine, leading.dispatch) if leading is not None else None
+        return job_info(machine, record, work, self._machine_ms())
 
     def _lead(self) -> Leading:
         leading = self._leading()

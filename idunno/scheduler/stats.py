@@ -29,7 +29,7 @@ from idunno.scheduler.messages import (
 )
 from idunno.scheduler.queues import PLAN
 from idunno.scheduler.rates import RateWindow
-from idunno.scheduler.views import job_waits_for, model_info, model_waits_for
+from idunno.scheduler.views import Work, job_waits_for, model_info, model_waits_for
 from idunno.wire.answering import left_s
 from idunno.wire.calls import Actor, Call, Empty, Registrar
 
@@ -129,7 +129,9 @@ def subject(machine: Machine, dispatch: Dispatch, what: str, actor: Actor) -> tu
     """The key of decisions about a job, model or node, and what it waits for. Raises NotFound, PermissionDenied."""
     if machine.ledger.find(what) is not None:
         record = visible(machine, what, actor)
-        return what, job_waits_for(machine, record, dispatch) or (record.reason if record.finished_ms else "")
+        return what, job_waits_for(machine, record, Work(machine, dispatch)) or (
+            record.reason if record.finished_ms else ""
+        )
     model = machine.registry.find(what)
     if model is not None:
         return what, model_waits_for(machine, model, dispatch)

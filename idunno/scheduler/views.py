@@ -4,6 +4,8 @@
 # Rule 2: a wait has a reason with its numbers; where nothing is waited for there is none.
 from __future__ import annotations
 
+from collections import Counter
+from functools import cache
 from typing import Final
 
 from idunno.base.ids import NodeId
@@ -16,6 +18,19 @@ from idunno.scheduler.messages import JobInfo, ModelInfo, ModelWorker, TaskCount
 from idunno.scheduler.queues import PLAN
 
 NAMES_SHOWN: Final = 8
+
+
+class Work:
+    """What the dispatcher's workers do, counted once for all the rows of an answer. Not to be held across awaits."""
+
+    def __init__(self, machine: Machine, dispatch: Dispatch) -> None:
+        leases = dispatch.leases.values()
+        self.dispatch = dispatch
+        self.leased = Counter(lease.head.job for lease in leases if lease.task != PLAN and not lease.ended)
+        """Tasks of each job that are at workers; planning is none."""
+        self.model_waits_for = cache(lambda model: model_waits_for(machine, machine.registry.get(model), dispatch))
+        self.all_busy = cache(lambda model: _all_busy(dispatch, model))
+        self.awaited = cache(lambda: _names(machine, dispatch.awaited))
 
 
 def model_info(machine: Machine, record: ModelRecord) -> ModelInfo:
@@ -42,11 +57,11 @@ def _state(machine: Machine, worker: WorkerRecord) -> str:
     return "away" if away and worker.state != "failed" else worker.state
 
 
-def job_info(machine: Machine, record: JobRecord, dispatch: Dispatch | None, now_ms: int) -> JobInfo:
-    """`dispatch`: the leader's, None elsewhere; `now_ms`: machine time."""
+def job_info(machine: Machine, record: JobRecord, work: Work | None, now_ms: int) -> JobInfo:
+    """`work`: the leader's, None elsewhere; `now_ms`: machine time."""
     counts = machine.ledger.counts(record.job)
     finished = record.state in FINISHED
-    waiting = min(counts.ready, dispatch.leased_of_job(record.job)) if dispatch is not None and not finished else 0
+    waiting = min(counts.ready, work.leased[record.job]) if work is not None and not finished else 0
     return JobInfo(
         job=record.job,
         client=record.client,
@@ -59,38 +74,43 @@ def job_info(machine: Machine, record: JobRecord, dispatch: Dispatch | None, now
         submitted=iso_time(record.submitted_ms),
         finished=iso_time(record.finished_ms) if finished else None,
         seconds=max(0, (record.finished_ms if finished else now_ms) - record.submitted_ms) / 1000,
-        reason=record.reason if finished else job_waits_for(machine, record, dispatch),
+        reason=record.reason if finished else job_waits_for(machine, record, work),
     )
 
 
-def job_waits_for(machine: Machine, record: JobRecord, dispatch: Dispatch | None) -> str:
+def job_waits_for(machine: Machine, record: JobRecord, work: Work | None) -> str:
     """Why the job is not going on, or going on no faster; "" when nobody but its workers is waited for."""
     if record.state in FINISHED:
         return ""
     model = machine.registry.find(record.model)
     if model is None:
         return f"model {record.model} is not deployed any more"
-    if dispatch is None:
+    if work is None:
         return model_waits_for(machine, model, None) or ("planning" if record.state == "planning" else "")
+    dispatch, leased = work.dispatch, work.leased[record.job]
     task = dispatch.leases.get((record.job, PLAN))
     if task is not None:
         return f"planning: {machine.roster.name(task.node)} counts the input's queries"
-    if dispatch.recovering and dispatch.queues.ready_of_job(record.job):
-        names = _names(machine, dispatch.awaited)
-        return f"recovering: the new scheduler waits for {names} to say what they work on"
-    leased = dispatch.leased_of_job(record.job)
-    if not leased and (why := model_waits_for(machine, model, dispatch)):
+    ready = dispatch.queues.ready_of_job(record.job)
+    if dispatch.recovering and ready:
+        return f"recovering: the new scheduler waits for {work.awaited()} to say what they work on"
+    if not leased and (why := work.model_waits_for(record.model)):
         return why
-    if not dispatch.queues.ready_of_job(record.job):
+    if not ready:
         return "the end of a lost attempt is being written" if not leased and record.state == "running" else ""
-    able = [worker for worker in dispatch.workers.values() if record.model in worker.ready]
-    busy = [worker for worker in able if len(worker.leases) >= worker.slots]
-    if able and len(busy) == len(able):
-        others = sorted({lease.head.model for w in busy for lease in w.leases.values()} - {record.model})
-        beside = f", also with {', '.join(others[:NAMES_SHOWN])}" if others else ""
-        what = "planning: " if record.state == "planning" else ""
-        return f"{what}all {len(able)} workers of {record.model} are busy{beside}"
+    if busy := work.all_busy(record.model):
+        return f"planning: {busy}" if record.state == "planning" else busy
     return "planning: counting the input's queries is next" if record.state == "planning" else ""
+
+
+def _all_busy(dispatch: Dispatch, model: str) -> str:
+    """That all workers of the model have as many tasks as they take, and of what others; "" when one has not."""
+    able = [worker for worker in dispatch.workers.values() if model in worker.ready]
+    if not able or any(len(worker.leases) < worker.slots for worker in able):
+        return ""
+    others = sorted({lease.head.model for worker in able for lease in worker.leases.values()} - {model})
+    beside = f", also with {', '.join(others[:NAMES_SHOWN])}" if others else ""
+    return f"all {len(able)} workers of {model} are busy{beside}"
 
 
 def model_waits_for(machine: Machine, record: ModelRecord, dispatch: Dispatch | None) -> str:

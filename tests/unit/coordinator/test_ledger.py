@@ -247,6 +247,21 @@ def test_totals_are_of_the_unfinished_jobs_of_all_models() -> None:
     assert world.machine.ledger.unanswered("letters") == 0
 
 
+def test_the_newest_jobs_of_all_and_of_one_client() -> None:
+    world = World()
+    world.planned(4, 4)
+    for number in range(2, 5):
+        world.submit(f"job{number}")
+    world.put("in", actor=BOB)
+    world.do(c.SubmitJob("bobs", "digits", "in", 1, "lines"), BOB)
+    world.do(c.CancelJob("job3"))
+    world.do(c.ForgetJob("job3"), request="f1")
+    for ledger in (world.machine.ledger, Machine.restore(world.machine.snapshot()).ledger):
+        assert ledger.newest(3) == ["job2", "job4", "bobs"]
+        assert (ledger.newest(2, "alice"), ledger.newest(9, "bob")) == (["job2", "job4"], ["bobs"])
+        assert ledger.newest(9, "nobody") == []
+
+
 def test_a_job_needs_a_model_that_serves_and_an_input_that_is_there() -> None:
     world = World()
     world.put(".idunno/jobs/job1/input")

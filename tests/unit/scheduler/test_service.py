@@ -15,6 +15,8 @@ from idunno.base.errors import (
 from idunno.coordinator import commands as c
 from idunno.coordinator import ledger
 from idunno.coordinator.records import TaskRecord
+from idunno.scheduler import jobs, views
+from idunno.scheduler.dispatch import Dispatch
 from idunno.scheduler.messages import (
     BATCH_SIZE,
     CANCEL,
@@ -47,7 +49,7 @@ from idunno.scheduler.messages import (
 )
 from idunno.wire.calls import HEADER_BYTES_MAX, Actor, Empty, Role, pack
 from tests.unit.coordinator.world import done
-from tests.unit.scheduler.cluster import BOB, ROOT, World, node_id, until
+from tests.unit.scheduler.cluster import ANN, BOB, ROOT, World, node_id, until
 from tests.unit.scheduler.users import deploy, deployed, info, planned, put, ready, story, submitted
 
 RITA = Actor("rita", Role.READER)
@@ -303,6 +305,50 @@ def test_jobs_are_their_clients_unless_an_admin_or_reader_looks() -> None:
         assert [j.job for j in (await world.call(JOBS, ListJobs(), BOB)).jobs] == ["j2"]
         assert [j.job for j in (await world.call(JOBS, ListJobs(True), ROOT)).jobs] == ["j1", "j2"]
         assert (await info(world, "j1", RITA)).job == "j1"
+
+    story(test)
+
+
+def test_a_list_of_jobs_is_made_in_slices_and_counts_what_workers_do_once_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 30, "bobs", actor=BOB)
+        for number in range(250):
+            await planned(world, 10, f"j{number}")
+        [lease] = (await world.poll(2)).leases
+        asked, slices = list[str](), list[int]()
+        all_busy = views._all_busy
+
+        def counted(dispatch: Dispatch, model: str) -> str:
+            asked.append(model)
+            return all_busy(dispatch, model)
+
+        monkeypatch.setattr(views, "_all_busy", counted)
+
+        class Counted(views.Work):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                slices.append(len(asked))
+
+        async def meanwhile() -> None:
+            await until(lambda: len(slices) == 1)
+            world.do(c.CancelJob("j249"), ANN)
+            world.do(c.ForgetJob("j249"), ANN, "f1")
+
+        monkeypatch.setattr(jobs, "Work", Counted)
+        other = asyncio.ensure_future(meanwhile())
+        listed = (await world.call(JOBS, ListJobs(True), ROOT)).jobs
+        await other
+        assert [info.job for info in listed] == ["bobs", *(f"j{number}" for number in range(249))]
+        assert [info.job for info in listed if info.tasks.waiting] == [lease.job]
+        assert {info.reason for info in listed if not info.tasks.waiting} == {"all 1 workers of digits are busy"}
+        assert (len(slices), len(asked)) == (3, 3)  # 251 rows, whatever they wait for
+        monkeypatch.setattr(jobs, "JOBS_SHOWN", 2)
+        newest = await world.call(JOBS, ListJobs())
+        assert ([info.job for info in newest.jobs], newest.more) == (["j247", "j248"], True)
 
     story(test)
 
