@@ -5,8 +5,11 @@
 # Rule 2: credit is not hoarded. Who was idle comes back at the current virtual time (start-time fair queueing, Goyal et
 #         al. 1996, section 2), and who could not be served lags at most CREDIT_GRAINS of its own or others' tasks.
 # Rule 3: the same clock shares between models (weights) and, within a model, between clients (weight 1).
+# Rule 4: who is first, furthest ahead, and the largest grain are at the ends of sorted lists: a task costs a search in them, not
+#         a look at every key.
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 from typing import Final, Generic, TypeVar
 
@@ -34,13 +37,14 @@ class FairClock(Generic[K]):
 
     def __init__(self) -> None:
         self._shares: dict[K, _Share] = {}
-        self._active: set[K] = set()
+        self._order: list[tuple[float, K]] = []  # of the active keys, the one furthest behind first
+        self._grains: list[float] = []  # of the active keys, rising
         self._idle = 0
         self._floor = 0.0  # the virtual time of the system: never goes back
 
-    @property
-    def active(self) -> frozenset[K]:
-        return frozenset(self._active)
+    def __len__(self) -> int:
+        """How many keys are active."""
+        return len(self._order)
 
     def time(self, key: K) -> float:
         share = self._shares.get(key)
@@ -58,7 +62,7 @@ class FairClock(Generic[K]):
             share.time = max(share.time, self._floor)
             share.active = True
             self._idle -= 1
-            self._active.add(key)
+            self._enter(key, share)
 
     def rest(self, key: K) -> None:
         """`key` has no work now. What it was served beyond its share stays on its account."""
@@ -66,8 +70,8 @@ class FairClock(Generic[K]):
         if share is None or not share.active:
             return
         self._raise_floor()
+        self._leave(key, share)
         share.active = False
-        self._active.discard(key)
         self._idle += 1
         if self._idle > IDLE_KEPT_MAX:
             self._prune()
@@ -77,38 +81,61 @@ class FairClock(Generic[K]):
         share = self._shares.get(key)
         if share is None:
             return
-        share.grain = queries * WEIGHT_ONE / share.weight
-        share.time += share.grain
+        grain = queries * WEIGHT_ONE / share.weight
+        self._set(key, share, share.time + grain, grain)
         self._raise_floor()
 
     def refund(self, key: K, queries: int) -> None:
         """`queries` that were charged come back unanswered."""
         share = self._shares.get(key)
         if share is not None:
-            share.time -= queries * WEIGHT_ONE / share.weight
+            self._set(key, share, share.time - queries * WEIGHT_ONE / share.weight, share.grain)
+
+    def first(self) -> K:
+        """The active key furthest behind; of equal ones the first by name, so that it is always the same. One must be active."""
+        self._cap_credit()
+        return self._order[0][1]
 
     def order(self) -> list[K]:
-        """The active keys, the one furthest behind first; equal ones by name, so that the order is always the same."""
+        """The active keys, the one furthest behind first; equal ones by name."""
         self._cap_credit()
-        return sorted(self._active, key=lambda key: (self._shares[key].time, key))
+        return [key for _, key in self._order]
 
     def lag(self, key: K) -> float:
         """Queries per weight that `key` is behind the active key that is furthest ahead. 0 when it is that one."""
-        if not self._active:
-            return 0.0
-        return max(0.0, max(self._shares[k].time for k in self._active) - self.time(key))
+        return max(0.0, self._order[-1][0] - self.time(key)) if self._order else 0.0
+
+    def _set(self, key: K, share: _Share, time: float, grain: float) -> None:
+        if share.active:
+            self._leave(key, share)
+        share.time, share.grain = time, grain
+        if share.active:
+            self._enter(key, share)
+
+    def _enter(self, key: K, share: _Share) -> None:
+        insort(self._order, (share.time, key))
+        insort(self._grains, share.grain)
+
+    def _leave(self, key: K, share: _Share) -> None:
+        del self._order[bisect_left(self._order, (share.time, key))]
+        del self._grains[bisect_left(self._grains, share.grain)]
 
     def _raise_floor(self) -> None:
-        if self._active:
-            self._floor = max(self._floor, min(self._shares[key].time for key in self._active))
+        if self._order:
+            self._floor = max(self._floor, self._order[0][0])
 
     def _cap_credit(self) -> None:
-        if len(self._active) < 2:
+        if len(self._order) < 2:
             return
-        shares = [self._shares[key] for key in self._active]
-        least = max(s.time for s in shares) - CREDIT_GRAINS * max(s.grain for s in shares)
-        for share in shares:
-            share.time = max(share.time, least)
+        least = self._order[-1][0] - CREDIT_GRAINS * self._grains[-1]
+        late = 0  # how many are behind even that: rarely any
+        while self._order[late][0] < least:
+            key = self._order[late][1]
+            self._order[late] = (least, key)
+            self._shares[key].time = least
+            late += 1
+        if late:
+            self._order.sort()
 
     def _prune(self) -> None:
         idle: Iterable[tuple[float, K]] = sorted((s.time, k) for k, s in self._shares.items() if not s.active)

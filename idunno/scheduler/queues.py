@@ -84,7 +84,7 @@ class Queues:
         return known.ready if known is not None else 0
 
     def __bool__(self) -> bool:
-        return bool(self.clock.active)
+        return len(self.clock) > 0
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
@@ -187,10 +187,10 @@ class Queues:
         plans = [listed[0] for client, listed in queue.plans.items() if client not in planning]
         if plans:
             return min(plans)[1], PLAN
-        for client in queue.clients.order():
-            job = self._jobs[queue.jobs[client][0][1]]
-            return job.head.job, job.heap[0]
-        return None
+        if not queue.clients:
+            return None
+        job = self._jobs[queue.jobs[queue.clients.first()][0][1]]
+        return job.head.job, job.heap[0]
 
     # -- the lists ----------------------------------------------------------------------------------------------------
     # A job stands in its client's lists exactly while it has ready tasks and is not withheld: every change takes it out,

@@ -1,9 +1,12 @@
 # What one change costs the scheduler does not grow with what there is besides it. Looks are counted, nothing is timed.
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from idunno.coordinator import commands as c
+from idunno.scheduler.fairness import CREDIT_GRAINS, FairClock
 from idunno.scheduler.leading import Leading
 from tests.unit.scheduler.cluster import World, node_id
 from tests.unit.scheduler.users import deployed, planned, story
@@ -37,3 +40,60 @@ def test_a_task_that_ends_is_looked_at_alone_however_many_of_its_job_are_at_work
         assert (again.task, again.attempt) == (5, 1)
 
     story(test)
+
+
+def test_whose_turn_it_is_costs_the_same_with_a_thousand_clients_as_with_ten() -> None:
+    looks = 0
+
+    class Counting(dict[str, object]):
+        def __getitem__(self, key: str) -> object:
+            nonlocal looks
+            looks += 1
+            return super().__getitem__(key)
+
+        def get(self, key: str, default: object = None) -> object:
+            nonlocal looks
+            looks += 1
+            return super().get(key, default)
+
+    def turns(clients: int) -> int:
+        nonlocal looks
+        clock: FairClock[str] = FairClock()
+        for n in range(clients):
+            clock.wake(f"c{n}")
+        clock._shares = Counting(clock._shares)  # type: ignore[assignment]
+        looks = 0
+        for turn in range(3 * clients):
+            clock.charge(clock.first(), 1 + turn % 7)
+        return looks // clients
+
+    assert turns(1_000) == turns(10)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_order_is_that_of_looking_at_every_client(seed: int) -> None:
+    rng = random.Random(seed)
+    clock: FairClock[str] = FairClock()
+    keys = [f"c{n}" for n in range(12)]
+    for _ in range(2_000):
+        key, queries = rng.choice(keys), rng.randint(1, 50)
+        what = rng.choice(("wake", "rest", "charge", "charge", "refund"))
+        if what == "wake":
+            clock.wake(key, rng.choice((500, 1_000, 4_000)))
+        elif what == "rest":
+            clock.rest(key)
+        elif what == "charge":
+            clock.charge(rng.choice(clock.order() or keys), queries)
+        else:
+            clock.refund(key, queries)
+        active = {k: share for k, share in clock._shares.items() if share.active}
+        times = {k: share.time for k, share in active.items()}
+        if len(active) > 1:
+            least = max(times.values()) - CREDIT_GRAINS * max(share.grain for share in active.values())
+            times = {k: max(time, least) for k, time in times.items()}
+        assert clock.order() == sorted(times, key=lambda k: (times[k], k))
+        assert {k: clock.time(k) for k in times} == times
+        assert len(clock) == len(active)
+        if active:
+            assert clock.first() == clock.order()[0]
+            assert clock.lag(key) == max(0.0, max(times.values()) - clock.time(key))
