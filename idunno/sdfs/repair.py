@@ -3,8 +3,8 @@
 # Rule 1: a copy counts when its node is present, has reported in full since it was last away, and is not being drained.
 # Rule 2: fewest copies first, then the longest short. With 2 copies or fewer, and the first 256 MB of the others, at once; the
 #         rest after 60 s, for a reboot is no storm. A node that announced `stopped` is waited for while 3 copies are left.
-# Rule 3: nothing walks over all blocks: who changes something says which blocks are concerned (`touch`), and `judge` looks at
-#         a bounded number of them.
+# Rule 3: who changes something says which blocks are concerned (`touch`), and `judge` looks at a bounded number of them. Long
+#         lists are only walked over there: a node with a million blocks comes and goes, and others have their turns.
 # Rule 4: a block is in one thing at a time: a copy under way, or a trim.
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ SOURCES_MAX: Final = 6
 LOOKED_AT_MAX: Final = 256
 """Blocks of one urgency that are looked at for one order; if none of them can be copied now, nor can the others."""
 RATE_WINDOW_MS: Final = 10_000
+NAMED_MAX: Final = 10_000
+"""Blocks touched at once that are noted one by one, as many as a report has: about 1 ms. A longer list is walked over."""
+WALKS_MAX: Final = 16
+"""Lists that are walked over; for one more all blocks are. Of 8 MB each when they name a million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +84,23 @@ NOBODY: Final = Nodes((), frozenset(), frozenset(), 0, frozenset())
 
 
 class RepairCore:
-    """`size_of(block)`: its bytes, 0 when nothing refers to it. `holders(block)`: who is known to have it, counting or not.
-    `is_small(block)`: whether it is the content of a small file, which all nodes have beside their blocks."""
+    """`size_of(block)`: its bytes, 0 when nothing refers to it. `everything()`: all blocks that something refers to, listed.
+    `holders(block)`: who is known to have it, counting or not. `is_small(block)`: whether it is the content of a small file,
+    which all nodes have beside their blocks."""
 
     def __init__(
         self,
         size_of: Callable[[BlockId], int],
+        everything: Callable[[], list[BlockId]],
         holders: Callable[[BlockId], list[NodeId]],
         config: SdfsConfig,
         is_small: Callable[[BlockId], bool] = lambda block: False,
     ) -> None:
-        self._is_small = is_small
+        self._is_small, self._everything = is_small, everything
         self._size_of, self._holders, self._config = size_of, holders, config
         self._nodes, self._counting = NOBODY, NOBODY.counting
-        self._dirty: dict[BlockId, None] = {}
+        self._dirty: dict[BlockId, None] = {}  # touched, to be judged
+        self._walks: deque[Iterator[BlockId]] = deque()  # likewise, after these: what is left of long lists
         self._held_back: dict[BlockId, int] = {}  # until when it is not looked at
         self._later: list[tuple[int, BlockId]] = []  # the same, soonest first
         self._short: dict[BlockId, _Short] = {}
@@ -112,21 +119,34 @@ class RepairCore:
 
     # -- what changes -------------------------------------------------------------------------------------------------
 
-    def set_nodes(self, nodes: Nodes) -> bool:
-        """Whether another number of copies is wanted: then all blocks are the caller's to touch, else those of nodes that came
-        or went."""
-        other = nodes.wanted != self._nodes.wanted
-        if self._abilities(nodes) != self._abilities(self._nodes):
-            self.touch(self._short)  # how many of the missing copies can be made
+    def set_nodes(self, nodes: Nodes) -> None:
+        """The blocks of nodes that came or went are the caller's to touch."""
+        if nodes.wanted != self._nodes.wanted:
+            self.touch_all()
+        elif self._abilities(nodes) != self._abilities(self._nodes):
+            self.touch(list(self._short))  # how many of the missing copies can be made
         self._nodes, self._counting = nodes, nodes.counting
-        return other
 
     def _abilities(self, nodes: Nodes) -> object:
         able = tuple((c.node, unable(c, self._config, BLOCK_BYTES_MAX) == "") for c in nodes.candidates)
         return able, nodes.giving, nodes.waited, nodes.unheard, nodes.draining
 
-    def touch(self, blocks: Iterable[BlockId]) -> None:
-        self._dirty.update(dict.fromkeys(blocks))
+    def touch(self, blocks: Sequence[BlockId]) -> None:
+        """Something may have changed about these. The list is not to be changed any more."""
+        if len(blocks) <= NAMED_MAX:
+            self._dirty.update(dict.fromkeys(blocks))
+        elif len(self._walks) < WALKS_MAX:
+            self._walks.append(iter(blocks))
+        else:
+            self.touch_all()
+
+    def touch_all(self) -> None:
+        self._walks = deque([iter(self._everything())])
+
+    @property
+    def unjudged(self) -> bool:
+        """Whether blocks were touched that were not judged since."""
+        return bool(self._dirty or self._walks)
 
     def hold_back(self, blocks: Iterable[BlockId], until_ms: int) -> None:
         """Not to be looked at before: what is known of them is about to change."""
@@ -142,13 +162,20 @@ class RepairCore:
             if self._held_back.get(block) == until_ms:
                 del self._held_back[block]
                 self._dirty[block] = None
-        for block in list(islice(self._dirty, limit)):  # not one at a time: each would step over what went before it
+        looked_at = list(islice(self._dirty, limit))  # not one at a time: each would step over what went before it
+        for block in looked_at:
             del self._dirty[block]
+        while self._walks and len(looked_at) < limit:
+            of_walk = list(islice(self._walks[0], limit - len(looked_at)))
+            if not of_walk:
+                self._walks.popleft()
+            looked_at += of_walk
+        for block in looked_at:
             if block not in self._held_back:
                 self._judge(block, now_ms)
         if not self._short:
             self._early_bytes = 0
-        return bool(self._dirty)
+        return self.unjudged
 
     def _judge(self, block: BlockId, now_ms: int) -> None:
         old = self._short.pop(block, None)
@@ -270,7 +297,7 @@ class RepairCore:
 
     def next_trims(self, now_ms: int) -> list[Trimming]:
         """Only when nothing more urgent is to be done: orders to be ended by `trimmed`."""
-        if any(self._queues[:3]) or self._dirty:
+        if any(self._queues[:3]) or self.unjudged:
             return []
         orders: list[Trimming] = []
         for block, since_ms in list(islice(self._surplus.items(), LOOKED_AT_MAX)):
@@ -319,12 +346,12 @@ class RepairCore:
 
     def is_short(self, block: BlockId) -> bool:
         """Also when that is not known for sure yet."""
-        return block in self._short or block in self._dirty or block in self._held_back
+        return bool(self._walks) or block in self._short or block in self._dirty or block in self._held_back
 
     def begins_s(self, now_ms: int) -> float:
         """Until the next copy is begun: more than 0 when nothing is under way, for what is left has 3 copies and waits."""
         waiting = self._queues[-1]
-        if self._busy or self._dirty or not waiting or any(self._queues[:-1]):
+        if self._busy or self.unjudged or not waiting or any(self._queues[:-1]):
             return 0.0
         short = self._short[next(iter(waiting))]  # the longest short
         if self._is_due(short, now_ms):

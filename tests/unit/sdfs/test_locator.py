@@ -94,3 +94,24 @@ def test_who_was_away_counts_again_after_a_full_report() -> None:
     assert set(locator.report(Inventory(A, Term(1), [Y], first=True, last=True))) == {X, Y}
     assert not locator.recovering([A])
     assert (locator.holders(X), locator.holders(Y)) == ([], [A])
+
+
+def test_the_end_of_a_full_report_names_all_only_when_something_is_gone() -> None:
+    locator = Locator(Term(1))
+    for _ in range(2):  # by a node that nobody knew, and by one of which everything is known
+        assert locator.report(Inventory(A, Term(1), [X], first=True)) == [X]
+        assert locator.report(Inventory(A, Term(1), [Y])) == [Y]
+        assert locator.report(Inventory(A, Term(1), [Z], last=True)) == [Z]
+    locator.report(Inventory(A, Term(1), [X], first=True))
+    assert set(locator.report(Inventory(A, Term(1), [Z], last=True))) == {X, Y, Z}
+    assert locator.held_by(A) == [X, Z]
+
+
+def test_what_commits_say_of_a_node_is_listed_once_and_outlives_its_going_away() -> None:
+    locator = Locator(Term(1))
+    locator.report(Inventory(A, Term(1), [X], first=True, last=True))
+    locator.stored(X, [A])
+    locator.stored(Y, [A])
+    assert locator.held_by(A) == [X, Y]
+    assert locator.doubt(A) == [X, Y]
+    assert locator.holders(Y) == [A]

@@ -45,7 +45,7 @@ async def at_rest(world: World) -> None:
 
     def rests() -> bool:
         core = world.leading._repairing.core
-        return not (world.leading.recovering or core.missing or core.surplus or core.running or core._dirty)
+        return not (world.leading.recovering or core.missing or core.surplus or core.running or core.unjudged)
 
     await asyncio.sleep(5)
     await until(rests)

@@ -7,7 +7,7 @@ from idunno.base.disk import Space
 from idunno.base.ids import BlockId, NodeId
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.placement import Candidate
-from idunno.sdfs.repair import Copying, Nodes, RepairCore
+from idunno.sdfs.repair import NAMED_MAX, WALKS_MAX, Copying, Nodes, RepairCore
 
 MB = 1_000_000
 CONFIG = SdfsConfig(floor_bytes=0, floor_percent=0)
@@ -22,7 +22,11 @@ class Store:
         self.held: dict[BlockId, list[NodeId]] = {}
         self.small: set[BlockId] = set()
         self.core = RepairCore(
-            lambda block: self.size.get(block, 0), lambda block: self.held[block], CONFIG, self.small.__contains__
+            lambda block: self.size.get(block, 0),
+            lambda: list(self.size),
+            lambda block: self.held[block],
+            CONFIG,
+            self.small.__contains__,
         )
         self.candidates = tuple(
             Candidate(node, node[-2:], zone, "present", Space(free, 2 * free))
@@ -175,3 +179,41 @@ def test_the_touched_are_stepped_through_once_a_slice_not_once_a_block() -> None
         store.add(number, NODES[:3])
     assert store.core.judge(0, 100)
     assert (walks, store.core.short) == (1, 100)
+
+
+def test_a_long_list_is_walked_over_by_judge_not_when_it_is_touched() -> None:
+    drawn = 0
+
+    class Watched(list[BlockId]):
+        def __iter__(self) -> Iterator[BlockId]:
+            nonlocal drawn
+            for block in super().__iter__():
+                drawn += 1
+                yield block
+
+    store = Store()
+    many = Watched(BlockId(f"{number:064x}") for number in range(NAMED_MAX + 1))
+    store.size, store.held = dict.fromkeys(many, MB), dict.fromkeys(many, NODES[:3])
+    drawn = 0
+    store.core.touch(many)
+    assert (drawn, store.core.unjudged, store.core.is_short(many[-1])) == (0, True, True)
+    one = store.add(NAMED_MAX + 1, NODES[:2])
+    assert store.core.judge(0, 100)
+    assert drawn == 99  # the one that was named came first
+    assert store.core.is_short(one)
+    while store.core.judge(0, 1_000):
+        pass
+    assert (store.core.short, store.core.missing) == (NAMED_MAX + 2, NAMED_MAX + 3)
+
+
+def test_more_long_lists_than_are_kept_become_one_of_all_blocks() -> None:
+    store = Store()
+    assert not store.core.judge(0, 1)  # all of none, since the number of copies wanted is known
+    for number in range(5):
+        block = BlockId(f"{number:064x}")
+        store.size[block], store.held[block] = MB, NODES[:3]
+    strange = [BlockId(f"{1 << 40 | number:064x}") for number in range(NAMED_MAX + 1)]
+    for _ in range(WALKS_MAX + 1):
+        store.core.touch(strange)
+    assert not store.core.judge(0, 6)
+    assert store.core.short == 5
