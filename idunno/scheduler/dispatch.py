@@ -10,7 +10,7 @@
 #         has said what it holds, or GRACE_MS. Handing out twice does no harm (a second completion changes nothing), it is waste.
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 import msgspec
@@ -19,7 +19,7 @@ from idunno.base.errors import Conflict
 from idunno.base.ids import NodeId
 from idunno.scheduler.explain import Decisions
 from idunno.scheduler.messages import Held
-from idunno.scheduler.queues import PLAN, JobHead, Pick, Queues
+from idunno.scheduler.queues import PLAN, JobHead, Pick, Queues, Ready
 
 GRACE_MS: Final = 3_000
 """How long a new leader waits for workers that do not say what they hold: they poll again within one connection's time."""
@@ -93,12 +93,9 @@ class Dispatch:
     `wall_ms` beside `now_ms` is only written into decisions, for people.
     """
 
-    def __init__(
-        self, now_ms: int, awaited: Iterable[NodeId], decisions: Decisions, attempts: Callable[[str, int], int]
-    ) -> None:
-        """`attempts(job, task)`: how many attempts of it have ended, by the ledger; -1: it is not ready."""
-        self.queues = Queues(attempts)
-        self._attempts = attempts
+    def __init__(self, now_ms: int, awaited: Iterable[NodeId], decisions: Decisions, ready: Ready) -> None:
+        self.queues = Queues(ready)
+        self._ready = ready
         self.workers: dict[NodeId, Worker] = {}
         self.leases: dict[tuple[str, int], Lease] = {}
         self.decisions = decisions
@@ -115,16 +112,15 @@ class Dispatch:
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
-    def open(self, head: JobHead, ready: Iterable[int], *, old: bool) -> None:
-        """A job with its ready tasks; `old`: it was there before this leader was. Call `wake` after."""
+    def open(self, head: JobHead, *, old: bool) -> None:
+        """A job of which something may be ready; `old`: it was there before this leader was. Call `wake` after."""
         self.queues.add_job(head, withheld=old and self.recovering)
-        self.queues.put(head.job, ready)
 
     def close(self, job: str) -> list[Output]:
         """The job is finished, cancelled or gone: nothing of it is handed out any more, and who works on it is told to stop."""
-        self.queues.drop_job(job)
         outputs: list[Output] = []
-        for lease in [lease for lease in self.leases.values() if lease.head.job == job]:
+        for task in sorted(self.queues.drop_job(job)):
+            lease = self.leases[job, task]
             self._end(lease)
             outputs += self._tell_void(lease)
         return outputs
@@ -153,7 +149,7 @@ class Dispatch:
                 outputs = self._tell_void(lease)
             self._end(lease)
         if again:
-            self.queues.put(job, [task])
+            self.queues.put(job, task)
         else:
             self.queues.take(job, task)
         return outputs
@@ -336,7 +332,7 @@ class Dispatch:
                 else:
                     drop.append(item)
                 continue
-            pick = self.queues.take(*key) if self._attempts(*key) == item.attempt else None
+            pick = self.queues.take(*key) if self._ready.attempts(*key) == item.attempt else None
             if pick is None:
                 drop.append(item)
                 continue
@@ -352,7 +348,7 @@ class Dispatch:
                 # The answer that lent it got lost, so nobody has begun: no attempt ended, the task is as ready as it was.
                 self._end(lease)
                 self.queues.refund(lease.head, lease.queries)
-                self.queues.put(key[0], [lease.task])
+                self.queues.put(*key)
         return tuple(drop)
 
     def _heard_from(self, node: NodeId | None, now_ms: int) -> list[Output]:

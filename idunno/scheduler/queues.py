@@ -4,12 +4,13 @@
 # Rule 2: planning (PLAN) goes before all else of its model, because nobody knows how much work a job is until it is planned;
 #         but one client has one planning under way at a time, so that a flood of jobs delays nobody.
 # Rule 3: choosing costs the number of models and clients with work, never the number of tasks.
+# Rule 4: queued is what the ledger calls ready and nobody has. A job of a million tasks is a cursor here, and what is out.
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterable
-from typing import Final
+from collections.abc import Collection
+from typing import Final, Protocol
 
 import msgspec
 
@@ -27,6 +28,7 @@ class JobHead(msgspec.Struct, frozen=True):
     client: str
     order: int
     task_queries: int
+    planned: bool = True  # its tasks are cut; before that its planning is all there is to hand out
 
 
 class Pick(msgspec.Struct, frozen=True):
@@ -36,11 +38,29 @@ class Pick(msgspec.Struct, frozen=True):
     queries: int  # what it is charged for
 
 
+class Ready(Protocol):
+    """What the ledger says now. Whoever applies a change to it tells the queues at once: `take`, `put` or `drop_job`."""
+
+    def attempts(self, job: str, task: int) -> int:
+        """How many attempts of the task, or of PLAN, have ended; -1: it is not ready."""
+        ...
+
+    def next(self, job: str, after: int) -> int:
+        """The lowest ready task above `after`; -1: none."""
+        ...
+
+    def count(self, job: str) -> int:
+        """Tasks that are ready; planning is none."""
+        ...
+
+
 class _Job(msgspec.Struct):
     head: JobHead
     withheld: bool
-    ready: set[int] = msgspec.field(default_factory=set)
-    heap: list[int] = msgspec.field(default_factory=list)  # holds every number of `ready`, and stale ones
+    out: set[int] = msgspec.field(default_factory=set)  # ready, but taken: not queued
+    low: int = 0  # every queued task below is in `back`
+    back: list[int] = msgspec.field(default_factory=list)  # a heap of what came back below `low`, and of stale numbers
+    listed: int = 0  # how many are queued, as its model's lists and clocks know it
 
 
 class _Model(msgspec.Struct):
@@ -54,29 +74,29 @@ class _Model(msgspec.Struct):
 
 
 class Queues:
-    def __init__(self, attempts: Callable[[str, int], int]) -> None:
-        """`attempts(job, task)`: how many attempts the ledger says have ended; -1: the task is not ready at all."""
-        self._attempts = attempts
+    def __init__(self, ready: Ready) -> None:
+        self._ready = ready
         self.clock: FairClock[str] = FairClock()
         self._jobs: dict[str, _Job] = {}
         self._models: dict[str, _Model] = {}
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
-    def knows(self, job: str) -> bool:
-        return job in self._jobs
-
     def head(self, job: str) -> JobHead | None:
         known = self._jobs.get(job)
         return known.head if known is not None else None
 
     def is_ready(self, job: str, task: int) -> bool:
+        """The task is queued, or withheld."""
         known = self._jobs.get(job)
-        return known is not None and task in known.ready
+        return known is not None and task not in known.out and self._ready.attempts(job, task) >= 0
 
     def ready_of_job(self, job: str) -> int:
+        """Tasks and plannings queued, or withheld, or of a job that is yet to be added."""
         known = self._jobs.get(job)
-        return len(known.ready) if known is not None else 0
+        if known is not None:
+            return self._queued(known)
+        return self._ready.count(job) + (self._ready.attempts(job, PLAN) >= 0)
 
     def ready_of_model(self, model: str) -> int:
         """Tasks and plannings queued; those withheld are not."""
@@ -101,63 +121,57 @@ class Queues:
             del self._models[model]
 
     def add_job(self, head: JobHead, *, withheld: bool = False) -> None:
-        """A job whose tasks will be put. Known already: its head is replaced (planning knew no task size)."""
+        """All that is ready of the job is queued. Known already: its head is replaced (planning knew no task size)."""
         known = self._jobs.get(head.job)
         if known is None:
-            self._jobs[head.job] = _Job(head, withheld)
+            known = self._jobs[head.job] = _Job(head, withheld)
         else:
+            self._list(known, 0)
             known.head = head
+        self._relist(known)
 
-    def put(self, job: str, tasks: Iterable[int]) -> None:
-        """Tasks of `job` are ready. One that is ready already stays where it is."""
+    def put(self, job: str, task: int) -> None:
+        """The task, which was taken, is to be handed out again. One that is queued stays where it is."""
         known = self._jobs.get(job)
         if known is None:
             return
-        # A planned job has no planning left, so a job's heap never mixes the two.
-        fresh = [task for task in tasks if task not in known.ready]
-        if not fresh:
-            return
-        if not known.withheld:
-            self._unlist(known)
-        known.ready.update(fresh)
-        if len(fresh) > 8:
-            known.heap = sorted(known.ready)  # a sorted list is a heap
-        else:
-            for task in fresh:
-                heapq.heappush(known.heap, task)
-        if not known.withheld:
-            self._list(known)
+        if task in known.out:
+            known.out.discard(task)
+            if task < known.low:
+                heapq.heappush(known.back, task)
+        self._relist(known)
 
     def take(self, job: str, task: int) -> Pick | None:
         """Remove a ready task, queued or withheld: somebody works on it, or it is done.
 
-        None when it is not here, or here by mistake: the ledger says it is not ready.
+        None when it is not here, or the ledger says it is not ready (any more).
         """
         known = self._jobs.get(job)
-        if known is None or task not in known.ready:
+        if known is None:
             return None
-        if not known.withheld:
-            self._unlist(known)
-        known.ready.discard(task)
-        while known.heap and known.heap[0] not in known.ready:
-            heapq.heappop(known.heap)
-        if not known.withheld:
-            self._list(known)
-        head, attempt = known.head, self._attempts(job, task)
-        return None if attempt < 0 else Pick(head, task, attempt, 1 if task == PLAN else head.task_queries)
+        attempt = self._ready.attempts(job, task)
+        taken = attempt >= 0 and task not in known.out
+        if taken:
+            known.out.add(task)
+        elif attempt < 0:
+            known.out.discard(task)
+        self._relist(known)
+        return Pick(known.head, task, attempt, 1 if task == PLAN else known.head.task_queries) if taken else None
 
-    def drop_job(self, job: str) -> None:
+    def drop_job(self, job: str) -> set[int]:
+        """Nothing of it is handed out any more. Returns which of its tasks were taken."""
         known = self._jobs.pop(job, None)
-        if known is not None and not known.withheld:
-            self._unlist(known)
-            self._settle(known.head, self._models[known.head.model])
+        if known is None:
+            return set()
+        self._list(known, 0)
+        return known.out
 
     def release(self) -> None:
         """What was withheld is queued from now on."""
         for known in self._jobs.values():
             if known.withheld:
                 known.withheld = False
-                self._list(known)
+                self._relist(known)
 
     def charge(self, pick: Pick) -> None:
         self.clock.charge(pick.head.model, pick.queries)
@@ -190,36 +204,55 @@ class Queues:
         if not queue.clients:
             return None
         job = self._jobs[queue.jobs[queue.clients.first()][0][1]]
-        return job.head.job, job.heap[0]
+        return job.head.job, self._lowest(job)
+
+    def _lowest(self, job: _Job) -> int:
+        """The lowest queued task of a job that has one."""
+        name = job.head.job
+        while job.back:
+            if self.is_ready(name, job.back[0]):
+                return job.back[0]
+            heapq.heappop(job.back)
+        # What is taken lies just above `low`, mostly: it is stepped over once, for `low` goes with it.
+        task = self._ready.next(name, job.low - 1)
+        while task in job.out:
+            task = self._ready.next(name, task)
+        assert task >= 0, f"job {name} has {job.listed} tasks queued, and none is found"
+        job.low = task
+        return task
 
     # -- the lists ----------------------------------------------------------------------------------------------------
-    # A job stands in its client's lists exactly while it has ready tasks and is not withheld: every change takes it out,
-    # changes it, puts it back and settles the clocks, which keeps one rule in one place.
+    # A job stands in its client's lists exactly while something of it is queued: every change ends with `_relist`, which keeps
+    # one rule in one place.
 
-    def _list(self, job: _Job) -> None:
-        head, count = job.head, len(job.ready)
-        model = self._models.setdefault(head.model, _Model())
-        model.ready += count
-        if PLAN in job.ready:
-            insort(model.plans.setdefault(head.client, []), (head.order, head.job))
-            count -= 1
-        if count:
-            insort(model.jobs.setdefault(head.client, []), (head.order, head.job))
+    def _queued(self, job: _Job) -> int:
+        """How much of the job is queued or withheld."""
+        name = job.head.job
+        ready = self._ready.count(name) if job.head.planned else int(self._ready.attempts(name, PLAN) >= 0)
+        return ready - len(job.out)
+
+    def _relist(self, job: _Job) -> None:
+        self._list(job, 0 if job.withheld else self._queued(job))
+
+    def _list(self, job: _Job, queued: int) -> None:
+        if queued == job.listed:
+            return
+        head, model = job.head, self._models.setdefault(job.head.model, _Model())
+        model.ready += queued - job.listed
+        if not queued or not job.listed:
+            lists, entry = model.jobs if head.planned else model.plans, (head.order, head.job)
+            listed = lists.setdefault(head.client, [])
+            if queued:
+                insort(listed, entry)
+            else:
+                del listed[bisect_left(listed, entry)]
+            if not listed:
+                del lists[head.client]
+        job.listed = queued
         self._settle(head, model)
 
-    def _unlist(self, job: _Job) -> None:
-        head, model = job.head, self._models.setdefault(job.head.model, _Model())
-        model.ready -= len(job.ready)
-        for lists in (model.jobs, model.plans):
-            listed = lists.get(head.client, [])
-            at = bisect_left(listed, (head.order, head.job))
-            if at < len(listed) and listed[at] == (head.order, head.job):
-                del listed[at]
-                if not listed:
-                    del lists[head.client]
-
     def _settle(self, head: JobHead, model: _Model) -> None:
-        """Who has nothing left rests, who has something competes. Never in between: resting gives credit away."""
+        """Who has nothing left rests, who has something competes."""
         if head.client in model.jobs:
             model.clients.wake(head.client)
         else:

@@ -12,6 +12,7 @@ from idunno.scheduler.explain import Decisions
 from idunno.scheduler.fairness import FairClock
 from idunno.scheduler.messages import Held
 from idunno.scheduler.queues import JobHead
+from tests.unit.scheduler.ready import Readies
 
 
 @dataclass
@@ -28,10 +29,12 @@ class Bench:
 
     def run(self, seconds: float) -> Bench:
         rng = random.Random(self.seed)
-        dispatch = Dispatch(0, [], Decisions(), lambda job, task: 0)
+        tasks = Readies()
+        dispatch = Dispatch(0, [], Decisions(), tasks)
         for order, model in enumerate(self.cost_us):
             dispatch.queues.set_weight(model, self.weight.get(model, 1000))
-            dispatch.open(JobHead(f"job-{model}", model, "ann", order, self.batch[model]), range(20_000), old=False)
+            tasks.set(f"job-{model}", range(20_000))
+            dispatch.open(JobHead(f"job-{model}", model, "ann", order, self.batch[model]), old=False)
         ready = tuple((model, 1) for model in self.cost_us)
         events: list[tuple[int, int, str]] = [(0, n, "") for n in range(self.workers)]
         running: dict[int, Lease] = {}
@@ -41,6 +44,7 @@ class Bench:
                 break
             lease = running.pop(worker, None)
             if lease is not None:
+                tasks.over(lease.head.job, lease.task)
                 dispatch.completed(lease.head.job, lease.task, now_us // 1000)
                 self.done.append((now_us, lease.head.model, lease.queries))
             node = NodeId(f"n{worker}")
@@ -151,16 +155,20 @@ def test_what_is_remembered_of_idle_keys_is_bounded() -> None:
 
 
 def test_a_flood_by_one_client_delays_another_by_one_task() -> None:
-    dispatch = Dispatch(0, [], Decisions(), lambda job, task: 0)
+    ready = Readies()
+    dispatch = Dispatch(0, [], Decisions(), ready)
     for n in range(50):
-        dispatch.open(JobHead(f"flood-{n}", "m", "bob", n, 32), range(100), old=False)
-    dispatch.open(JobHead("small", "m", "ann", 99, 32), range(2), old=False)
+        ready.set(f"flood-{n}", range(100))
+        dispatch.open(JobHead(f"flood-{n}", "m", "bob", n, 32), old=False)
+    ready.set("small", range(2))
+    dispatch.open(JobHead("small", "m", "ann", 99, 32), old=False)
     jobs, held = [], list[Held]()
     for turn in range(6):
         [answer] = dispatch.poll(Polled(NodeId("n1"), "n1", 1, 1, 1, (("m", 1),), tuple(held)), turn)
         assert isinstance(answer, Answer)
         lease = answer.leases[0][0]
         jobs.append(lease.head.job)
+        ready.over(lease.head.job, lease.task)
         dispatch.completed(lease.head.job, lease.task, turn)
     assert jobs[:4].count("small") == 2
     assert jobs[4:] == ["flood-0", "flood-0"]

@@ -1,15 +1,18 @@
 # What one change costs the scheduler does not grow with what there is besides it. Looks are counted, nothing is timed.
 from __future__ import annotations
 
+import asyncio
 import random
+from typing import Any
 
 import pytest
 
 from idunno.coordinator import commands as c
 from idunno.scheduler.fairness import CREDIT_GRAINS, FairClock
-from idunno.scheduler.leading import Leading
-from tests.unit.scheduler.cluster import World, node_id
-from tests.unit.scheduler.users import deployed, planned, story
+from idunno.scheduler.leading import JOBS_A_TURN, Leading
+from idunno.scheduler.queues import Queues
+from tests.unit.scheduler.cluster import ANN, World, node_id, until
+from tests.unit.scheduler.users import deployed, info, planned, put, story
 
 
 def test_a_task_that_ends_is_looked_at_alone_however_many_of_its_job_are_at_workers(
@@ -97,3 +100,74 @@ def test_the_order_is_that_of_looking_at_every_client(seed: int) -> None:
         if active:
             assert clock.first() == clock.order()[0]
             assert clock.lag(key) == max(0.0, max(times.values()) - clock.time(key))
+
+
+def test_a_new_leader_opens_many_jobs_in_slices_and_in_order_and_takes_over_what_workers_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+    add_job = Queues.add_job
+
+    def counted(self: Queues, *args: Any, **more: Any) -> None:
+        opened.append(args[0].job)
+        add_job(self, *args, **more)
+
+    slices: list[int] = []
+    open_some = Leading._open_some
+
+    def sliced(self: Leading) -> None:
+        before = len(opened)
+        open_some(self)
+        slices.append(len(opened) - before)
+
+    monkeypatch.setattr(Leading, "_open_some", sliced)
+
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        put(world, "input")
+        jobs = [f"j{n}" for n in range(JOBS_A_TURN * 2 + 100)]
+        for job in jobs:
+            world.do(c.SubmitJob(job, "digits", "input", 1, "npy", 10), ANN)
+            world.do(c.PlanJob(job, 20, 10), world.node)
+        held = (await world.poll(2, free=3)).leases
+        assert [(lease.job, lease.task) for lease in held] == [("j0", 0), ("j0", 1), ("j1", 0)]
+        monkeypatch.setattr(Queues, "add_job", counted)
+        world.lead(4)
+        await asyncio.sleep(0)
+        assert opened == []  # nothing of it is lent before the workers have spoken
+        assert (await info(world, "j7")).reason.startswith("recovering: the new scheduler waits for")
+        assert (await world.poll(2, *held, free=0)).drop == []
+        world.do(c.CancelJob("j9"), ANN)
+        for worker in (3, 4):
+            assert (await world.poll(worker, free=0)).leases == []
+        assert opened == ["j0", "j1"]
+        leading = world.nodes[node_id(4)].service.leading()
+        assert leading is not None
+        waiting = asyncio.ensure_future(world.poll(3, wait_s=5))
+        await asyncio.sleep(0)
+        answer = await world.poll(5, free=0)
+        assert answer.leases == []
+        assert not leading.dispatch.recovering
+        assert [(lease.job, lease.task) for lease in (await waiting).leases] == [("j1", 1)]
+        await until(lambda: len(opened) == len(jobs) - 1)
+        assert opened == [job for job in jobs if job != "j9"]
+        assert max(slices) == JOBS_A_TURN
+        assert leading.dispatch.queues.ready_of_model("digits") == 2 * (len(jobs) - 1) - 4
+
+    story(test)
+
+
+def test_a_job_of_a_million_tasks_is_opened_and_closed_without_looking_at_them() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await planned(world, 1_000_000, batch=1)
+        leading = world.nodes[node_id(1)].service.leading()
+        assert leading is not None
+        [lease] = (await world.poll(2)).leases
+        kept = leading.dispatch.queues._jobs["j1"]
+        assert (lease.task, kept.out, kept.back) == (0, {0}, [])
+        assert leading.dispatch.queues.ready_of_job("j1") == 999_999
+
+    story(test)
