@@ -83,6 +83,11 @@ class Retention:
 
     def __init__(self, rules: tuple[RetentionRule, ...] = ()) -> None:
         self._rules = {(rule.prefix, rule.owner): rule for rule in rules}
+        self._lengths = self._lengths_now()
+
+    def _lengths_now(self) -> list[int]:
+        """Of prefixes that there are rules for, falling."""
+        return sorted({len(prefix) for prefix, _ in self._rules}, reverse=True)
 
     def rules(self) -> tuple[RetentionRule, ...]:
         """As set."""
@@ -98,7 +103,9 @@ class Retention:
         if self._rules.get(key) == rule:
             return Done(changed=False)
         if not rule.versions and not rule.age_ms:
-            return Done(changed=self._rules.pop(key, None) is not None)
+            gone = self._rules.pop(key, None)
+            self._lengths = self._lengths_now()
+            return Done(changed=gone is not None)
         of_one = sum(owner == rule.owner for _, owner in self._rules)
         if version >= 2 and key not in self._rules and rule.owner and of_one >= RULES_OF_ONE_MAX:
             raise Exhausted(
@@ -110,26 +117,35 @@ class Retention:
                 f"there are {RULES_MAX} retention rules, the bound; `idunno retain PREFIX --none` removes one"
             )
         self._rules[key] = rule
+        self._lengths = self._lengths_now()
         return Done()
 
     def rule_for(self, name: str, owner: str) -> RetentionRule | None:
         """The rule with the longest prefix of that name; the owner's own before everybody's."""
-        found: RetentionRule | None = None
-        for rule in self._rules.values():
-            if name.startswith(rule.prefix) and rule.owner in ("", owner):
-                rank = (len(rule.prefix), rule.owner != "")
-                if found is None or rank > (len(found.prefix), found.owner != ""):
-                    found = rule
+        for length in self._lengths:
+            if length <= len(name):
+                prefix = name[:length]
+                found = self._rules.get((prefix, owner)) or self._rules.get((prefix, ""))
+                if found is not None:
+                    return found
+        return None
+
+    def roots(self) -> list[str]:
+        """The prefixes of rules that lie below no other, sorted: what is below these, once each, is what rules are about."""
+        found: list[str] = []
+        for prefix in sorted({prefix for prefix, _ in self._rules}):
+            if not found or not prefix.startswith(found[-1]):
+                found.append(prefix)
         return found
 
 
-def expired(versions: Sequence[VersionRecord], rule: RetentionRule, now_ms: int) -> tuple[int, ...]:
-    """The numbers of those versions (rising) that are beyond every limit of the rule; never the last one's.
+def expired(versions: Sequence[VersionRecord], rule: RetentionRule, now_ms: int, limit: int) -> tuple[int, ...]:
+    """The numbers of the first `limit` versions (rising) that are beyond every limit of the rule; never the last one's.
 
     A version's age counts from when the next one replaced it, so "as it was a week ago" stays answerable for a week.
     """
     gone = []
-    for at in range(len(versions) - 1):
+    for at in range(min(limit, len(versions) - 1)):
         beyond_count = not rule.versions or at < len(versions) - rule.versions
         beyond_age = not rule.age_ms or versions[at + 1].created_ms < now_ms - rule.age_ms
         if not (beyond_count and beyond_age):

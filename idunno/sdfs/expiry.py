@@ -15,7 +15,7 @@ from idunno.base.ids import NodeId
 from idunno.coordinator.commands import Command, Expire, Purge
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.names import SYSTEM
-from idunno.coordinator.trash import RetentionRule, expired
+from idunno.coordinator.trash import expired
 from idunno.sdfs import tasks
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.ports import Coordination
@@ -71,34 +71,40 @@ class Expiry:
             await self._propose(Purge(entries))
             log.info("trash purged", extra={"entries": len(entries)})
             left -= 1
-        for rule in machine.namespace.retention.rules():
-            left -= await self._look_below(machine, rule, left)
-            if left <= 0:
-                self._wake.set()
-                return
+        for prefix in machine.namespace.retention.roots():
+            left -= await self._look_below(machine, prefix, left)
+        if left <= 0:  # there may be more
+            self._wake.set()
 
-    async def _look_below(self, machine: Machine, rule: RetentionRule, limit: int) -> int:
-        """Expire what the rule says; the number of proposals."""
-        proposed, after, more = 0, "", True
-        while more and proposed < limit:
-            namespace = machine.namespace  # a snapshot may take its place while others have their turn
-            names, more = namespace.names(rule.prefix, after, NAMES_SLICE)
+    async def _look_below(self, machine: Machine, prefix: str, limit: int) -> int:
+        """Expire what the rules say; the number of proposals."""
+        proposed, after, more = 0, "", limit > 0
+        while more:
+            # A snapshot may take the namespace's place while others have their turn.
+            names, more = machine.namespace.names(prefix, after, NAMES_SLICE)
             for name in names:
-                versions = namespace.history(name)
-                if (
-                    not versions
-                    or name.startswith(SYSTEM)
-                    or namespace.retention.rule_for(name, versions[-1].owner) != rule
-                ):
-                    continue
-                gone = expired(versions, rule, self._now_ms(machine))[:VERSIONS_MAX]
-                if gone:
-                    await self._propose(Expire(name, gone))
-                    log.info("versions expired", extra={"file": name, "versions": len(gone)})
-                    proposed += 1
+                proposed += await self._expire(machine, name, limit - proposed)
+                if proposed == limit:
+                    return proposed
             after = names[-1] if names else after
             await asyncio.sleep(0)
         return proposed
+
+    async def _expire(self, machine: Machine, name: str, limit: int) -> int:
+        """Expire what is due of one file; the number of proposals."""
+        for proposed in range(limit):
+            namespace = machine.namespace
+            versions = namespace.history(name)
+            rule = namespace.retention.rule_for(name, versions[-1].owner) if len(versions) > 1 else None
+            if rule is None or name.startswith(SYSTEM):
+                return proposed
+            gone = expired(versions, rule, self._now_ms(machine), VERSIONS_MAX)
+            if gone:
+                await self._propose(Expire(name, gone))
+                log.info("versions expired", extra={"file": name, "versions": len(gone)})
+            if len(gone) < VERSIONS_MAX:
+                return proposed + bool(gone)
+        return limit
 
     def _now_ms(self, machine: Machine) -> int:
         return max(machine.now_ms, self._coordinator.now_ms())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from idunno.base.errors import NotFound
 from idunno.coordinator import commands as c
@@ -107,7 +111,8 @@ def test_what_is_beyond_every_limit_expires_but_never_the_current_version(
     world.do(c.SetRetention("a", versions, age_ms))
     rule = world.machine.namespace.retention.rule_for("a", "alice")
     assert rule is not None
-    assert trash.expired(world.machine.namespace.history("a"), rule, 6_000) == gone
+    assert trash.expired(world.machine.namespace.history("a"), rule, 6_000, 1_000) == gone
+    assert trash.expired(world.machine.namespace.history("a"), rule, 6_000, 1) == gone[:1]
 
 
 def test_the_longest_prefix_and_then_ones_own_rule_decides() -> None:
@@ -119,3 +124,39 @@ def test_the_longest_prefix_and_then_ones_own_rule_decides() -> None:
     assert [rule.versions for _, _, rule in kept if rule] == [9, 9, 9, 3, 1, 5]
     assert world.do(c.SetRetention("", 0, 0), ADMIN).changed
     assert rule_for("a", "bob") is None
+
+
+@given(
+    st.sets(st.tuples(st.text("ab", max_size=3), st.sampled_from(["", "alice", "bob"])), max_size=8),
+    st.text("ab", max_size=4),
+    st.sampled_from(["alice", "carol"]),
+)
+def test_the_rule_found_by_its_length_is_the_best_of_all(rules: set[tuple[str, str]], name: str, owner: str) -> None:
+    retention = trash.Retention()
+    for prefix, whose in sorted(rules):
+        retention.set(trash.RetentionRule(prefix, whose, 1), 2)
+    meant = [rule for rule in retention.rules() if name.startswith(rule.prefix) and rule.owner in ("", owner)]
+    best = max(meant, key=lambda rule: (len(rule.prefix), rule.owner != ""), default=None)
+    assert retention.rule_for(name, owner) == best == trash.Retention(retention.rules()).rule_for(name, owner)
+    roots = retention.roots()
+    assert all(not one.startswith(other) for one in roots for other in roots if one is not other)
+    assert all(any(rule.prefix.startswith(root) for root in roots) for rule in retention.rules())
+
+
+def test_a_rule_is_looked_up_twice_for_each_length_of_a_prefix_not_compared_with_all() -> None:
+    looks = 0
+
+    class Watched(dict[tuple[str, str], trash.RetentionRule]):
+        def get(self, *args: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return super().get(*args)
+
+        def values(self) -> Any:
+            raise AssertionError("all rules were walked over")
+
+    rules = tuple(trash.RetentionRule("logs/", f"u{number}", 1) for number in range(1_000))
+    retention = trash.Retention((*rules, trash.RetentionRule("l", "", 1)))
+    retention._rules = Watched(retention._rules)
+    assert retention.rule_for("logs/x", "alice") == trash.RetentionRule("l", "", 1)
+    assert looks == 4

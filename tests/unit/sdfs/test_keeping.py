@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 
 from idunno.base.errors import NotFound, PermissionDenied
+from idunno.coordinator.commands import SetRetention
+from idunno.coordinator.namespace import Namespace
+from idunno.coordinator.records import VersionRecord
 from idunno.wire.calls import Actor, Role
 from tests.unit.sdfs.world import CONFIG, MB, OTHER, World, content_of, run
 
@@ -57,6 +60,46 @@ def test_by_age_a_version_goes_so_long_after_it_was_replaced() -> None:
             await world.put(b"x", "b")  # machine time goes on with commands
             await asyncio.sleep(70)
             assert [row.version for row in await client.versions("a")] == [2]
+
+    run(story)
+
+
+def test_very_many_versions_of_one_file_expire_one_command_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idunno.sdfs.expiry.VERSIONS_MAX", 3)
+    monkeypatch.setattr("idunno.sdfs.expiry.PROPOSALS_MAX", 4)  # so that one look is not enough
+
+    async def story() -> None:
+        async with World(3) as world:
+            for number in range(40):
+                await world.put(b"small" + bytes([number]), "logs/a")
+            await world.client().retain("logs/", versions=2)
+            await asyncio.sleep(10)
+            assert [row.version for row in await world.client().versions("logs/a")] == [40, 39]
+
+    run(story)
+
+
+def test_a_look_at_what_expires_passes_each_file_once_whatever_rules_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+    history = Namespace.history
+
+    def told(self: Namespace, name: str) -> tuple[VersionRecord, ...]:
+        looked_at.append(name)
+        return history(self, name)
+
+    async def story() -> None:
+        async with World(3) as world:
+            for number in range(4):
+                for name in ("a", "logs/a", "logs/x/b", "other"):
+                    await world.put(b"small" + bytes([number]), name)
+            for number in range(9):
+                world.apply(SetRetention("logs/", 3), Actor(f"u{number}", Role.USER))
+            await world.client().retain("logs/x/", versions=1)
+            await world.client().retain("a", versions=9)
+            await asyncio.sleep(5)
+            monkeypatch.setattr(Namespace, "history", told)
+            await world.leading._expiry.look()
+            assert looked_at == ["a", "logs/a", "logs/x/b"]
 
     run(story)
 
