@@ -11,7 +11,7 @@ from typing import TypeAlias, get_args
 
 from idunno.base.errors import Incompatible
 from idunno.base.ids import Index
-from idunno.coordinator.effects import Effect, JobChanged, ModelChanged, RosterChanged
+from idunno.coordinator.effects import Effect, JobsReplaced, ModelChanged, RosterChanged
 from idunno.coordinator.machine import Applied, Machine
 
 log = logging.getLogger("idunno.coordinator")
@@ -44,13 +44,9 @@ class Applier:
 
     def replace(self, machine: Machine) -> Machine:
         """A snapshot's machine takes the place of this one: followers look at all that they follow anew. Returns the old one."""
-        jobs = {job.job: None for job in [*self.machine.ledger.jobs(), *machine.ledger.jobs()]}
         models = {model.model: None for model in [*self.machine.registry.models(), *machine.registry.models()]}
         was = self.machine.become(machine)
-        effects: list[Effect] = [RosterChanged()]
-        effects += [ModelChanged(model) for model in models]
-        effects += [JobChanged(job) for job in jobs]
-        self._tell(machine.index, effects)
+        self._tell(machine.index, [RosterChanged(), *(ModelChanged(model) for model in models), JobsReplaced()])
         return was
 
     def _tell(self, index: Index, effects: Iterable[Effect]) -> None:

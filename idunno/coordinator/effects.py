@@ -66,6 +66,10 @@ class JobChanged(_Effect, frozen=True):
     task: int | None = None  # an attempt of this one ended (PLANNING: of counting its queries)
 
 
+class JobsReplaced(_Effect, frozen=True):
+    """A snapshot's machine took the place of this one: each job may be as it never was before, or gone."""
+
+
 class TaskCompleted(_Effect, frozen=True):
     """For rates: so many queries of a model were answered at this machine time."""
 
@@ -96,6 +100,7 @@ Effect: TypeAlias = (
     | RetentionChanged
     | ModelChanged
     | JobChanged
+    | JobsReplaced
     | TaskCompleted
     | DigestDue
     | DigestTold

@@ -37,6 +37,7 @@ from idunno.coordinator.effects import (
     DigestTold,
     Effect,
     JobChanged,
+    JobsReplaced,
     KeepSmall,
     ModelChanged,
     RetentionChanged,
@@ -265,7 +266,7 @@ class Node:
         self.departures.drained = self.files.leading.drain
         applier.subscribe(self._applied, KeepSmall, RosterChanged)
         applier.subscribe(self.files.follow, VersionMade, BlocksFreed, RosterChanged, RetentionChanged)
-        applier.subscribe(self.scheduler.follow, TaskCompleted, JobChanged, ModelChanged, RosterChanged)
+        applier.subscribe(self.scheduler.follow, TaskCompleted, JobChanged, JobsReplaced, ModelChanged, RosterChanged)
         applier.subscribe(self.digests.follow, DigestDue, DigestTold)
         self.driver.on_role.append(self._role_changed)
         self.driver.on_leader.append(self._leader_changed)

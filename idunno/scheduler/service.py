@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from idunno.base.ids import Index, NodeId, Term
-from idunno.coordinator.effects import Effect, JobChanged, ModelChanged, RosterChanged, TaskCompleted
+from idunno.coordinator.effects import Effect, JobChanged, JobsReplaced, ModelChanged, RosterChanged, TaskCompleted
 from idunno.coordinator.ledger import FINISHED
 from idunno.membership.events import Changed, MemberView
 from idunno.scheduler.cluster import Cluster
@@ -46,8 +46,6 @@ class SchedulerService:
         self._waiters = Waiters(self._config.waiters_max)
         self._leading: Leading | None = None
         self._ending: set[asyncio.Task[None]] = set()
-        self._unfinished: dict[str, str] = {}  # job -> model, as this node's effects told
-        self._jobs_of: dict[str, int] = {}  # model -> unfinished jobs
         self._loop: asyncio.AbstractEventLoop | None = None
         self._calls = (
             WorkerCalls(cluster, self.leading),
@@ -64,8 +62,8 @@ class SchedulerService:
         self._loop = asyncio.get_running_loop()
         machine = self._cluster.machine
         self._window.observe(machine.now_ms, self._clock_ms())
-        for record in machine.ledger.unfinished():
-            self._count_job(record.job, record.model)
+        for record in machine.registry.models():
+            self._look_at_work(record.model)
 
     async def stop(self) -> None:
         """Long polls are answered, the scheduler's work is cancelled. Its handlers may be called on: they answer NotLeader."""
@@ -93,9 +91,12 @@ class SchedulerService:
                     if leading is not None:
                         leading.job_changed(job, task)
                 case ModelChanged(model):
+                    self._look_at_work(model)
                     self._waiters.tell(f"model {model}")
                     if leading is not None:
                         leading.model_changed(model)
+                case JobsReplaced():  # not where this node leads; each model that there is or was is told as changed
+                    self._waiters.close()
                 case RosterChanged():
                     if leading is not None:
                         leading.roster_changed()
@@ -158,24 +159,15 @@ class SchedulerService:
 
     def _job_changed(self, job: str) -> None:
         record = self._cluster.machine.ledger.find(job)
+        if record is not None:
+            self._look_at_work(record.model)
         if record is None or record.state in FINISHED:
-            model = self._unfinished.pop(job, None)
-            if model is not None:
-                self._jobs_of[model] -= 1
-                if not self._jobs_of[model]:
-                    del self._jobs_of[model]
-                    self._window.waiting(model, False, self._cluster.machine.now_ms)
             self._waiters.tell(f"end of {job}")
-        elif record.state == "running":
-            self._count_job(job, record.model)
         self._waiters.tell(f"job {job}")
 
-    def _count_job(self, job: str, model: str) -> None:
-        """Planned and unfinished: the model has queries to answer."""
-        if job not in self._unfinished:
-            self._unfinished[job] = model
-            self._jobs_of[model] = self._jobs_of.get(model, 0) + 1
-            self._window.waiting(model, True, self._cluster.machine.now_ms)
+    def _look_at_work(self, model: str) -> None:
+        machine = self._cluster.machine
+        self._window.waiting(model, machine.ledger.unanswered(model) > 0, machine.now_ms)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._ending.discard(task)

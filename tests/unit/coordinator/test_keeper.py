@@ -9,7 +9,7 @@ from typing import TypeVar
 from idunno.base.ids import BlockId, Index, NodeId
 from idunno.coordinator import commands as c
 from idunno.coordinator.applier import Applier
-from idunno.coordinator.effects import Effect, JobChanged, ModelChanged, RosterChanged
+from idunno.coordinator.effects import Effect, JobsReplaced, ModelChanged, RosterChanged
 from idunno.coordinator.keeper import Keeper
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.namespace import small_block
@@ -94,19 +94,19 @@ def test_a_received_snapshot_is_completed_from_its_leader_first_and_then_takes_t
         assert (set(asked), sources[0]) == (blocks(0, 1, 2), "the-leader")
         restore.install()
         assert here.digest() == there.digest()
-        assert told == [RosterChanged()]
+        assert told == [RosterChanged(), JobsReplaced()]
         here.apply(Index(here.index + 1), b"")
 
     asyncio.run(story())
 
 
-def test_followers_hear_of_every_job_and_model_that_is_or_was() -> None:
+def test_followers_hear_of_every_model_that_is_or_was_and_of_all_jobs_at_once() -> None:
     old, new = history(1, 900).machine, history(2, 900).machine
     applier = Applier(old)
     told: list[Effect] = []
     applier.subscribe(lambda index, effect: told.append(effect))
-    jobs = {job.job for machine in (old, new) for job in machine.ledger.jobs()}
+    assert list(old.ledger.jobs())
     models = {model.model for machine in (old, new) for model in machine.registry.models()}
     applier.replace(new)
-    assert {effect.job for effect in told if isinstance(effect, JobChanged)} == jobs
+    assert (told[0], told[-1], len(told)) == (RosterChanged(), JobsReplaced(), len(models) + 2)
     assert {effect.model for effect in told if isinstance(effect, ModelChanged)} == models

@@ -14,6 +14,8 @@ from idunno.base.errors import (
 )
 from idunno.coordinator import commands as c
 from idunno.coordinator import ledger
+from idunno.coordinator.applier import Applier
+from idunno.coordinator.machine import Machine
 from idunno.coordinator.records import TaskRecord
 from idunno.scheduler import jobs, views
 from idunno.scheduler.dispatch import Dispatch
@@ -389,6 +391,26 @@ def test_why_a_job_waits_is_said() -> None:
         assert "model digits is undeployed: 0 of 4 workers ready; n2: child died" in told.waits_for
         assert "n4: loading" in told.waits_for
         assert held
+
+    story(test)
+
+
+def test_a_snapshot_that_is_taken_in_tells_which_models_have_work_now() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        for model in ("digits", "letters"):
+            await deployed(world, model)
+        await planned(world, 10)
+        there = Machine.restore(world.machine.snapshot())
+        world.do(c.CancelJob("j1"), ANN)
+        await submitted(world, "j2", model="letters")
+        world.do(c.PlanJob("j2", 10, 10), world.node)
+        service = world.nodes[node_id(3)].service
+        assert list(service._window._waiting_since) == ["letters"]
+        applier = Applier(world.machine)
+        applier.subscribe(service.follow)
+        applier.replace(there)
+        assert list(service._window._waiting_since) == ["digits"]
 
     story(test)
 
