@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from idunno.base.errors import Corrupt, IdunnoError, InvalidArgument, NotReady, Unavailable
-from idunno.base.ids import NodeId
+from idunno.base.ids import BlockId, NodeId
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.permissions import check_read, may_read
 from idunno.coordinator.records import Block, NodeRecord, VersionRecord
@@ -56,6 +56,8 @@ VERSIONS_BLOCKS_MAX: Final = 10_000
 """Blocks whose holders are looked up for one list of versions; the list ends there."""
 SLICE_NAMES: Final = 100
 """Names looked at in one turn of the loop: with 40 blocks each about a millisecond."""
+SLICE_VERSIONS: Final = 500
+"""Versions looked at in one turn of the loop: with a block each less than a millisecond, with 40 each about two."""
 LONG_ROWS_MAX: Final = 100
 """Of a long listing, which looks at each version and block."""
 SMALL_S: Final = 2.0
@@ -147,12 +149,13 @@ class Views:
         machine = await self._read(call)
         limit = max(1, min(request.limit, LONG_ROWS_MAX if request.long else ROWS_MAX))
         rows: list[ListRow] = []
+        turns = _Turns()
         after, more = request.after, True
         while more and not rows:  # a page with nothing for this actor's eyes is no end
             names, more = machine.namespace.names(request.prefix, after, limit, system=request.system)
-            for name in names:
-                if may_read(name, call.actor, machine):
-                    rows.append(_list_row(name, machine.namespace.history(name), long=request.long))
+            seen = [(name, machine.namespace.history(name)) for name in names if may_read(name, call.actor, machine)]
+            for name, versions in seen:
+                rows.append(await _long_row(name, versions, turns) if request.long else _list_row(name, versions))
             after = names[-1] if names else after
             await asyncio.sleep(0)  # other work first: a listing is in no hurry
         return ListAnswer(rows, more)
@@ -210,17 +213,21 @@ class Views:
             return await self._peers.to(node.node).call(STORE, onward, timeout_s=left_s(call), actor=actor)
         limit = max(1, min(request.limit, ROWS_MAX))
         rows: list[StoreRow] = []
+        turns = _Turns()
         after, more = request.after, True
         while more and len(rows) + SLICE_NAMES <= max(limit, SLICE_NAMES):
             names, more = machine.namespace.names("", after, SLICE_NAMES)
-            rows += [row for name in names if (row := self._held_version(machine, name)) is not None]
+            for name, last in [(name, machine.namespace.last(name, ROWS_MAX)) for name in names]:
+                if (row := await self._held_version(name, last, turns)) is not None:
+                    rows.append(row)
             after = names[-1] if names else after
             await asyncio.sleep(0)  # other work first: a listing is in no hurry
         return StoreAnswer(node.name, rows, more, after if more else "")
 
-    def _held_version(self, machine: Machine, name: str) -> StoreRow | None:
-        """The newest version of which a block is here."""
-        for record in machine.namespace.last(name, ROWS_MAX):
+    async def _held_version(self, name: str, newest: Sequence[VersionRecord], turns: _Turns) -> StoreRow | None:
+        """The first version of which a block is here."""
+        for record in newest:
+            await turns.looked_at(1)
             store = self._small if record.small else self._blocks
             if any(block.block in store for block in record.blocks):
                 return StoreRow(name, record.version, record.size)
@@ -236,13 +243,32 @@ def check_present(node: NodeRecord) -> None:
         )
 
 
-def _list_row(name: str, versions: Sequence[VersionRecord], *, long: bool) -> ListRow:
+class _Turns:
+    """Others have their turn after every SLICE_VERSIONS versions that were looked at."""
+
+    def __init__(self) -> None:
+        self._versions = 0
+
+    async def looked_at(self, versions: int) -> None:
+        self._versions += versions
+        if self._versions >= SLICE_VERSIONS:
+            self._versions = 0
+            await asyncio.sleep(0)
+
+
+def _list_row(name: str, versions: Sequence[VersionRecord]) -> ListRow:
     last = versions[-1]
-    if not long:
-        return ListRow(name, last.version, last.size, iso(last.created_ms))
-    logical = sum(record.size for record in versions)
-    stored = sum({block.block: block.size for record in versions for block in record.blocks}.values())
-    return ListRow(name, last.version, last.size, iso(last.created_ms), len(versions), logical, stored)
+    return ListRow(name, last.version, last.size, iso(last.created_ms))
+
+
+async def _long_row(name: str, versions: Sequence[VersionRecord], turns: _Turns) -> ListRow:
+    last, logical, sizes = versions[-1], 0, dict[BlockId, int]()
+    for at in range(0, len(versions), SLICE_VERSIONS):
+        part = versions[at : at + SLICE_VERSIONS]
+        logical += sum(record.size for record in part)
+        sizes.update((block.block, block.size) for record in part for block in record.blocks)
+        await turns.looked_at(len(part))
+    return ListRow(name, last.version, last.size, iso(last.created_ms), len(versions), logical, sum(sizes.values()))
 
 
 def _info(

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from idunno.base.errors import NotFound, PermissionDenied
 from idunno.coordinator.commands import SetRetention
 from idunno.coordinator.namespace import Namespace
 from idunno.coordinator.records import VersionRecord
+from idunno.sdfs.small import SmallStore
 from idunno.wire.calls import Actor, Role
 from tests.unit.sdfs.world import CONFIG, MB, OTHER, World, content_of, run
 
@@ -188,5 +190,45 @@ def test_a_long_listing_counts_shared_blocks_once() -> None:
             row = (await world.client().ls("a", long=True))[0]
             assert (row.versions, row.logical, row.stored) == (3, 3 * MB + 8_000, 2 * MB + 8_000)
             assert (await world.client().ls("a"))[0].versions == 0
+
+    run(story)
+
+
+def test_looking_at_very_many_versions_or_blocks_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def turns_of(asked: Callable[[], Awaitable[object]]) -> int:
+        before = turns
+        await asked()
+        return turns - before
+
+    async def story() -> None:
+        async with World(2) as world:
+            client = world.client()
+            for number in range(20):
+                for name in ("a", "b", "c"):
+                    await world.put(b"x" + bytes([number]), name)
+            await world.put(content_of(80 * MB), "large")
+            # So that all versions are looked at for what the node stores.
+            monkeypatch.setattr(SmallStore, "__contains__", lambda self, block: False)
+            asked: list[Callable[[], Awaitable[object]]] = [
+                lambda: client.ls("", long=True),
+                lambda: client.store("n1"),
+                lambda: client.stat("large"),
+            ]
+            rest = asyncio.create_task(others())
+            in_one_turn = [await turns_of(each) for each in asked]
+            monkeypatch.setattr("idunno.sdfs.views.SLICE_VERSIONS", 5)
+            monkeypatch.setattr("idunno.sdfs.where.ORDER_SLICE", 2)
+            in_slices = [await turns_of(each) for each in asked]
+            rest.cancel()
+            more = [many - few for many, few in zip(in_slices, in_one_turn, strict=True)]
+            assert [count >= least for count, least in zip(more, (12, 12, 5), strict=True)] == [True] * 3, more
 
     run(story)
