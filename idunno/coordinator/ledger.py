@@ -28,6 +28,8 @@ TASKS_MAX: Final = 1_000_000  # of one job
 QUERIES_MAX: Final = 10**12
 ATTEMPTS_ALLOWED: Final = 3
 ERROR_MAX: Final = 1_000  # characters kept of an attempt's error
+PART_TASKS: Final = 1_024
+"""Touched tasks are held in parts of so many numbers: the first change of one behind a capture copies its part, in 10 us."""
 PLANNING: Final = -1  # the task number that stands for counting a job's queries
 
 _READY, _SUCCESS, _FAILED = 0, 1, 2
@@ -58,23 +60,28 @@ class LedgerState(Record, frozen=True):
 
 
 class _Job:
-    __slots__ = ("captures", "done", "errors", "failed", "record", "states", "success", "task_queries", "touched")
+    __slots__ = ("captures", "done", "errors", "failed", "own", "parts", "record", "states", "success", "task_queries")
 
     def __init__(self, state: JobState, captures: int = 0) -> None:
         self.captures = captures  # how many captures there had been: a later one holds this very object
         self.record, self.task_queries = state.record, state.task_queries
-        self.states = bytearray(_tasks(state.record.queries, state.task_queries))
-        self.touched = {task.task: task for task in state.tasks}
+        self.cut(_tasks(state.record.queries, state.task_queries))
         self.success = self.failed = self.done = self.errors = 0
         for task in state.tasks:
-            self.states[task.task] = _CODE[task.state]
-            self.count(task)
+            self.put(task)
+
+    def cut(self, tasks: int) -> None:
+        self.states = bytearray(tasks)
+        # Tasks that something happened to, by number // PART_TASKS, and a bit for each part that nobody else holds.
+        self.parts: list[dict[int, TaskRecord]] = [{}] * -(-tasks // PART_TASKS)
+        self.own = 0
 
     def copy(self, captures: int) -> _Job:
+        """To be changed while a capture holds this one: the parts are shared until they are changed."""
         new = object.__new__(_Job)
         for name in self.__slots__:
             setattr(new, name, getattr(self, name))
-        new.states, new.touched, new.captures = self.states.copy(), self.touched.copy(), captures
+        new.states, new.parts, new.own, new.captures = self.states.copy(), self.parts.copy(), 0, captures
         return new
 
     def count(self, task: TaskRecord) -> None:
@@ -84,16 +91,26 @@ class _Job:
         self.errors += task.errors
 
     def task(self, number: int) -> TaskRecord:
-        known = self.touched.get(number)
+        known = self.parts[number // PART_TASKS].get(number)
         if known is not None:
             return known
         first = number * self.task_queries
         return TaskRecord(number, first, min(first + self.task_queries, self.record.queries), "ready")
 
     def put(self, task: TaskRecord) -> None:
-        self.touched[task.task] = task
+        part = task.task // PART_TASKS
+        if not self.own >> part & 1:
+            self.own |= 1 << part
+            self.parts[part] = self.parts[part].copy()
+        self.parts[part][task.task] = task
         self.states[task.task] = _CODE[task.state]
         self.count(task)
+
+    def touched(self) -> Iterator[TaskRecord]:
+        """Those that something happened to, in order. A part at a time is sorted: of a million, no step takes long."""
+        for part in self.parts:
+            for number in sorted(part):
+                yield part[number]
 
 
 class _Totals:
@@ -133,10 +150,7 @@ class Ledger:
 
     def state(self) -> LedgerState:
         return LedgerState(
-            tuple(
-                JobState(job.record, job.task_queries, tuple(job.touched[number] for number in sorted(job.touched)))
-                for job in self._jobs.values()
-            )
+            tuple(JobState(job.record, job.task_queries, tuple(job.touched())) for job in self._jobs.values())
         )
 
     def capture(self) -> Iterator[Row]:
@@ -214,7 +228,7 @@ class Ledger:
         be held across awaits. Raises NotFound."""
         held = self._job(job)
         numbers = merge(_each(held.states, _SUCCESS, first), _each(held.states, _FAILED, first))
-        return (held.touched[number] for number in numbers)
+        return map(held.task, numbers)
 
     def _job(self, job: str) -> _Job:
         held = self._jobs.get(job)
@@ -283,7 +297,8 @@ class Ledger:
                 f"job {command.job} would have {tasks} tasks, at most {TASKS_MAX}: at least {least} queries a task"
             )
         held = self._own(command.job)
-        held.task_queries, held.states = command.task_queries, bytearray(tasks)
+        held.task_queries = command.task_queries
+        held.cut(tasks)
         held.record = msgspec.structs.replace(held.record, state="running", queries=command.queries)
         self._totals.add(held, 1)  # while planning it had nothing to count
         self._finish_if_done(held, now_ms)
@@ -401,7 +416,7 @@ class Ledger:
         if not held.failed:
             self._finish(held, "success", "", now_ms)
             return
-        first = held.touched[held.states.find(_FAILED)]
+        first = held.task(held.states.find(_FAILED))
         self._finish(held, "failed", f"{held.failed} of {tasks} tasks failed: {first.attempts[-1].error}", now_ms)
 
     def _finish(self, held: _Job, state: str, reason: str, now_ms: int) -> None:
@@ -413,10 +428,7 @@ class Ledger:
 def _rows(jobs: list[_Job]) -> Iterator[Row]:
     yield "ledger", LedgerState(), 1
     for job in jobs:
-        # Few touched tasks of many are sorted; many are looked for one after another, so that no step takes long.
-        few = 20 * len(job.touched) < len(job.states)
-        numbers = sorted(job.touched) if few else (n for n in range(len(job.states)) if n in job.touched)
-        for tasks, weight in runs((job.touched[number] for number in numbers), _weight):
+        for tasks, weight in runs(job.touched(), _weight):
             yield "job", JobState(job.record, job.task_queries, tasks), weight + len(job.record.input_blocks)
 
 

@@ -14,6 +14,7 @@ from idunno.base.errors import Conflict, Exhausted, InvalidArgument, NotFound, N
 from idunno.coordinator import commands as c
 from idunno.coordinator import ledger as led
 from idunno.coordinator.effects import FileDeleted, JobChanged, KeepSmall, TaskCompleted, VersionMade
+from idunno.coordinator.ledger import Ledger
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.names import output_name
 from idunno.coordinator.namespace import small_block
@@ -245,6 +246,25 @@ def test_totals_are_of_the_unfinished_jobs_of_all_models() -> None:
     world.do(c.CancelJob("job3"))
     assert totals() == (0, 0, 0, 0, 0)
     assert world.machine.ledger.unanswered("letters") == 0
+
+
+def test_a_change_behind_a_capture_copies_a_part_of_the_tasks_and_leaves_the_capture_as_it_was() -> None:
+    world = World()
+    world.planned(4 * led.PART_TASKS, 1)
+    ledger = world.machine.ledger
+    for task in range(0, 4 * led.PART_TASKS, 2):
+        world.do(done("job1", task, 1), SYSTEM)
+    before = ledger._jobs["job1"]
+    captures = []
+    for task in (1, led.PART_TASKS + 1, 3):
+        captures.append((ledger.capture(), list(Ledger(ledger.state()).capture())))
+        world.do(done("job1", task, 1), SYSTEM)
+        if task == 1:
+            after = ledger._jobs["job1"]
+            assert [new is old for new, old in zip(after.parts, before.parts, strict=True)] == [False, True, True, True]
+    for taken, expected in captures:
+        assert list(taken) == expected
+    assert [task.task for task in ledger.ended("job1")][:4] == [0, 1, 2, 3]
 
 
 def test_the_newest_jobs_of_all_and_of_one_client() -> None:
