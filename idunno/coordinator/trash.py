@@ -16,7 +16,7 @@ TRASH_VERSIONS_MAX: Final = 1_000_000
 """Versions in the trash. Beyond it the longest deleted are purged at once: a delete never fails for lack of room."""
 RULES_MAX: Final = 1_000
 RULES_OF_ONE_MAX: Final = 50
-"""Of one user, for his own files; the leader's looks cost as much as there are rules, and others want some too."""
+"""Of one user, for his own files: others want some too."""
 PREFIX_BYTES_MAX: Final = 512
 AGE_MS_MAX: Final = 100 * 365 * 86_400_000
 

@@ -131,23 +131,20 @@ class Sweeper:
         self._candidates.update(dict.fromkeys(free))
         if self._before:
             return []
-        looked_at: list[BlockId] = []
         batch: list[BlockId] = []
-        for block in self._candidates:
+        written: list[BlockId] = []  # they may be published without a pin: a copy that was ordered
+        looks_left = SLICE
+        while self._candidates and looks_left and len(batch) < BATCH:
+            looks_left -= 1
+            block, _ = self._candidates.popitem()  # the last: to the first one steps over all that went before
             if self._blocks.is_written(block):
-                continue  # it may be published without a pin: a copy that was ordered
-            looked_at.append(block)
-            if self._is_removable(block, machine):
+                written.append(block)
+            elif self._is_removable(block, machine):
+                self._blocks.take_out(block)
                 batch.append(block)
-            if len(batch) == BATCH:
-                break
-            if len(looked_at) == SLICE:
-                self._wake.set()  # the next look goes on
-                break
-        for block in looked_at:
-            del self._candidates[block]
-        for block in batch:
-            self._blocks.take_out(block)
+        if self._candidates and not looks_left:
+            self._wake.set()  # the next look goes on
+        self._candidates.update(dict.fromkeys(written))
         return batch
 
     def _is_removable(self, block: BlockId, machine: Machine) -> bool:

@@ -138,11 +138,13 @@ def test_of_very_many_candidates_one_turn_looks_at_few() -> None:
     looks = 0
 
     class Watched(dict[BlockId, None]):
-        def __iter__(self) -> Iterator[BlockId]:
+        def popitem(self) -> tuple[BlockId, None]:
             nonlocal looks
-            for block in super().__iter__():
-                looks += 1
-                yield block
+            looks += 1
+            return super().popitem()
+
+        def __iter__(self) -> Iterator[BlockId]:
+            raise AssertionError("all candidates were walked over")
 
     async def story() -> None:
         nonlocal looks
