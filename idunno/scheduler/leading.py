@@ -1,18 +1,19 @@
 # idunno/scheduler/leading.py: what the scheduler does while this node leads, for one term: the shell around the cores.
 #
 # Rule 1: it decides nothing: the cores do. It answers polls, proposes commands, and tells the cores what was applied.
-# Rule 2: what it wants written is recomputed from the machine at every tick, so a proposal that failed is made again by itself,
-#         and one that became pointless is not. One proposal about the same thing is under way at a time.
+# Rule 2: what it wants written is recomputed from the machine, at every tick or, for a model, when it or the roster changed or a
+#         proposal about it is over: so one that failed is made again by itself, and one that became pointless is not. One
+#         proposal about the same thing is under way at a time.
 # Rule 3: nothing of it survives the term: on `stop` all polls are answered NotLeader, all tasks are cancelled.
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Hashable
+from itertools import islice
 from typing import Any
 
 import msgspec
-from blake3 import blake3
 
 from idunno.base.errors import IdunnoError, InvalidArgument, NotFound, NotLeader, PermissionDenied
 from idunno.base.ids import NodeId, Term
@@ -21,12 +22,13 @@ from idunno.coordinator.ledger import FINISHED
 from idunno.coordinator.records import JobRecord
 from idunno.membership.events import Changed, MemberView
 from idunno.scheduler import deploy
+from idunno.scheduler.assigned import Assigned
 from idunno.scheduler.cluster import Cluster
 from idunno.scheduler.config import SchedulerConfig
 from idunno.scheduler.dispatch import Answer, Dispatch, EndAttempt, Lease, Output, Polled
 from idunno.scheduler.explain import Decisions
-from idunno.scheduler.messages import Assignment, Poll, PollAnswer
 from idunno.scheduler.messages import Lease as LeaseMessage
+from idunno.scheduler.messages import Poll, PollAnswer
 from idunno.scheduler.presence import Presence
 from idunno.scheduler.queues import PLAN, JobHead
 from idunno.scheduler.ready import LedgerReady
@@ -38,6 +40,8 @@ ANSWER_BYTES_MAX = HEADER_BYTES_MAX - 64 * 1024
 """Of a poll's leases and assignments: a lease names up to 2,000 blocks, and a worker with many slots asks for many."""
 JOBS_A_TURN = 200
 """Opened in one turn of the loop: about 2 ms."""
+MODELS_A_TURN = 20
+"""Whose workers are looked at in one turn of the loop: about 2 ms with 100 nodes."""
 GONE = ("failed", "deleted", "stopped", "left")
 
 
@@ -74,8 +78,12 @@ class Leading:
         self._timer: asyncio.TimerHandle | None = None
         self._soon: asyncio.Handle | None = None
         # What a turn of the loop has to look at again; `_look` does it once for all changes of the turn.
-        self._rearrange = self._rejudge = self._retell = True
-        self._marks: dict[NodeId, tuple[int, list[Assignment]]] = {}
+        self._rejudge = self._retell = True
+        models = cluster.machine.registry.models()
+        self.assigned = Assigned(models)
+        # Models whose workers are to be looked at: now, and with the next tick, because a proposal came to nothing.
+        self._rearrange = {record.model: None for record in models}
+        self._retry: set[str] = set()
         self._present = {record.node: (record.presence, record.boot) for record in cluster.machine.roster.nodes()}
         self._stopped = False
 
@@ -119,8 +127,9 @@ class Leading:
             self.dispatch.queues.set_weight(model, record.weight)
         else:
             self.dispatch.queues.drop_model(model)
-        self._marks.clear()
-        self._rearrange = self._retell = True
+        self.assigned.changed(model, record)
+        self._rearrange[model] = None
+        self._retell = True
         self._soon_again()
 
     def roster_changed(self) -> None:
@@ -134,7 +143,8 @@ class Leading:
             elif worker is not None and worker.boot < boot:
                 self._lost(node, f"worker {worker.name} was restarted")
         self._present = now
-        self._rearrange = self._rejudge = True
+        self._rearrange = {record.model: None for record in self._cluster.machine.registry.models()}
+        self._rejudge = True
         self._soon_again()
 
     def member_changed(self, changed: Changed) -> None:
@@ -218,7 +228,7 @@ class Leading:
                 tuple(request.held),
             )
             self._carry_out(self.dispatch.poll(polled, self._now()))
-            mark, _ = self._assignments(request.node)
+            mark, _ = self.assigned.of(request.node)
             answer = Answer(request.node)
             if mark == request.assignments_seen or waiting.future.done():
                 limit_s = min(request.wait_s, self._config.poll_max_s, remaining_s - 0.2)
@@ -240,7 +250,7 @@ class Leading:
             return Answer(NodeId(""))
 
     def _answer(self, request: Poll, answer: Answer) -> PollAnswer:
-        mark, assignments = self._assignments(request.node)
+        mark, assignments = self.assigned.of(request.node)
         told = assignments if mark != request.assignments_seen else None
         left_bytes = ANSWER_BYTES_MAX - len(msgspec.msgpack.encode(told))
         leases: list[LeaseMessage] = []
@@ -324,23 +334,6 @@ class Leading:
         present = {record.node for record in machine.roster.nodes() if record.presence == "present"}
         return (workers & present) - gone
 
-    def _assignments(self, node: NodeId) -> tuple[int, list[Assignment]]:
-        """What `node` is to hold, and a number that stands for it: the same under every leader."""
-        found = self._marks.get(node)
-        if found is None:
-            rows, marks = [], []
-            for record in self._cluster.machine.registry.models():
-                for worker in record.workers:
-                    if worker.node == node and worker.state != "failed":
-                        rows.append(Assignment(record.model, record.version, record.runtime, list(record.files)))
-                        # An assignment that waits for a report is a new one each time it is made, also to who holds the
-                        # model from before: unassigned and assigned again between two polls, it must report again.
-                        waiting_since_ms = worker.since_ms if worker.state == "assigned" else 0
-                        marks.append((record.model, record.version, waiting_since_ms))
-            digest = blake3(msgspec.msgpack.encode(marks)).digest(length=6)
-            found = self._marks[node] = (int.from_bytes(digest, "big") + 1, rows)
-        return found
-
     def _lost(self, node: NodeId, why: str) -> None:
         self._stamp()
         self._carry_out(self.dispatch.lost(node, why))
@@ -378,7 +371,9 @@ class Leading:
         self._carry_out(self.dispatch.tick(self._now()))
         for key, end in list(self._ends.items()):
             self._spawn(("end", *key), self._end(end))
-        self._rearrange = self._rejudge = True
+        self._rearrange.update(dict.fromkeys(sorted(self._retry)))
+        self._retry.clear()
+        self._rejudge = True
         self._look()
 
     def _look(self) -> None:
@@ -393,13 +388,12 @@ class Leading:
             self._rejudge = False
             self._write_presence()
         if self._rearrange:
-            self._rearrange = False
             self._arrange()
 
     def _tell_assignments(self) -> None:
         """Answer the polls of workers whose assignments changed."""
         for node, waiting in list(self._polls.items()):
-            if self._assignments(node)[0] != waiting.seen and not waiting.future.done():
+            if self.assigned.of(node)[0] != waiting.seen and not waiting.future.done():
                 self._supersede(node)
 
     def _write_presence(self) -> None:
@@ -408,18 +402,21 @@ class Leading:
             self._spawn(("presence", command.node), self._propose(command))
 
     def _arrange(self) -> None:
-        machine = self._cluster.machine
-        nodes = machine.roster.nodes()
+        """Look at who holds the models that wait for it, or at some of them: there may be a thousand, and a hundred nodes."""
+        nodes = self._cluster.machine.roster.nodes()
         able = deploy.eligible(nodes, self.me, self._config.scheduler_works)
         present = {record.node for record in nodes if record.presence == "present"}
-        models = machine.registry.models()
-        load = deploy.model_load(models)
+        load = self.assigned.load()
         busy = {key[1] for key in self._tasks if isinstance(key, tuple) and key[0] == "deploy"}
-        for record in models:
-            if record.model in busy:
-                continue  # decided anew when what is under way is applied
+        for model in list(islice(self._rearrange, MODELS_A_TURN)):
+            del self._rearrange[model]
+            record = self._cluster.machine.registry.find(model)
+            if record is None or model in busy:
+                continue  # decided anew when what is under way is over
             for command in deploy.changes(record, able, present, load, self._name):
-                self._spawn(("deploy", record.model, command.node), self._propose(command))
+                self._spawn(("deploy", model, command.node), self._propose(command))
+        if self._rearrange:
+            self._soon_again()
 
     async def _propose(self, command: SetPresence | Assign | Unassign) -> bool:
         about = [command.node] if isinstance(command, SetPresence) else [command.model, command.node]
@@ -444,7 +441,7 @@ class Leading:
     def _spawn(self, key: Hashable, work: Coroutine[Any, Any, bool]) -> None:
         """Run `work` unless work of the same key is under way. Errors are logged; the next tick tries again.
 
-        When it returns True what it did may call for more, which is looked at when it is no longer under way.
+        When it is no longer under way, what it is about is looked at again: at once if it returned True, it changed something.
         """
         if key in self._tasks or self._stopped:
             work.close()
@@ -463,8 +460,11 @@ class Leading:
                 )
             elif error is not None:
                 log.error("scheduler's command failed by a bug", extra={"what": str(key)}, exc_info=error)
-            if error is None and done.result() and not self._stopped:
-                self._rearrange = True
-                self._soon_again()
+            if isinstance(key, tuple) and key[0] == "deploy":
+                if error is None and done.result():
+                    self._rearrange[key[1]] = None
+                    self._soon_again()
+                else:
+                    self._retry.add(key[1])
 
         task.add_done_callback(over)

@@ -184,7 +184,7 @@ class World:
         if seen is None:
             assert self.leader is not None
             leading = self.leader.service.leading()
-            seen = leading._assignments(node_id(worker))[0] if leading is not None else 0
+            seen = leading.assigned.of(node_id(worker))[0] if leading is not None else 0
         request = Poll(node_id(worker), boot, free, ready, items, seen, wait_s)
         answer = await self.at_leader(POLL, request, worker)
         assert isinstance(answer, PollAnswer)

@@ -5,13 +5,18 @@ import asyncio
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
+from idunno.base.errors import NoQuorum
 from idunno.coordinator import commands as c
+from idunno.coordinator.records import ModelRecord, WorkerRecord
+from idunno.scheduler import deploy
+from idunno.scheduler.assigned import Assigned
 from idunno.scheduler.fairness import CREDIT_GRAINS, FairClock
-from idunno.scheduler.leading import JOBS_A_TURN, Leading
+from idunno.scheduler.leading import JOBS_A_TURN, MODELS_A_TURN, Leading
 from idunno.scheduler.queues import Queues
-from tests.unit.scheduler.cluster import ANN, World, node_id, until
+from tests.unit.scheduler.cluster import ANN, ROOT, World, node_id, until
 from tests.unit.scheduler.users import deployed, info, planned, put, story
 
 
@@ -169,5 +174,98 @@ def test_a_job_of_a_million_tasks_is_opened_and_closed_without_looking_at_them()
         kept = leading.dispatch.queues._jobs["j1"]
         assert (lease.task, kept.out, kept.back) == (0, {0}, [])
         assert leading.dispatch.queues.ready_of_job("j1") == 999_999
+
+    story(test)
+
+
+def test_a_model_that_changes_is_looked_at_alone_and_a_tick_without_changes_looks_at_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[str] = []
+    turns: list[int] = []
+    changes, arrange = deploy.changes, Leading._arrange
+
+    def counted(record: ModelRecord, *args: Any) -> Any:
+        looked.append(record.model)
+        return changes(record, *args)
+
+    def arranged(self: Leading) -> None:
+        before = len(looked)
+        arrange(self)
+        turns.append(len(looked) - before)
+
+    async def test(world: World) -> None:
+        world.lead(1)
+        models = [f"m{n:02}" for n in range(2 * MODELS_A_TURN + 5)]
+        for model in models:
+            await deployed(world, model, workers=2)
+        leading = world.nodes[node_id(1)].service.leading()
+        assert leading is not None
+        await until(lambda: not leading._rearrange)
+        monkeypatch.setattr(deploy, "changes", counted)
+        monkeypatch.setattr(Leading, "_arrange", arranged)
+        leading._tick()
+        await asyncio.sleep(0)
+        assert looked == []
+        world.do(c.SetBatchSize("m07", 4), ROOT)
+        await until(lambda: not leading._rearrange)
+        assert looked == ["m07"]
+        looked.clear()
+        world.do(c.SetPresence(node_id(5), "stopped", 0, "it stopped"), world.node)
+        await until(lambda: not any(node_id(5) == w.node for r in world.machine.registry.models() for w in r.workers))
+        assert set(looked) == set(models)
+        assert max(turns) == MODELS_A_TURN
+
+    story(test)
+
+
+def test_what_nodes_hold_is_the_same_kept_or_counted_anew_and_a_change_leaves_the_others_as_they_were() -> None:
+    rng = random.Random(7)
+    nodes = [node_id(n) for n in range(1, 7)]
+    records: dict[str, ModelRecord] = {}
+    kept = Assigned([])
+
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        base = world.machine.registry.get("digits")
+        for step in range(600):
+            model = f"m{rng.randrange(6)}"
+            before = {node: kept.of(node) for node in nodes}
+            concerned = {worker.node for worker in records[model].workers} if model in records else set()
+            records.pop(model, None)
+            if rng.random() < 0.8:
+                workers = tuple(
+                    WorkerRecord(node, rng.choice(("assigned", "ready", "failed")), rng.randrange(3))
+                    for node in rng.sample(nodes, rng.randint(0, 3))
+                )
+                concerned |= {worker.node for worker in workers}
+                records[model] = msgspec.structs.replace(base, model=model, version=step // 50 + 1, workers=workers)
+            kept.changed(model, records.get(model))
+            anew = Assigned([records[name] for name in sorted(records)])
+            for node in nodes:
+                assert kept.of(node) == anew.of(node)
+                assert kept.load().get(node, 0) == len(kept.of(node)[1])
+                if node not in concerned:
+                    assert kept.of(node) is before[node]
+
+    story(test)
+
+
+def test_a_command_about_a_model_that_came_to_nothing_is_decided_anew_with_the_next_tick() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world, workers=2)
+        leading = world.nodes[node_id(1)].service.leading()
+        assert leading is not None
+        [first, second] = [w.node for w in world.machine.registry.get("digits").workers]
+        world.failing = NoQuorum("a majority is away")
+        world.do(c.SetPresence(first, "stopped", 0, "it stopped"), world.node)
+        await until(lambda: bool(leading._retry))
+        assert first in {w.node for w in world.machine.registry.get("digits").workers}
+        world.failing = None
+        leading._tick()
+        await until(lambda: first not in {w.node for w in world.machine.registry.get("digits").workers})
+        assert second in {w.node for w in world.machine.registry.get("digits").workers}
 
     story(test)
