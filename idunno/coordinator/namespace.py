@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from idunno.base.errors import Conflict, Exhausted, InvalidArgument, NotFound
 from idunno.base.ids import BlockId, check_file_name
+from idunno.coordinator.aged import Aged
 from idunno.coordinator.commands import BeginPut, CommitPut, PutSmall
 from idunno.coordinator.names import SYSTEM, check_request, is_block_id
 from idunno.coordinator.ordered import OrderedNames
@@ -89,8 +90,8 @@ class Namespace:
         state = state if state is not None else NamespaceState()
         self._version = 1
         self._captures = 0
-        self._files: dict[str, _File] = {}
-        self._tombstones: dict[str, _File] = {}
+        self._files = Aged[str, _File]()
+        self._tombstones = Aged[str, _File]()
         self._names = OrderedNames([file.name for file in state.files])
         self._puts: dict[str, OpenPut] = {}
         self._puts_of: dict[str, int] = {}  # by owner
@@ -115,8 +116,10 @@ class Namespace:
 
     def free(self) -> None:
         """Nobody looks at it any more: let go of it, in steps."""
-        for table in (self._files, self._tombstones, self._made):
-            free(table)
+        self._files.free()
+        self._tombstones.free()
+        self.trash.entries.free()
+        free(self._made)
         self._names.free()
 
     def raise_version(self, version: int) -> None:
@@ -151,15 +154,14 @@ class Namespace:
         empty = NamespaceState(trash_last=self.trash.last)
         return _rows(
             empty,
-            # As they were made. Copies of the tables or of their items would take four times as long.
-            (list(self._files), list(self._files.values())),
-            (list(self._tombstones), list(self._tombstones.values())),
+            self._files.capture(),
+            self._tombstones.capture(),
             list(self._puts.values()),
-            list(self.trash.entries.values()),
+            self.trash.entries.capture(),
             self.retention.rules(),
         )
 
-    def _own(self, table: dict[str, _File], name: str) -> _File:
+    def _own(self, table: Aged[str, _File], name: str) -> _File:
         """The file, to be changed: a copy of it when a capture holds it."""
         file = table[name]
         if file.captures != self._captures:
@@ -320,7 +322,7 @@ class Namespace:
     ) -> PutDone:
         """A new version, all checks done. `request`: the put that made it, "" for one that no retry asks for."""
         if name not in self._files:
-            buried = self._tombstones.pop(name, None)
+            buried = self._tombstones.pop(name)
             self._files[name] = buried if buried is not None else _File(0, (), None, self._captures)
             self._names.add(name)
             self.files += not name.startswith(SYSTEM)
@@ -384,13 +386,14 @@ class Namespace:
         file = self._own(self._files, name)
         versions = file.versions
         file.versions, file.deletion = (), Deletion(request, now_ms, len(versions), self._buried(name, file))
-        del self._files[name]
+        self._files.pop(name)
         self._names.remove(name)
         self.files -= not name.startswith(SYSTEM)
         self._tombstones[name] = file
         if len(self._tombstones) > TOMBSTONES_MAX:
-            oldest = next(iter(self._tombstones))
-            self._forget_puts(self._tombstones.pop(oldest), keep=0)
+            forgotten = self._tombstones.pop(self._tombstones.oldest())
+            assert forgotten is not None
+            self._forget_puts(forgotten, keep=0)
         if name.startswith(SYSTEM):
             return FileGone(name, len(versions)), versions, list(versions)
         self.trash.put(name, versions, now_ms, by, expired=False)
@@ -444,7 +447,7 @@ class Namespace:
                     f"{name} was begun anew since at version 1, its old versions do not fit: `idunno get` and put"
                 )
         if name not in self._files:
-            buried = self._tombstones.pop(name, None)
+            buried = self._tombstones.pop(name)
             self._files[name] = buried if buried is not None else _File(0, (), None, self._captures)
             self._names.add(name)
             self.files += 1
@@ -499,7 +502,7 @@ class Namespace:
         """
         gone: list[tuple[str, tuple[VersionRecord, ...]]] = []
         for name in names:
-            file = self._files.pop(name, None)
+            file = self._files.pop(name)
             if file is not None:
                 gone.append((name, file.versions))
                 self._names.remove(name)
@@ -526,21 +529,21 @@ class Namespace:
 
 def _rows(
     empty: NamespaceState,
-    files: tuple[list[str], list[_File]],
-    tombstones: tuple[list[str], list[_File]],
+    files: list[dict[str, _File]],
+    tombstones: list[dict[str, _File]],
     puts: list[OpenPut],
-    trash: list[TrashEntry],
+    trash: list[dict[int, TrashEntry]],
     retention: tuple[RetentionRule, ...],
 ) -> Iterator[Row]:
     yield "namespace", empty, 1
-    for name, file in zip(*files, strict=True):
+    for name, file in chain.from_iterable(part.items() for part in files):
         for versions, weight in runs(file.versions, _weight):
             yield "file", FileState(name, file.last, versions, file.deletion), weight
-    for name, file in zip(*tombstones, strict=True):
+    for name, file in chain.from_iterable(part.items() for part in tombstones):
         yield "tombstone", FileState(name, file.last, (), file.deletion), 2
     for put in puts:
         yield "put", put, 1
-    for entry in trash:
+    for entry in chain.from_iterable(part.values() for part in trash):
         for versions, weight in runs(entry.versions, _weight):
             yield "trash", msgspec.structs.replace(entry, versions=versions), weight
     for rule in retention:

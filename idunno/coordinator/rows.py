@@ -1,7 +1,8 @@
 # idunno/coordinator/rows.py: how the parts of the machine give what they hold to a snapshot: in rows, each with its weight.
 #
-# Rule: a part's `capture` copies its tables (not what they hold) at once, and gives their rows later, as they were. Records never
-#       change; what does (a file's list of versions, some of a job's tasks) is copied by the first command that changes it after.
+# Rule: a part's `capture` copies its tables at once (not what they hold, and large ones not at all: aged.py), gives their rows
+#       later, as they were. Records never change; what does (a file's versions, some of a job's tasks) is copied by the first
+#       command that changes it after.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from idunno.base.errors import Exhausted, InvalidArgument
+from idunno.coordinator.aged import Aged
 from idunno.coordinator.records import Record, VersionRecord
 from idunno.coordinator.results import Done
 
@@ -42,7 +43,7 @@ class RetentionRule(Record, frozen=True):
 class Trash:
     def __init__(self, entries: tuple[TrashEntry, ...] = (), last: int = 0) -> None:
         self.last = last  # the highest entry number given so far
-        self.entries = {entry.entry: entry for entry in entries}  # oldest first
+        self.entries = Aged((entry.entry, entry) for entry in entries)  # their numbers rise
         self.versions = sum(len(entry.versions) for entry in entries)
         self._of: dict[str, dict[int, None]] = {}
         for entry in entries:
@@ -55,7 +56,7 @@ class Trash:
         self.versions += len(versions)
 
     def take(self, number: int) -> TrashEntry | None:
-        entry = self.entries.pop(number, None)
+        entry = self.entries.pop(number)
         if entry is not None:
             of_name = self._of[entry.name]
             del of_name[number]
@@ -72,7 +73,7 @@ class Trash:
         """Take out the oldest entries until the bound is kept."""
         gone: list[TrashEntry] = []
         while self.versions > TRASH_VERSIONS_MAX and len(self.entries) > 1:
-            entry = self.take(next(iter(self.entries)))
+            entry = self.take(self.entries.oldest())
             assert entry is not None
             gone.append(entry)
         return gone

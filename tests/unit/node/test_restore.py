@@ -130,8 +130,9 @@ def test_names_that_no_command_would_take_are_refused(tmp_path: Path) -> None:
     made.append([0], [(1, payload) for payload in put("files/one", (made.hold(0, b"x"),))])
     machine, _ = machine_of(made.directories[0])
     for name in ("../../etc/cron.d/one", "files//one", "files/one\n"):
-        file = machine.namespace._files.pop(next(iter(machine.namespace._files)))
-        machine.namespace._files[name] = file
+        files = machine.namespace._files
+        files[name] = files[files.oldest()]
+        files.pop(files.oldest())
         with pytest.raises(Corrupt, match="holds metadata that is none"):
             restore(written(machine, tmp_path / "backup"), [tmp_path / "new"], new=CONFIG)
 
