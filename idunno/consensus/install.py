@@ -72,6 +72,10 @@ class StateMachine(Protocol):
         """Make durable what the machine refers to and a snapshot does not hold. Raises IdunnoError: the log stays."""
         ...
 
+    async def settled(self) -> None:
+        """The snapshot last captured counts: what neither it nor anything since refers to is wanted no more. Raises nothing."""
+        ...
+
     def restore(self) -> Restore: ...
 
 
@@ -177,17 +181,19 @@ class Snapshots:
                 if head.index > self.index:
                     await files.replace(self._disk, files.NEW_PATH)
                     self.index, self._bytes, self._log_bytes = head.index, size, self._log.size_bytes
+            seconds = round(loop.time() - began_s, 3)
+            log.info("snapshot taken", extra={"index": head.index, "bytes": size, "seconds": seconds})
+            self._forget(self._tail_begin(head.index))
+            if self.index == head.index and not self._receiving and not self._sending.keys() - self._silent:
+                # Else somebody may still want what an older snapshot refers to, or this node what a newer one does.
+                await self._machine.settled()
         except IdunnoError as error:
             self._not_before_s = loop.time() + RETRY_S
             log.warning("snapshot not taken", extra={"index": head.index, "problem": str(error)})
             if isinstance(error, DiskFailed):
                 await self._log.use_reserve()
-            return
         finally:
             self._taking = False
-        seconds = round(loop.time() - began_s, 3)
-        log.info("snapshot taken", extra={"index": head.index, "bytes": size, "seconds": seconds})
-        self._forget(self._tail_begin(head.index))
 
     async def _write(self, head: files.Head, pieces: Iterator[bytes]) -> int:
         async def sliced() -> AsyncIterator[bytes]:

@@ -1,7 +1,8 @@
 # idunno/coordinator/keeper.py: the machine as consensus sees it: what its snapshots are made of, and how one becomes it.
 #
 # Rule 1: contents of small files are not in a snapshot. Before the log that brought them is cut, and before a received snapshot
-#         counts, all that it refers to are in this node's own store, synced (docs/consensus.md).
+#         counts, all that it refers to are in this node's own store, synced (docs/consensus.md). What neither the newest snapshot
+#         nor anything since refers to, the store lets go of when that snapshot counts.
 # Rule 2: whoever holds the machine goes on holding it: a restored one takes its place within. Followers are told what may be
 #         different, as if it had just been changed.
 # Rule 3: a machine of a million files is made, and the one before it is taken apart, in a thread, in steps that leave the others
@@ -27,9 +28,19 @@ Fetch = Callable[[Sequence[BlockId], Sequence[NodeId]], Awaitable[None]]
 class Smalls(Protocol):
     """The node's store of small contents."""
 
-    def __contains__(self, block: BlockId) -> bool: ...
+    def mark(self) -> None:
+        """What is held from now on is what the next sweep leaves."""
+        ...
+
+    def hold(self, block: BlockId) -> bool:
+        """Whether it is here, and so stays."""
+        ...
 
     async def flush(self) -> None: ...
+
+    async def sweep(self) -> None:
+        """Let go of what was not held since `mark`. Raises nothing: what cannot go yet stays."""
+        ...
 
 
 T = TypeVar("T")
@@ -59,12 +70,16 @@ class Keeper:
     def capture(self) -> Iterator[bytes]:
         lacking: dict[BlockId, None] = {}
         self._lacking = lacking
+        self.smalls.mark()
         return self.applier.machine.capture(lambda kind, record: note_lacking(kind, record, self.smalls, lacking))
 
     async def secure(self) -> None:
         await self.smalls.flush()
         if self._lacking:
             await self.fetch(list(self._lacking), holders(self.applier.machine))
+
+    async def settled(self) -> None:
+        await self.smalls.sweep()
 
     def restore(self) -> Restoring:
         return Restoring(self)
@@ -118,7 +133,7 @@ def holders(machine: Machine) -> list[NodeId]:
 
 def note_lacking(kind: str, record: Any, smalls: Smalls, lacking: dict[BlockId, None]) -> None:
     for block in small_blocks(kind, record):
-        if block.block not in smalls:
+        if not smalls.hold(block.block):
             lacking[block.block] = None
 
 

@@ -4,7 +4,10 @@
 #         only a full segment and `close` are synced. What a crash loses comes again when the log is replayed.
 # Rule 2: a content can be read from the moment it is kept: from the queue until it is on the disk.
 # Rule 3: what is read is checked against its name; a bad record is as if it were not there.
-# Rule 4: the queue is bounded. When the disk cannot follow, contents are dropped with a log line, and read from other nodes.
+# Rule 4: what nothing refers to goes with its segment. Marked is what a snapshot refers to, and what was kept since (marks.py);
+#         swept, when that snapshot counts, is a full segment of which half or less is marked: that is written anew, and synced
+#         before the file goes. So what the machine of the newest snapshot and the log behind it refer to is here always.
+# Rule 5: the queue is bounded. When the disk cannot follow, contents are dropped with a log line, and read from other nodes.
 #
 # Layout: small/<number>.seg, each SEGMENT_MAGIC, then records: content length (u16), CRC-32 of the rest (u32), BLAKE3 of the
 # content (32 bytes), content; big-endian.
@@ -26,6 +29,7 @@ from idunno.base.ids import BlockId
 from idunno.coordinator.records import SMALL_BYTES_MAX
 from idunno.sdfs import tasks
 from idunno.sdfs.hashing import Offload, block_id
+from idunno.sdfs.marks import Marks, Place
 
 log = logging.getLogger("idunno.sdfs")
 
@@ -39,6 +43,12 @@ GATHER_S: Final = 0.05
 """How long what is queued may wait for more: nothing depends on it being on the disk (rule 1), and a write costs two hand-overs
 to a thread, however little it holds."""
 RETRY_S: Final = 1.0
+LIVE_SHARE_MAX: Final = 0.5
+"""Of a segment that is swept: one byte is written for each that becomes free, at most."""
+SWEEP_BYTES_MAX: Final = 4 * SEGMENT_BYTES_MAX
+"""Of segments that one sweep reads: a second's work, and as much as log comes from snapshot to snapshot."""
+SLICE: Final = 2_000
+"""Records that are looked at between two breaths of the loop: 2 ms."""
 READERS_MAX: Final = 8
 """Segments kept open: half a gigabyte of small files that are read without opening anything."""
 EMPTY: Final = block_id(b"")
@@ -52,7 +62,9 @@ class SmallStore:
 
     def __init__(self, disk: Disk, offload: Offload) -> None:
         self._disk, self._offload = disk, offload
-        self._index: dict[bytes, tuple[int, int, int]] = {}  # name -> segment, offset of the content, length
+        self.segment_bytes, self.live_share_max = SEGMENT_BYTES_MAX, LIVE_SHARE_MAX
+        self._index: dict[bytes, Place] = {}
+        self._marks: Marks | None = None  # from `mark` until what it began is swept, or begun anew
         self._queue: dict[BlockId, bytes] = {}  # in order of arrival
         self._queue_bytes = 0
         self._segment, self._end = 0, 0  # where the next record goes
@@ -82,7 +94,7 @@ class SmallStore:
 
     def keep(self, block: BlockId, content: bytes) -> None:
         """Hold `content`, which the caller knows to be the block's. Idempotent; never waits, never fails."""
-        if block in self:
+        if self.hold(block):
             return
         if self._queue_bytes + len(content) > QUEUE_BYTES_MAX:
             self.dropped += 1
@@ -93,6 +105,15 @@ class SmallStore:
         self._wake.set()
         if self._queue_bytes >= BATCH_BYTES:
             self._full.set()
+
+    def hold(self, block: BlockId) -> bool:
+        """Whether the content is here. If so something refers to it: the sweep that is prepared or under way leaves it."""
+        if block == EMPTY or block in self._queue:
+            return True
+        place = self._index.get(bytes.fromhex(block))
+        if place is not None and self._marks is not None:
+            self._marks.add(place)
+        return place is not None
 
     def check_room(self) -> None:
         """Raises Exhausted when the disk is so far behind that no new small file should be begun here."""
@@ -116,6 +137,8 @@ class SmallStore:
         try:
             content = await self._readers.read(segment, offset, length)
         except (DiskFailed, NotFound) as error:
+            if self._index.get(key) not in (place, None):
+                return await self.get(block)  # a sweep has moved it meanwhile
             log.error("small content unreadable", extra={"block": block, "error": str(error)})
             return None
         if block_id(content) != block:
@@ -180,7 +203,7 @@ class SmallStore:
     async def _write_records(self) -> None:
         if self._file is None:  # closed: a node that stops does not wait for a disk for ever
             raise DiskFailed("small contents are not written any more: the node is stopping")
-        if self._end >= SEGMENT_BYTES_MAX:
+        if self._end >= self.segment_bytes:
             full = self._file
             await full.sync()
             await self._append_to(self._segment + 1)
@@ -220,6 +243,89 @@ class SmallStore:
         else:
             await file.truncate(self._end)
 
+    # -- sweeping -----------------------------------------------------------------------------------------------------
+
+    def mark(self) -> None:
+        """Begin to mark: from now on what is held is what a sweep leaves. Marks that nothing was swept by are forgotten."""
+        self._marks = Marks(self._segment, _HEAD.size)
+
+    async def sweep(self) -> None:
+        """All that is referred to was held since `mark`: let go of the rest, as far as it lies in segments that are worth it.
+
+        What cannot be done now is tried again with the next marks.
+        """
+        marks = self._marks
+        if marks is None:
+            return
+        try:
+            for segment, size in await self._worth(marks):
+                await self._sweep_segment(segment, size, marks)
+                log.info(
+                    "small contents swept",
+                    extra={"path": _path(segment), "bytes": size, "kept_bytes": marks.live_bytes[segment]},
+                )
+        except (DiskFailed, NotFound) as error:
+            log.warning("small contents not swept", extra={"error": str(error)})
+        finally:
+            self._marks = None
+
+    async def _worth(self, marks: Marks) -> list[tuple[int, int]]:
+        """Numbers and sizes of the segments to be swept, those first that most becomes free of."""
+        sizes = {}
+        for entry in await self._disk.list("small"):
+            number, _, rest = entry.name.partition(".")
+            if rest == "seg" and number.isdecimal() and int(number) < marks.before:
+                sizes[int(number)] = entry.size
+        worth, read = [], 0
+        for segment in sorted(sizes, key=lambda segment: (marks.live_bytes[segment] / max(1, sizes[segment]), segment)):
+            read += sizes[segment]
+            if marks.live_bytes[segment] > self.live_share_max * sizes[segment] or read > SWEEP_BYTES_MAX:
+                break
+            worth.append((segment, sizes[segment]))
+        return worth
+
+    async def _sweep_segment(self, segment: int, size: int, marks: Marks) -> None:
+        file, damaged = await self._disk.open(_path(segment)), False
+        try:
+            offset = len(SEGMENT_MAGIC)
+            while offset < size:
+                data = await file.read(offset, BATCH_BYTES)
+                records, used, bad = await self._offload(partial(_parse, data))
+                damaged = damaged or bad > 0 or used == 0
+                for number, (key, at, length) in enumerate(records, 1):
+                    place = (segment, offset + at, length)
+                    if self._index.get(key) == place:
+                        if place in marks:
+                            self._write_anew(key, data[at : at + length])
+                        else:
+                            del self._index[key]
+                    if number % SLICE == 0:
+                        await asyncio.sleep(0)
+                while self._queue_bytes > BATCH_BYTES:
+                    await self._write_batch()
+                if used == 0:
+                    break  # torn, or nonsense
+                offset += used
+        finally:
+            await file.close()
+        if damaged:
+            self._give_up(segment)
+        await self.flush()
+        await self._disk.remove(_path(segment))
+        await self._readers.forget(segment)
+
+    def _write_anew(self, key: bytes, content: bytes) -> None:
+        block = BlockId(key.hex())
+        if block not in self._queue:  # a sweep before this one may have failed
+            self._queue[block] = content
+            self._queue_bytes += len(content)
+
+    def _give_up(self, segment: int) -> None:
+        """What was not found good when all of it was read: this node gets it from others with the next snapshot."""
+        for key in [key for key, place in self._index.items() if place[0] == segment and key.hex() not in self._queue]:
+            log.error("small content is corrupt", extra={"block": key.hex(), "segment": segment})
+            del self._index[key]
+
     # -- scanning -----------------------------------------------------------------------------------------------------
 
     async def _scan(self, segment: int, size: int) -> int:
@@ -254,6 +360,7 @@ class _Readers:
         self._disk = disk
         self._files: dict[int, File] = {}
         self._users: Counter[int] = Counter()  # reads under way: such a file is not closed
+        self._gone: set[int] = set()  # removed while one was under way
 
     async def read(self, segment: int, offset: int, length: int) -> bytes:
         """Raises DiskFailed, NotFound. What the system has in memory costs no thread."""
@@ -276,6 +383,8 @@ class _Readers:
             self._users[segment] -= 1
             if not self._users[segment]:
                 del self._users[segment]
+                if segment in self._gone:
+                    await self.forget(segment)
             if len(self._files) > READERS_MAX:
                 idle = next((number for number in self._files if number not in self._users), None)
                 if idle is not None:
@@ -284,6 +393,15 @@ class _Readers:
     async def _drop(self, segment: int) -> None:
         """What failed once is opened anew the next time."""
         if self._users[segment] == 1 and (file := self._files.pop(segment, None)) is not None:
+            await file.close()
+
+    async def forget(self, segment: int) -> None:
+        """It was removed: its space is free when the last who reads it has done."""
+        if segment in self._users:
+            self._gone.add(segment)
+            return
+        self._gone.discard(segment)
+        if (file := self._files.pop(segment, None)) is not None:
             await file.close()
 
     async def close(self) -> None:

@@ -49,6 +49,7 @@ SEGMENT_BYTES: Final = 64 * 1024
 SEARCH_S: Final = 0.05
 """How long a child process needs to start and to read a small log."""
 SNAPSHOT_ENTRIES: Final = 25
+SMALL_SEGMENT_BYTES: Final = 8_000
 """So few that every world takes snapshots, and who was away for a second needs one."""
 
 
@@ -71,6 +72,8 @@ class WatchedNode(Node):
         super()._make()
         # The log's files are small here, so that a world of seconds begins many of them, and reads little when it starts.
         self.driver.config = replace(self.driver.config, segment_bytes=SEGMENT_BYTES)
+        # And so are the small store's, all of which are written anew with each snapshot, whatever is still referred to.
+        self.small.segment_bytes, self.small.live_share_max = SMALL_SEGMENT_BYTES, 1.0
         self.machine.supports = self.supports
         self.made(self)
 

@@ -37,7 +37,8 @@ class Machine:
     def __init__(self) -> None:
         self.entries: list[tuple[int, bytes]] = []
         self.last = 0
-        self.restored = self.captured = 0
+        self.restored = self.captured = self.last_captured = 0
+        self.settlements: list[int] = []
         self.secured = asyncio.Event()
         self.secured.set()
         self.unreachable = 0  # so often fetching fails
@@ -51,12 +52,16 @@ class Machine:
 
     def capture(self) -> Iterator[bytes]:
         self.captured += 1
+        self.last_captured = self.last
         taken, last = list(self.entries), self.last
         rows = (msgspec.msgpack.encode((last, entry)) for entry in [*taken, (0, b"")])
         return (len(row).to_bytes(4, "big") + row for row in rows)
 
     async def secure(self) -> None:
         await self.secured.wait()
+
+    async def settled(self) -> None:
+        self.settlements.append(self.last_captured)
 
     def restore(self) -> Restoring:
         return Restoring(self)
@@ -295,6 +300,45 @@ def test_the_log_is_not_cut_before_what_it_brought_is_secured() -> None:
         await until(lambda: driver.snapshot_index > 0)
         await cluster.fill(60)
         await until(lambda: driver._core.terms.base > 0)
+
+    story(work, voters=1)
+
+
+def test_what_a_snapshot_does_not_refer_to_is_let_go_of_when_it_counts_and_nobody_wants_an_older_one() -> None:
+    async def work(cluster: Snapshotting) -> None:
+        late = await cluster.left_behind()
+        leader = await cluster.elected()
+        machine = cluster.holders[leader.me]
+        await until(lambda: machine.settlements)
+        # One takes a snapshot in and answers, but never has all of it: the leader takes more itself.
+        cluster.swallows = lambda to, message: (
+            isinstance(message, Install) and message.offset + len(message.data) == message.size
+        )
+        await cluster.start(late)
+        await until(lambda: leader.busy_with_snapshot)
+        before, index = len(machine.settlements), leader.snapshot_index
+        await cluster.fill(100)
+        await until(lambda: leader.snapshot_index > index)
+        assert len(machine.settlements) == before
+        cluster.swallows = lambda to, message: False
+        await cluster.same(late)
+        await until(lambda: not leader.busy_with_snapshot)
+        await cluster.fill(60)
+        await until(lambda: machine.settlements[before:] and machine.settlements[-1] == leader.snapshot_index)
+
+    story(work)
+
+
+def test_a_snapshot_that_does_not_count_lets_nothing_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idunno.consensus.install.RETRY_S", 0.02)
+
+    async def work(cluster: Snapshotting) -> None:
+        name = NodeId("n1")
+        cluster.disks[name].faults["rename"] = "No space left on device"
+        await cluster.fill(60)
+        await until(lambda: cluster.holders[name].captured and not cluster.drivers[name].busy_with_snapshot)
+        assert cluster.drivers[name].snapshot_index == 0
+        assert cluster.holders[name].settlements == []
 
     story(work, voters=1)
 

@@ -22,13 +22,21 @@ T = TypeVar("T")
 class Smalls:
     def __init__(self) -> None:
         self.held: set[BlockId] = set()
+        self.mark()
         self.flushes = 0
 
-    def __contains__(self, block: BlockId) -> bool:
+    def mark(self) -> None:
+        self.marked: set[BlockId] = set()
+
+    def hold(self, block: BlockId) -> bool:
+        self.marked.add(block)
         return block in self.held
 
     async def flush(self) -> None:
         self.flushes += 1
+
+    async def sweep(self) -> None:
+        self.held &= self.marked
 
 
 class Fixture:
@@ -73,6 +81,25 @@ def test_before_the_log_is_cut_the_store_is_flushed_and_what_it_lacks_is_fetched
         b"".join(fixture.keeper.capture())
         await fixture.keeper.secure()
         assert len(fixture.asked) == 1  # nothing lacks any more
+
+    asyncio.run(story())
+
+
+def test_what_a_snapshot_refers_to_stays_when_it_counts_and_nothing_goes_before() -> None:
+    async def story() -> None:
+        world = with_small_files()
+        fixture = Fixture(world.machine)
+        fixture.smalls.held = blocks(0, 1, 2, 3)
+        b"".join(fixture.keeper.capture())
+        await fixture.keeper.secure()
+        assert fixture.smalls.held == blocks(0, 1, 2, 3)
+        await fixture.keeper.settled()
+        assert fixture.smalls.held == blocks(0, 1, 2)  # that of the file in the trash, too
+        fixture.smalls.mark()
+        restore = fixture.keeper.restore()
+        for piece in world.machine.capture():
+            restore.feed(piece)
+        assert fixture.smalls.marked == blocks(0, 1, 2)  # what a snapshot that is being taken in refers to as well
 
     asyncio.run(story())
 

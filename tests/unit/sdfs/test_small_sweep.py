@@ -1,0 +1,300 @@
+# Small contents that nothing refers to go with their segments; what anything refers to is never lost, whatever happens when.
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from idunno.base.errors import IdunnoError
+from idunno.node.disk import RealDisk, ThreadOffload
+from idunno.sdfs.hashing import block_id
+from idunno.sdfs.marks import Marks
+from idunno.sdfs.small import SmallStore
+from tests.unit.sdfs.world import ToldDisk, inline, run
+
+SEGMENT_BYTES = 3_000
+
+
+@pytest.fixture(autouse=True)
+def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idunno.sdfs.small.BATCH_BYTES", 1_000)
+
+
+async def opened(disk: ToldDisk) -> SmallStore:
+    store = SmallStore(disk, inline)
+    store.segment_bytes = SEGMENT_BYTES
+    await store.open()
+    return store
+
+
+def content(number: int) -> bytes:
+    return b"%06d" % number * (10 + number % 40)
+
+
+def keep(store: SmallStore, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        store.keep(block_id(content(number)), content(number))
+
+
+async def lacking(store: SmallStore, numbers: Iterable[int]) -> list[int]:
+    return [number for number in numbers if await store.get(block_id(content(number))) != content(number)]
+
+
+async def snapshot(store: SmallStore, live: Iterable[int]) -> None:
+    """As consensus does it: all that the machine refers to is held; synced; then what is left may go."""
+    store.mark()
+    assert all(store.hold(block_id(content(number))) for number in live)
+    await store.flush()
+    await store.sweep()
+
+
+def segments(disk: ToldDisk) -> set[str]:
+    return {path for path in disk.paths() if path.startswith("small/")}
+
+
+def test_what_nothing_refers_to_goes_and_its_space_with_it() -> None:
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        keep(store, range(200))
+        await store.flush()
+        full, before = disk.used_bytes, segments(disk)
+        live = range(0, 200, 10)
+        await snapshot(store, live)
+        assert disk.used_bytes < full / 4
+        assert len(segments(disk) & before) == 1  # the one that was not full yet
+        assert await lacking(store, live) == []
+        gone = [number for number in range(150) if number % 10]
+        assert await lacking(store, gone) == gone
+        assert len(store._index) < 60
+        keep(store, gone[:20])  # the same content once more
+        await store.close()
+        again = await opened(disk)
+        assert await lacking(again, [*live, *gone[:20]]) == []
+        assert len(again._index) < 80
+        await again.close()
+
+    run(story)
+
+
+def test_a_segment_of_which_most_is_referred_to_is_left() -> None:
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        keep(store, range(200))
+        await store.flush()
+        before, disk.story = segments(disk), []
+        await snapshot(store, [number for number in range(200) if number % 3])
+        assert segments(disk) == before
+        assert not [path for doing, path in disk.story if doing in ("write", "create")]
+        await store.close()
+
+    run(story)
+
+
+def test_one_sweep_reads_so_much_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idunno.sdfs.small.SWEEP_BYTES_MAX", 3 * SEGMENT_BYTES + 2_000)
+
+    async def story() -> None:
+        disk, counts = ToldDisk(), []
+        store = await opened(disk)
+        keep(store, range(300))
+        await store.flush()
+        for _ in range(30):
+            counts.append(len(segments(disk)))
+            await snapshot(store, ())
+        assert max(before - after for before, after in pairwise(counts)) <= 3
+        assert counts[-1] == 1
+        await store.close()
+
+    run(story)
+
+
+def test_what_is_kept_or_held_while_the_sweep_goes_on_stays() -> None:
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        keep(store, range(200))
+        await store.flush()
+        rng, again = random.Random(1), set[int]()
+
+        async def meanwhile(doing: str, path: str) -> None:
+            for number in rng.sample(range(200), 3):
+                keep(store, [number])
+                again.add(number)
+
+        disk.before = meanwhile
+        await snapshot(store, range(0, 200, 20))
+        disk.before = None
+        assert len(again) > 20
+        assert await lacking(store, again | set(range(0, 200, 20))) == []
+        await store.close()
+        reopened = await opened(disk)
+        assert await lacking(reopened, again) == []
+        await reopened.close()
+
+    run(story)
+
+
+def test_marks_that_were_begun_anew_or_swept_by_let_nothing_go() -> None:
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        keep(store, range(100))
+        await store.flush()
+        before = segments(disk)
+        await store.sweep()  # nothing was marked
+        assert segments(disk) == before
+        await snapshot(store, range(100))
+        await store.sweep()  # once more, by the same marks
+        assert segments(disk) == before
+        await store.close()
+
+    run(story)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_crash_or_a_failing_disk_at_any_moment_loses_nothing_that_is_referred_to(seed: int) -> None:
+    """The log is what was kept since the last snapshot that counts; the rest must be on the disk."""
+
+    async def story() -> None:
+        rng, disk = random.Random(seed), ToldDisk()
+        store = await opened(disk)
+        live, in_snapshot, in_log = set[int](), set[int](), set[int]()
+        for _ in range(12):
+            come = {rng.randrange(300) for _ in range(rng.randrange(60))}
+            keep(store, come)
+            live |= come
+            in_log |= come
+            live -= set(rng.sample(sorted(live), rng.randrange(len(live) + 1)))
+            left, crash = rng.randrange(25), rng.random() < 0.6
+
+            async def fail(doing: str, path: str, crash: bool = crash) -> None:
+                nonlocal left
+                left -= 1
+                if left == 0 and crash:
+                    disk.crash(rng)
+                elif left == 0:
+                    disk.faults = dict.fromkeys(("read", "write", "sync", "open", "remove"), "I/O error")
+
+            disk.before = fail
+            store.mark()
+            assert all(store.hold(block_id(content(number))) for number in live)
+            captured = set(live)
+            try:
+                await store.flush()
+            except IdunnoError:
+                captured = set(in_snapshot)  # it does not count, and nothing is swept
+            else:
+                in_snapshot, in_log = captured, set()
+                await store.sweep()
+            disk.before, disk.faults = None, {}
+            if left <= 0 and crash:
+                store._closing = True
+                store._wake.set()
+                store = await opened(disk)
+                assert await lacking(store, in_snapshot) == []
+                keep(store, in_log)
+            assert await lacking(store, live) == []
+            assert store._queue_bytes == sum(map(len, store._queue.values()))
+        await snapshot(store, live)
+        await store.close()
+        last = await opened(disk)
+        assert await lacking(last, live) == []
+        await last.close()
+
+    run(story)
+
+
+def test_a_damaged_segment_is_swept_without_what_was_damaged() -> None:
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        keep(store, range(60))
+        await store.flush()
+        first = "small/0000000001.seg"
+        disk.flip(first, disk.content(first).index(content(4)) + 3)
+        await snapshot(store, [1, 4])
+        assert first not in disk.paths()
+        assert await lacking(store, [1, 4]) == [4]
+        assert not store.hold(block_id(content(4)))  # so the next snapshot has it fetched
+        await store.close()
+
+    run(story)
+
+
+def test_who_reads_a_segment_that_goes_reads_on_and_nothing_stays_open(tmp_path: Path) -> None:
+    async def story() -> None:
+        offload = ThreadOffload(4, "test")
+        store = SmallStore(RealDisk(str(tmp_path), offload), offload)
+        store.segment_bytes = SEGMENT_BYTES
+        await store.open()
+        keep(store, range(200))
+        await store.flush()
+        stop = False
+
+        async def read() -> int:
+            rounds = 0
+            while not stop:
+                assert await lacking(store, range(0, 200, 25)) == []
+                rounds += 1
+                await asyncio.sleep(0)
+            return rounds
+
+        readers = [asyncio.create_task(read()) for _ in range(4)]
+        for _ in range(5):
+            await snapshot(store, range(0, 200, 25))
+            keep(store, range(200))
+            await store.flush()
+        stop = True
+        assert min(await asyncio.gather(*readers)) > 0
+        await snapshot(store, range(0, 200, 25))
+        assert set(store._readers._files) <= {int(path.stem) for path in (tmp_path / "small").iterdir()}
+        assert not store._readers._gone
+        await store.close()
+        offload.close()
+
+    asyncio.run(story())
+
+
+def test_who_comes_to_a_segment_that_is_gone_finds_its_content_where_it_went() -> None:
+    async def story() -> None:
+        disk, waiting, go_on = ToldDisk(), asyncio.Event(), asyncio.Event()
+        store = await opened(disk)
+        keep(store, range(60))
+        await store.flush()
+
+        async def hold_up(doing: str, path: str) -> None:
+            disk.before = None  # the first who comes; the sweep is not held up
+            waiting.set()
+            await go_on.wait()
+
+        disk.before = hold_up
+        reading = asyncio.create_task(lacking(store, [1]))
+        await waiting.wait()
+        await snapshot(store, [1])
+        assert "small/0000000001.seg" not in disk.paths()
+        go_on.set()
+        assert await reading == []
+        await store.close()
+
+    run(story)
+
+
+def test_marks_are_exact() -> None:
+    rng, marks = random.Random(3), Marks(4, 38)
+    places, at = [], 8
+    for _ in range(2_000):
+        length = rng.randint(1, 200)
+        places.append((rng.randint(1, 3), at + 38, length))
+        at += 38 + length
+    marked = set(rng.sample(places, 700))
+    for place in [*marked, *marked, (4, 46, 10)]:
+        marks.add(place)
+    assert {place for place in places if place in marks} == marked
+    assert sum(marks.live_bytes.values()) == sum(38 + length for _, _, length in marked)
+    assert (4, 46, 10) not in marks
