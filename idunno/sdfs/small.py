@@ -48,7 +48,7 @@ LIVE_SHARE_MAX: Final = 0.5
 SWEEP_BYTES_MAX: Final = 4 * SEGMENT_BYTES_MAX
 """Of segments that one sweep reads: a second's work, and as much as log comes from snapshot to snapshot."""
 SLICE: Final = 2_000
-"""Records that are looked at between two breaths of the loop: 2 ms."""
+"""Records that are looked at, or written, between two breaths of the loop: a few ms."""
 READERS_MAX: Final = 8
 """Segments kept open: half a gigabyte of small files that are read without opening anything."""
 EMPTY: Final = block_id(b"")
@@ -216,7 +216,7 @@ class SmallStore:
             records += [head, content]
             places[block] = (self._segment, at + len(head), len(content))
             at += len(head) + len(content)
-            if at - self._end >= BATCH_BYTES:
+            if at - self._end >= BATCH_BYTES or len(places) >= SLICE:
                 break
         await self._file.write(self._end, records)
         self._end = at
