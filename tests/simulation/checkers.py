@@ -25,7 +25,9 @@ DIGEST_EVERY: Final = 16
 """Entries between two comparisons of whole machines while a world runs; the end of a world compares them again."""
 DISTURBED_S: Final = 8.0
 """How long after a fault its echo may still be heard: accusations under way, a detector that waits longer for its own sake."""
-COUNTED: Final = frozenset({"snapshot taken", "snapshot taken in", "small contents swept", "copy made", "task given back"})
+COUNTED: Final = frozenset(
+    {"snapshot taken", "snapshot taken in", "small contents swept", "copy made", "task given back"}
+)
 """What a world's report tells of: faults alone prove little if nothing followed from them."""
 NOTICED_S: Final = 6.0
 """A death is known to everybody undisturbed within this."""
