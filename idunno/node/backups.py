@@ -43,7 +43,8 @@ class Backups:
         try:
             if call.request.keys and self._node.keys.ca_key_pem is None:
                 return await self._pass_on(call)
-            return await self._stream(call)
+            with self._node.small.pinned():  # for what is deleted for good while this is sent
+                return await self._stream(call)
         finally:
             self._running -= 1
 

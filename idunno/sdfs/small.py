@@ -65,6 +65,10 @@ class SmallStore:
         self.segment_bytes, self.live_share_max = SEGMENT_BYTES_MAX, LIVE_SHARE_MAX
         self._index: dict[bytes, Place] = {}
         self._marks: Marks | None = None  # from `mark` until what it began is swept, or begun anew
+        self._pins = 0
+        self._doubted = 0
+        """The segment whose sync failed last. The system may say of the next one that all is well: no more is written to it,
+        and nothing is swept until the node starts again, and reads what is really there."""
         self._queue: dict[BlockId, bytes] = {}  # in order of arrival
         self._queue_bytes = 0
         self._segment, self._end = 0, 0  # where the next record goes
@@ -137,8 +141,8 @@ class SmallStore:
         try:
             content = await self._readers.read(segment, offset, length)
         except (DiskFailed, NotFound) as error:
-            if self._index.get(key) not in (place, None):
-                return await self.get(block)  # a sweep has moved it meanwhile
+            if block in self._queue or self._index.get(key) != place:
+                return await self.get(block)  # swept meanwhile: moved, kept anew, or gone
             log.error("small content unreadable", extra={"block": block, "error": str(error)})
             return None
         if block_id(content) != block:
@@ -150,11 +154,23 @@ class SmallStore:
 
     async def flush(self) -> None:
         """Everything kept so far is on the disk and synced when this returns. Raises DiskFailed."""
-        while self._queue:
+        last = next(reversed(self._queue), None)  # what comes meanwhile does not keep this from ending
+        while last in self._queue:
             await self._write_batch()
         async with self._writing:
-            if self._file is not None:
-                await self._file.sync()
+            await self._sync(self._open_file())
+
+    async def _sync(self, file: File) -> None:
+        try:
+            await file.sync()
+        except DiskFailed:
+            self._doubted = self._segment
+            raise
+
+    def _open_file(self) -> File:
+        if self._file is None:  # closed: a node that stops does not wait for a disk for ever
+            raise DiskFailed("small contents are not written any more: the node is stopping")
+        return self._file
 
     async def close(self) -> None:
         """Write what is queued, sync, let go. Raises DiskFailed."""
@@ -165,7 +181,8 @@ class SmallStore:
             await self._task  # it ends by itself: a batch under way is never torn
             self._task = None
         try:
-            await self.flush()
+            if self._file is not None:
+                await self.flush()
         finally:
             await self._readers.close()
             if self._file is not None:
@@ -201,11 +218,9 @@ class SmallStore:
                 await self._write_records()
 
     async def _write_records(self) -> None:
-        if self._file is None:  # closed: a node that stops does not wait for a disk for ever
-            raise DiskFailed("small contents are not written any more: the node is stopping")
-        if self._end >= self.segment_bytes:
-            full = self._file
-            await full.sync()
+        full = self._open_file()
+        if self._end >= self.segment_bytes or self._doubted == self._segment:
+            await self._sync(full)
             await self._append_to(self._segment + 1)
             await full.close()
         records: list[Buffer] = []
@@ -218,7 +233,7 @@ class SmallStore:
             at += len(head) + len(content)
             if at - self._end >= BATCH_BYTES or len(places) >= SLICE:
                 break
-        await self._file.write(self._end, records)
+        await self._open_file().write(self._end, records)
         self._end = at
         for block, place in places.items():
             self._index[bytes.fromhex(block)] = place
@@ -249,23 +264,31 @@ class SmallStore:
         """Begin to mark: from now on what is held is what a sweep leaves. Marks that nothing was swept by are forgotten."""
         self._marks = Marks(self._segment, _HEAD.size)
 
+    @contextlib.contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Within, no sweep begins: for who reads what a machine of some time ago refers to."""
+        self._pins += 1
+        try:
+            yield
+        finally:
+            self._pins -= 1
+
     async def sweep(self) -> None:
         """All that is referred to was held since `mark`: let go of the rest, as far as it lies in segments that are worth it.
 
         What cannot be done now is tried again with the next marks.
         """
         marks = self._marks
-        if marks is None:
+        if marks is None or self._pins or self._doubted:
             return
         try:
             for segment, size in await self._worth(marks):
-                await self._sweep_segment(segment, size, marks)
-                log.info(
-                    "small contents swept",
-                    extra={"path": _path(segment), "bytes": size, "kept_bytes": marks.live_bytes[segment]},
-                )
-        except (DiskFailed, NotFound) as error:
-            log.warning("small contents not swept", extra={"error": str(error)})
+                try:
+                    await self._sweep_segment(segment, size, marks)
+                except (DiskFailed, NotFound) as error:
+                    log.warning("small contents not swept", extra={"path": _path(segment), "error": str(error)})
+        except DiskFailed as error:
+            log.warning("small contents not swept", extra={"path": "small", "error": str(error)})
         finally:
             self._marks = None
 
@@ -285,6 +308,27 @@ class SmallStore:
         return worth
 
     async def _sweep_segment(self, segment: int, size: int, marks: Marks) -> None:
+        moved: dict[bytes, Place] = {}
+        try:
+            if await self._move(segment, size, marks, moved):
+                await self._give_up(segment, moved)
+            await self.flush()
+            if self._doubted:
+                raise DiskFailed(f"{_path(self._doubted)} could not be synced")
+        except BaseException:
+            # Where they were they are durable; and the file stays.
+            for key, place in moved.items():
+                self._index[key] = place
+            raise
+        await self._disk.remove(_path(segment))
+        await self._readers.forget(segment)
+        log.info(
+            "small contents swept",
+            extra={"path": _path(segment), "bytes": size, "kept_bytes": marks.live_bytes[segment]},
+        )
+
+    async def _move(self, segment: int, size: int, marks: Marks, moved: dict[bytes, Place]) -> bool:
+        """Have a segment's marked contents written anew, forget the others. Whether something in it is damaged."""
         file, damaged = await self._disk.open(_path(segment)), False
         try:
             offset = len(SEGMENT_MAGIC)
@@ -292,27 +336,25 @@ class SmallStore:
                 data = await file.read(offset, BATCH_BYTES)
                 records, used, bad = await self._offload(partial(_parse, data))
                 damaged = damaged or bad > 0 or used == 0
-                for number, (key, at, length) in enumerate(records, 1):
-                    place = (segment, offset + at, length)
-                    if self._index.get(key) == place:
+                for begin in range(0, len(records), SLICE):
+                    for key, at, length in records[begin : begin + SLICE]:
+                        place = (segment, offset + at, length)
+                        if self._index.get(key) != place:
+                            continue
                         if place in marks:
+                            moved[key] = place
                             self._write_anew(key, data[at : at + length])
                         else:
                             del self._index[key]
-                    if number % SLICE == 0:
-                        await asyncio.sleep(0)
-                while self._queue_bytes > BATCH_BYTES:
-                    await self._write_batch()
+                    while self._queue_bytes > BATCH_BYTES or len(self._queue) > SLICE:
+                        await self._write_batch()
+                    await asyncio.sleep(0)
                 if used == 0:
                     break  # torn, or nonsense
                 offset += used
         finally:
             await file.close()
-        if damaged:
-            self._give_up(segment)
-        await self.flush()
-        await self._disk.remove(_path(segment))
-        await self._readers.forget(segment)
+        return damaged
 
     def _write_anew(self, key: bytes, content: bytes) -> None:
         block = BlockId(key.hex())
@@ -320,11 +362,14 @@ class SmallStore:
             self._queue[block] = content
             self._queue_bytes += len(content)
 
-    def _give_up(self, segment: int) -> None:
+    async def _give_up(self, segment: int, moved: dict[bytes, Place]) -> None:
         """What was not found good when all of it was read: this node gets it from others with the next snapshot."""
-        for key in [key for key, place in self._index.items() if place[0] == segment and key.hex() not in self._queue]:
-            log.error("small content is corrupt", extra={"block": key.hex(), "segment": segment})
-            del self._index[key]
+        for number, (key, place) in enumerate(list(self._index.items()), 1):
+            if place[0] == segment and key not in moved and self._index.get(key) == place:
+                log.error("small content is corrupt", extra={"block": key.hex(), "segment": segment})
+                del self._index[key]
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
 
     # -- scanning -----------------------------------------------------------------------------------------------------
 

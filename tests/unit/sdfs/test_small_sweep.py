@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from idunno.base.errors import IdunnoError
+from idunno.base.errors import DiskFailed, IdunnoError
 from idunno.node.disk import RealDisk, ThreadOffload
 from idunno.sdfs.hashing import block_id
 from idunno.sdfs.marks import Marks
 from idunno.sdfs.small import SmallStore
-from tests.unit.sdfs.world import ToldDisk, inline, run
+from tests.unit.sdfs.world import ToldDisk, ToldFile, inline, run
 
 SEGMENT_BYTES = 3_000
 
@@ -227,6 +227,82 @@ def test_a_damaged_segment_is_swept_without_what_was_damaged() -> None:
     run(story)
 
 
+@pytest.mark.parametrize("which", range(6))
+def test_a_sync_that_fails_once_and_then_says_nothing_loses_nothing(
+    which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Linux does it: what a failed fsync could not write counts as written for the next one."""
+    real, synced = ToldFile.sync, 0
+
+    async def sync(self: ToldFile) -> None:
+        nonlocal synced
+        if any(data is not None for _, data in self._inode.unsynced):
+            synced += 1
+            if synced == which + 1:
+                self._inode.unsynced = []
+                raise DiskFailed("I/O error")
+        await real(self)
+
+    async def story() -> None:
+        disk, live = ToldDisk(), range(0, 200, 10)
+        store = await opened(disk)
+        keep(store, range(200))
+        await store.flush()
+        store.mark()
+        assert all(store.hold(block_id(content(number))) for number in live)
+        await store.flush()
+        monkeypatch.setattr(ToldFile, "sync", sync)
+        await store.sweep()
+        for _ in range(3):
+            await snapshot(store, live)
+        keep(store, range(200, 240))
+        await store.flush()
+        disk.crash(random.Random(1))
+        again = await opened(disk)
+        assert await lacking(again, [*live, *range(200, 240)]) == []
+        await snapshot(again, live)
+        assert len(segments(disk)) < 6
+
+    run(story)
+
+
+def test_a_segment_that_cannot_be_read_keeps_no_other_from_being_swept() -> None:
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        keep(store, range(200))
+        await store.flush()
+        before, bad = segments(disk), "small/0000000002.seg"
+
+        async def refuse(doing: str, path: str) -> None:
+            if path == bad:
+                raise DiskFailed("I/O error")
+
+        disk.before = refuse
+        await snapshot(store, ())
+        assert segments(disk) & before == {bad, max(before)}
+        await store.close()
+
+    run(story)
+
+
+def test_nothing_is_swept_while_somebody_reads_what_was() -> None:
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        keep(store, range(200))
+        await store.flush()
+        before = segments(disk)
+        with store.pinned(), store.pinned():
+            await snapshot(store, ())
+            assert segments(disk) == before
+        await snapshot(store, ())
+        assert len(segments(disk)) == 1
+        await store.close()
+
+    run(story)
+
+
 def test_who_reads_a_segment_that_goes_reads_on_and_nothing_stays_open(tmp_path: Path) -> None:
     async def story() -> None:
         offload = ThreadOffload(4, "test")
@@ -278,6 +354,30 @@ def test_who_comes_to_a_segment_that_is_gone_finds_its_content_where_it_went() -
         await waiting.wait()
         await snapshot(store, [1])
         assert "small/0000000001.seg" not in disk.paths()
+        go_on.set()
+        assert await reading == []
+        await store.close()
+
+    run(story)
+
+
+def test_who_comes_to_a_segment_that_is_gone_finds_what_was_kept_anew() -> None:
+    async def story() -> None:
+        disk, waiting, go_on = ToldDisk(), asyncio.Event(), asyncio.Event()
+        store = await opened(disk)
+        keep(store, range(60))
+        await store.flush()
+
+        async def hold_up(doing: str, path: str) -> None:
+            disk.before = None
+            waiting.set()
+            await go_on.wait()
+
+        disk.before = hold_up
+        reading = asyncio.create_task(lacking(store, [1]))
+        await waiting.wait()
+        await snapshot(store, ())  # nothing refers to it
+        keep(store, [1])  # and then something does
         go_on.set()
         assert await reading == []
         await store.close()
