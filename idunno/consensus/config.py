@@ -47,7 +47,7 @@ class RaftConfig:
     snapshot_rest: int = 4
     """A fifth of the loop: a million files take half a minute, in which a busy cluster writes three snapshots' worth of log."""
     snapshot_entries: int = 50_000
-    """Entries applied since the last snapshot that make the next due: a restart applies as many again, in about a second."""
+    """Entries applied since the last snapshot that make the next due: a restart applies as many again, in about two seconds."""
     snapshot_bytes: int = 256 * 1024 * 1024
     """Likewise bytes of log, which are about as many entries of the largest small files; a restart reads them in a second."""
     keep_entries: int = 10_000
