@@ -21,9 +21,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class _Part(
-    msgspec.Struct, gc=False, eq=False
-):  # so that a table with a million references to these is not searched for garbage
+class _Part(msgspec.Struct, gc=False, eq=False):
+    # Not searched for garbage: a table with a million references to these is not either.
     number: int  # rising
     captures: int  # how many there had been: a later one holds these very items
     items: dict[Any, Any]

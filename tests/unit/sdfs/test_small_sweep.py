@@ -40,6 +40,15 @@ def keep(store: SmallStore, numbers: Iterable[int]) -> None:
         store.keep(block_id(content(number)), content(number))
 
 
+async def filled(count: int) -> tuple[ToldDisk, SmallStore]:
+    """With that many contents, synced."""
+    disk = ToldDisk()
+    store = await opened(disk)
+    keep(store, range(count))
+    await store.flush()
+    return disk, store
+
+
 async def lacking(store: SmallStore, numbers: Iterable[int]) -> list[int]:
     return [number for number in numbers if await store.get(block_id(content(number))) != content(number)]
 
@@ -58,10 +67,7 @@ def segments(disk: ToldDisk) -> set[str]:
 
 def test_what_nothing_refers_to_goes_and_its_space_with_it() -> None:
     async def story() -> None:
-        disk = ToldDisk()
-        store = await opened(disk)
-        keep(store, range(200))
-        await store.flush()
+        disk, store = await filled(200)
         full, before = disk.used_bytes, segments(disk)
         live = range(0, 200, 10)
         await snapshot(store, live)
@@ -83,10 +89,7 @@ def test_what_nothing_refers_to_goes_and_its_space_with_it() -> None:
 
 def test_a_segment_of_which_most_is_referred_to_is_left() -> None:
     async def story() -> None:
-        disk = ToldDisk()
-        store = await opened(disk)
-        keep(store, range(200))
-        await store.flush()
+        disk, store = await filled(200)
         before, disk.story = segments(disk), []
         await snapshot(store, [number for number in range(200) if number % 3])
         assert segments(disk) == before
@@ -116,10 +119,7 @@ def test_one_sweep_reads_so_much_and_the_next_goes_on(monkeypatch: pytest.Monkey
 
 def test_what_is_kept_or_held_while_the_sweep_goes_on_stays() -> None:
     async def story() -> None:
-        disk = ToldDisk()
-        store = await opened(disk)
-        keep(store, range(200))
-        await store.flush()
+        disk, store = await filled(200)
         rng, again = random.Random(1), set[int]()
 
         async def meanwhile(doing: str, path: str) -> None:
@@ -142,10 +142,7 @@ def test_what_is_kept_or_held_while_the_sweep_goes_on_stays() -> None:
 
 def test_marks_that_were_begun_anew_or_swept_by_let_nothing_go() -> None:
     async def story() -> None:
-        disk = ToldDisk()
-        store = await opened(disk)
-        keep(store, range(100))
-        await store.flush()
+        disk, store = await filled(100)
         before = segments(disk)
         await store.sweep()  # nothing was marked
         assert segments(disk) == before
@@ -212,10 +209,7 @@ def test_a_crash_or_a_failing_disk_at_any_moment_loses_nothing_that_is_referred_
 
 def test_a_damaged_segment_is_swept_without_what_was_damaged() -> None:
     async def story() -> None:
-        disk = ToldDisk()
-        store = await opened(disk)
-        keep(store, range(60))
-        await store.flush()
+        disk, store = await filled(60)
         first = "small/0000000001.seg"
         disk.flip(first, disk.content(first).index(content(4)) + 3)
         await snapshot(store, [1, 4])
@@ -268,10 +262,7 @@ def test_a_sync_that_fails_once_and_then_says_nothing_loses_nothing(
 
 def test_a_segment_that_cannot_be_read_keeps_no_other_from_being_swept() -> None:
     async def story() -> None:
-        disk = ToldDisk()
-        store = await opened(disk)
-        keep(store, range(200))
-        await store.flush()
+        disk, store = await filled(200)
         before, bad = segments(disk), "small/0000000002.seg"
 
         async def refuse(doing: str, path: str) -> None:
@@ -288,10 +279,7 @@ def test_a_segment_that_cannot_be_read_keeps_no_other_from_being_swept() -> None
 
 def test_nothing_is_swept_while_somebody_reads_what_was() -> None:
     async def story() -> None:
-        disk = ToldDisk()
-        store = await opened(disk)
-        keep(store, range(200))
-        await store.flush()
+        disk, store = await filled(200)
         before = segments(disk)
         with store.pinned(), store.pinned():
             await snapshot(store, ())
