@@ -34,7 +34,11 @@ def copies(cluster: Cluster, block: str) -> int:
 
 
 def good(path: Path) -> bool:
-    return blake3(path.read_bytes()).hexdigest() == path.name
+    """Whether it is there, and right."""
+    try:
+        return blake3(path.read_bytes()).hexdigest() == path.name
+    except FileNotFoundError:
+        return False
 
 
 def stored(cluster: Cluster, folder: Path) -> tuple[bytes, list[str]]:
@@ -88,13 +92,12 @@ def test_a_flipped_byte_is_found_by_a_read_and_by_a_scrub_and_the_copy_is_replac
     rot(first, blocks[0])
     cluster.command("get", "big", str(tmp_path / "back"), where=str(cluster.directory / first))
     assert (tmp_path / "back").read_bytes() == content
-    until(
-        lambda: copies(cluster, blocks[0]) == 4 and _all_good(cluster), "the rotten copy's replacement", timeout_s=90.0
-    )
+    until(lambda: _good_copies(cluster, blocks[0]) == 4, "the rotten copy's replacement", timeout_s=90.0)
     rot(second, blocks[1])
-    assert not _all_good(cluster)
+    assert _good_copies(cluster, blocks[1]) == 3
     assert sorted(cluster.json("scrub")["nodes"]) == cluster.names()
-    until(lambda: copies(cluster, blocks[1]) == 4 and _all_good(cluster), "the scrub", timeout_s=90.0)
+    until(lambda: _good_copies(cluster, blocks[1]) == 4, "the scrub", timeout_s=90.0)
+    assert all(good(path) or not path.exists() for name in cluster.names() for path in held(cluster, name).values())
     rotten = {row["node"]: row["rotten"] for row in cluster.json("repair")["nodes"]}
     assert {name for name, count in rotten.items() if count} == {first, second}
     warned = " ".join(cluster.json("status")["warnings"])
@@ -102,8 +105,10 @@ def test_a_flipped_byte_is_found_by_a_read_and_by_a_scrub_and_the_copy_is_replac
     assert f"{second} found " in warned
 
 
-def _all_good(cluster: Cluster) -> bool:
-    return all(good(path) for name in cluster.names() for path in held(cluster, name).values() if path.exists())
+def _good_copies(cluster: Cluster, block: str) -> int:
+    """Each copy counts by its own bytes: a rotten one may leave between two looks, and would be in neither."""
+    found = [held(cluster, name).get(block) for name in cluster.names()]
+    return sum(path is not None and good(path) for path in found)
 
 
 def test_what_is_deleted_can_be_restored_and_when_it_is_purged_its_space_is_free(
