@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from idunno.base.disk import Buffer
 from idunno.base.errors import Corrupt, Exhausted, IdunnoError, InvalidArgument, NotReady
 from idunno.base.ids import check_file_name
@@ -230,7 +232,7 @@ class FileClient:
         progress: Progress | None = None,
         timeout_s: float = TRANSFER_S,
     ) -> FileInfo:
-        """Give the bytes of a version (the latest by default), verified, to `sink`, in order.
+        """Give the bytes of a version (the latest by default), verified, to `sink`, in order. The answer has no content.
 
         Raises NotFound, Unavailable (no live copy), Corrupt, DeadlineExceeded, and what `sink` raises.
         """
@@ -246,7 +248,7 @@ class FileClient:
             await download(asker, info.blocks, counted, self._offload)
         else:
             await counted(0, _verified(info, info.content))
-        return info
+        return msgspec.structs.replace(info, content=None)  # it is where the sink has put it, not once more in memory
 
     async def read(self, info: FileInfo, offset: int, length: int, *, timeout_s: float = TRANSFER_S) -> Buffer:
         """Bytes [offset, offset + length) of a version that `stat` gave, ended by its end.

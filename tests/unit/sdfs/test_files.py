@@ -5,6 +5,7 @@ import asyncio
 
 import pytest
 
+from idunno.base.disk import Buffer
 from idunno.base.errors import Conflict, InvalidArgument, NotFound, NotReady, PermissionDenied
 from idunno.coordinator.machine import Machine
 from idunno.sdfs.client import source_of
@@ -35,6 +36,10 @@ def test_a_large_file_is_stored_four_times_and_read_through_every_node() -> None
     run(story)
 
 
+async def taking(offset: int, content: Buffer) -> None:
+    """A sink that keeps nothing."""
+
+
 @pytest.mark.parametrize("size", [0, 1, 4096])
 def test_a_small_file_is_on_every_node(size: int) -> None:
     async def story() -> None:
@@ -46,6 +51,8 @@ def test_a_small_file_is_on_every_node(size: int) -> None:
                 assert await node.small.get(block_id(content)) == content
                 assert len(node.blocks) == 0
             assert await world.get("small", entry=4) == content
+            got = await world.client().get("small", taking)
+            assert (got.size, got.content) == (size, None)  # whoever gets a folder keeps what is told of each file
             where = await world.client().where("small")
             assert (where.copies_wanted, where.copies_found) == (4, 5)
 
