@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice, pairwise, takewhile
 from typing import Final
 
@@ -19,8 +19,10 @@ from blake3 import blake3
 
 from idunno.base.errors import Conflict, Exhausted, InvalidArgument, NotFound
 from idunno.base.ids import BlockId, check_file_name
+from idunno.coordinator import history
 from idunno.coordinator.aged import Aged
 from idunno.coordinator.commands import BeginPut, CommitPut, PutSmall
+from idunno.coordinator.history import Versions
 from idunno.coordinator.names import SYSTEM, check_request, is_block_id
 from idunno.coordinator.ordered import OrderedNames
 from idunno.coordinator.records import BLOCK_BYTES_MAX, SMALL_BYTES_MAX, Block, OpenPut, Record, VersionRecord
@@ -79,7 +81,7 @@ class NamespaceState(Record, frozen=True):
 class _File(msgspec.Struct, gc=False):
     # Neither this nor a tuple of records is searched for garbage: with lists, a search held the loop 0.3 s at a million files.
     last: int
-    versions: tuple[VersionRecord, ...]
+    versions: Versions
     deletion: Deletion | None
     captures: int = 0  # how many captures there had been: a later one holds this very object
 
@@ -104,7 +106,7 @@ class Namespace:
         ] = {}  # put -> name, version; of files, tombstones, expired versions in the trash
         for kept, into in ((state.files, self._files), (state.tombstones, self._tombstones)):
             for file in kept:
-                into[file.name] = _File(file.last, file.versions, file.deletion)
+                into[file.name] = _File(file.last, history.of(file.versions), file.deletion)
                 for before in file.deletion.puts if file.deletion is not None else ():
                     self._made[before.put] = (file.name, before.version)
                 for record in file.versions:
@@ -137,7 +139,7 @@ class Namespace:
 
     def state(self) -> NamespaceState:
         def record(name: str, file: _File) -> FileState:
-            return FileState(name, file.last, file.versions, file.deletion)
+            return FileState(name, file.last, tuple(file.versions), file.deletion)
 
         return NamespaceState(
             tuple(record(name, self._files[name]) for name in self._names),
@@ -200,8 +202,8 @@ class Namespace:
         """The last `count` versions, newest first. Raises NotFound."""
         return self._file(name).versions[: -count - 1 : -1] if count > 0 else ()
 
-    def history(self, name: str) -> tuple[VersionRecord, ...]:
-        """All versions, rising; () when there is no such file."""
+    def history(self, name: str) -> Sequence[VersionRecord]:
+        """All versions, as they are now, rising; () when there is no such file."""
         file = self._files.get(name)
         return file.versions if file is not None else ()
 
@@ -329,7 +331,7 @@ class Namespace:
         file = self._own(self._files, name)
         file.last += 1
         record = VersionRecord(file.last, size, blocks, now_ms, owner, request, small)
-        file.versions = (*file.versions, record)
+        file.versions = history.and_one(file.versions, record)
         if request:
             self._made[request] = (name, file.last)
         return PutDone(name, file.last, size, now_ms)
@@ -384,7 +386,7 @@ class Namespace:
         """Delete all versions; also says which, and which are gone for good. Raises NotFound. Ask `deleted_by` first."""
         self._file(name)
         file = self._own(self._files, name)
-        versions = file.versions
+        versions = tuple(file.versions)
         file.versions, file.deletion = (), Deletion(request, now_ms, len(versions), self._buried(name, file))
         self._files.pop(name)
         self._names.remove(name)
@@ -418,12 +420,11 @@ class Namespace:
         file = self._files.get(name)
         if file is None or name.startswith(SYSTEM):
             return Done(changed=False), []
-        wanted = frozenset(numbers)
-        gone = tuple(record for record in file.versions[:-1] if record.version in wanted)
+        kept, gone = history.without(file.versions, frozenset(numbers) - {file.versions[-1].version})
         if not gone:
             return Done(changed=False), []
         file = self._own(self._files, name)
-        file.versions = (*(r for r in file.versions[:-1] if r.version not in wanted), file.versions[-1])
+        file.versions = kept
         if self._version < 2:
             for record in gone:
                 self._made.pop(record.request, None)
@@ -452,7 +453,7 @@ class Namespace:
             self._names.add(name)
             self.files += 1
         file = self._own(self._files, name)
-        file.versions, file.last = versions, max(file.last, versions[-1].version)
+        file.versions, file.last = history.of(versions), max(file.last, versions[-1].version)
         if file.deletion is not None:
             # A put is found in its version again. What the tombstone knew beside them went until machine version 3.
             back = {record.version for record in versions}
@@ -504,7 +505,7 @@ class Namespace:
         for name in names:
             file = self._files.pop(name)
             if file is not None:
-                gone.append((name, file.versions))
+                gone.append((name, tuple(file.versions)))
                 self._names.remove(name)
                 self._forget_puts(file, keep=0)
                 self.files -= not name.startswith(SYSTEM)

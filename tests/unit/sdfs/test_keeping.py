@@ -87,7 +87,7 @@ def test_a_look_at_what_expires_passes_each_file_once_whatever_rules_there_are(m
 
     def told(self: Namespace, name: str) -> tuple[VersionRecord, ...]:
         looked_at.append(name)
-        return history(self, name)
+        return tuple(history(self, name))
 
     async def story() -> None:
         async with World(3) as world:
