@@ -7,7 +7,8 @@
 # Rule 4: what nothing refers to goes with its segment. Marked is what a snapshot refers to, and what was kept since (marks.py);
 #         swept, when that snapshot counts, is a full segment of which half or less is marked: that is written anew, and synced
 #         before the file goes. So what the machine of the newest snapshot and the log behind it refer to is here always.
-# Rule 5: the queue is bounded. When the disk cannot follow, contents are dropped with a log line, and read from other nodes.
+# Rule 5: what a failed sync may have lost is written anew before anything counts as synced: the system calls the next one good.
+# Rule 6: the queue is bounded. When the disk cannot follow, contents are dropped with a log line, and read from other nodes.
 #
 # Layout: small/<number>.seg, each SEGMENT_MAGIC, then records: content length (u16), CRC-32 of the rest (u32), BLAKE3 of the
 # content (32 bytes), content; big-endian.
@@ -18,7 +19,6 @@ import contextlib
 import logging
 import struct
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Final
@@ -30,6 +30,7 @@ from idunno.coordinator.records import SMALL_BYTES_MAX
 from idunno.sdfs import tasks
 from idunno.sdfs.hashing import Offload, block_id
 from idunno.sdfs.marks import Marks, Place
+from idunno.sdfs.readers import Readers
 
 log = logging.getLogger("idunno.sdfs")
 
@@ -49,8 +50,6 @@ SWEEP_BYTES_MAX: Final = 4 * SEGMENT_BYTES_MAX
 """Of segments that one sweep reads: a second's work, and as much as log comes from snapshot to snapshot."""
 SLICE: Final = 2_000
 """Records that are looked at, or written, between two breaths of the loop: a few ms."""
-READERS_MAX: Final = 8
-"""Segments kept open: half a gigabyte of small files that are read without opening anything."""
 EMPTY: Final = block_id(b"")
 """An empty file's content takes no record."""
 
@@ -66,18 +65,19 @@ class SmallStore:
         self._index: dict[bytes, Place] = {}
         self._marks: Marks | None = None  # from `mark` until what it began is swept, or begun anew
         self._pins = 0
-        self._doubted = 0
-        """The segment whose sync failed last. The system may say of the next one that all is well: no more is written to it,
-        and nothing is swept until the node starts again, and reads what is really there."""
+        self._doubted: set[int] = set()
+        """Segments of which a sync failed. The system may say of the next one that all is well: nothing more is written to them,
+        and nothing counts as synced before what they hold is written anew, and synced, elsewhere."""
         self._queue: dict[BlockId, bytes] = {}  # in order of arrival
         self._queue_bytes = 0
         self._segment, self._end = 0, 0  # where the next record goes
         self._file: File | None = None  # of that segment
         self._writing = asyncio.Lock()  # `flush` and the task write alike
+        self._flushing = asyncio.Lock()
         self._wake = asyncio.Event()
         self._full = asyncio.Event()  # enough is queued for a batch, or this is closing
         self._closing = False
-        self._readers = _Readers(disk)
+        self._readers = Readers(disk, _path)
         self._task: asyncio.Task[None] | None = None
         self.dropped = 0
         """Contents that did not fit the queue, since the start."""
@@ -153,19 +153,40 @@ class SmallStore:
         return content
 
     async def flush(self) -> None:
-        """Everything kept so far is on the disk and synced when this returns. Raises DiskFailed."""
-        last = next(reversed(self._queue), None)  # what comes meanwhile does not keep this from ending
-        while last in self._queue:
-            await self._write_batch()
-        async with self._writing:
-            await self._sync(self._open_file())
+        """Everything kept so far is on the disk and synced when this returns. Raises DiskFailed, also for what is not here any
+        more because it could not be synced, nor read again."""
+        async with self._flushing:
+            doubted = sorted(self._doubted)
+            lost = [segment for segment in doubted if await self._write_elsewhere(segment)]
+            last = next(reversed(self._queue), None)  # what comes meanwhile does not keep this from ending
+            while last in self._queue:
+                await self._write_batch()
+            async with self._writing:
+                await self._sync(self._open_file())
+            if more := self._doubted.difference(doubted):  # the sync of one that became full failed meanwhile
+                raise DiskFailed(f"{_path(min(more))} could not be synced")
+            for segment in doubted:
+                await self._let_go(segment)
+                self._doubted.discard(segment)
+                log.info("small contents written anew", extra={"path": _path(segment)})
+            if lost:
+                raise DiskFailed(f"{_path(lost[0])} could not be synced, and not all of it be read again")
 
     async def _sync(self, file: File) -> None:
         try:
             await file.sync()
         except DiskFailed:
-            self._doubted = self._segment
+            self._doubted.add(self._segment)
             raise
+
+    async def _write_elsewhere(self, segment: int) -> bool:
+        """Have all contents of a doubted segment written anew. Whether some could not be read; they are here no more."""
+        async with self._writing:
+            if segment == self._segment:
+                await self._begin_another()
+        moved: dict[bytes, Place] = {}
+        damaged = await self._move(segment, (await self._sizes()).get(segment, 0), None, moved)
+        return damaged and await self._give_up(segment, moved) > 0
 
     def _open_file(self) -> File:
         if self._file is None:  # closed: a node that stops does not wait for a disk for ever
@@ -218,11 +239,8 @@ class SmallStore:
                 await self._write_records()
 
     async def _write_records(self) -> None:
-        full = self._open_file()
-        if self._end >= self.segment_bytes or self._doubted == self._segment:
-            await self._sync(full)
-            await self._append_to(self._segment + 1)
-            await full.close()
+        if self._end >= self.segment_bytes or self._segment in self._doubted:
+            await self._begin_another()
         records: list[Buffer] = []
         places: dict[BlockId, tuple[int, int, int]] = {}
         at = self._end
@@ -238,6 +256,13 @@ class SmallStore:
         for block, place in places.items():
             self._index[bytes.fromhex(block)] = place
             self._queue_bytes -= len(self._queue.pop(block))
+
+    async def _begin_another(self) -> None:
+        full = self._open_file()
+        if self._segment not in self._doubted:
+            await self._sync(full)
+        await self._append_to(self._segment + 1)
+        await full.close()
 
     async def _append_to(self, segment: int) -> None:
         path = _path(segment)
@@ -279,7 +304,7 @@ class SmallStore:
         What cannot be done now is tried again with the next marks.
         """
         marks = self._marks
-        if marks is None or self._pins or self._doubted:
+        if marks is None or self._pins:
             return
         try:
             for segment, size in await self._worth(marks):
@@ -294,11 +319,7 @@ class SmallStore:
 
     async def _worth(self, marks: Marks) -> list[tuple[int, int]]:
         """Numbers and sizes of the segments to be swept, those first that most becomes free of."""
-        sizes = {}
-        for entry in await self._disk.list("small"):
-            number, _, rest = entry.name.partition(".")
-            if rest == "seg" and number.isdecimal() and int(number) < marks.before:
-                sizes[int(number)] = entry.size
+        sizes = {segment: size for segment, size in (await self._sizes()).items() if segment < marks.before}
         worth, read = [], 0
         for segment in sorted(sizes, key=lambda segment: (marks.live_bytes[segment] / max(1, sizes[segment]), segment)):
             read += sizes[segment]
@@ -307,28 +328,35 @@ class SmallStore:
             worth.append((segment, sizes[segment]))
         return worth
 
+    async def _sizes(self) -> dict[int, int]:
+        """Bytes of each segment."""
+        entries = [(*entry.name.partition("."), entry.size) for entry in await self._disk.list("small")]
+        return {int(number): size for number, _, rest, size in entries if rest == "seg" and number.isdecimal()}
+
     async def _sweep_segment(self, segment: int, size: int, marks: Marks) -> None:
         moved: dict[bytes, Place] = {}
         try:
             if await self._move(segment, size, marks, moved):
                 await self._give_up(segment, moved)
             await self.flush()
-            if self._doubted:
-                raise DiskFailed(f"{_path(self._doubted)} could not be synced")
         except BaseException:
             # Where they were they are durable; and the file stays.
             for key, place in moved.items():
                 self._index[key] = place
             raise
-        await self._disk.remove(_path(segment))
-        await self._readers.forget(segment)
+        await self._let_go(segment)
         log.info(
             "small contents swept",
             extra={"path": _path(segment), "bytes": size, "kept_bytes": marks.live_bytes[segment]},
         )
 
-    async def _move(self, segment: int, size: int, marks: Marks, moved: dict[bytes, Place]) -> bool:
-        """Have a segment's marked contents written anew, forget the others. Whether something in it is damaged."""
+    async def _let_go(self, segment: int) -> None:
+        await self._disk.remove(_path(segment))
+        await self._readers.forget(segment)
+
+    async def _move(self, segment: int, size: int, marks: Marks | None, moved: dict[bytes, Place]) -> bool:
+        """Have a segment's marked contents (all of one that is doubted) written anew, forget the others. Whether something in
+        it is damaged."""
         file, damaged = await self._disk.open(_path(segment)), False
         try:
             offset = len(SEGMENT_MAGIC)
@@ -341,7 +369,7 @@ class SmallStore:
                         place = (segment, offset + at, length)
                         if self._index.get(key) != place:
                             continue
-                        if place in marks:
+                        if marks is None or place in marks:
                             moved[key] = place
                             self._write_anew(key, data[at : at + length])
                         else:
@@ -362,14 +390,17 @@ class SmallStore:
             self._queue[block] = content
             self._queue_bytes += len(content)
 
-    async def _give_up(self, segment: int, moved: dict[bytes, Place]) -> None:
-        """What was not found good when all of it was read: this node gets it from others with the next snapshot."""
+    async def _give_up(self, segment: int, moved: dict[bytes, Place]) -> int:
+        """What was not found good when all of it was read: this node gets it from others with the next snapshot. How many."""
+        given_up = 0
         for number, (key, place) in enumerate(list(self._index.items()), 1):
             if place[0] == segment and key not in moved and self._index.get(key) == place:
                 log.error("small content is corrupt", extra={"block": key.hex(), "segment": segment})
                 del self._index[key]
+                given_up += 1
             if number % SLICE == 0:
                 await asyncio.sleep(0)
+        return given_up
 
     # -- scanning -----------------------------------------------------------------------------------------------------
 
@@ -395,63 +426,6 @@ class SmallStore:
                 offset += used
             return offset
         finally:
-            await file.close()
-
-
-class _Readers:
-    """Segments that are kept open for reading, the one used last at the end."""
-
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
-        self._files: dict[int, File] = {}
-        self._users: Counter[int] = Counter()  # reads under way: such a file is not closed
-        self._gone: set[int] = set()  # removed while one was under way
-
-    async def read(self, segment: int, offset: int, length: int) -> bytes:
-        """Raises DiskFailed, NotFound. What the system has in memory costs no thread."""
-        self._users[segment] += 1
-        try:
-            file = self._files.pop(segment, None)
-            if file is None:
-                file = await self._disk.open(_path(segment))
-            other = self._files.pop(segment, None)
-            self._files[segment] = other or file  # before any await: whoever comes meanwhile finds it
-            if other is not None:  # somebody else was as fast
-                await file.close()
-                file = other
-            found = file.read_now(offset, length)
-            return found if found is not None else await file.read(offset, length)
-        except DiskFailed:
-            await self._drop(segment)
-            raise
-        finally:
-            self._users[segment] -= 1
-            if not self._users[segment]:
-                del self._users[segment]
-                if segment in self._gone:
-                    await self.forget(segment)
-            if len(self._files) > READERS_MAX:
-                idle = next((number for number in self._files if number not in self._users), None)
-                if idle is not None:
-                    await self._files.pop(idle).close()
-
-    async def _drop(self, segment: int) -> None:
-        """What failed once is opened anew the next time."""
-        if self._users[segment] == 1 and (file := self._files.pop(segment, None)) is not None:
-            await file.close()
-
-    async def forget(self, segment: int) -> None:
-        """It was removed: its space is free when the last who reads it has done."""
-        if segment in self._users:
-            self._gone.add(segment)
-            return
-        self._gone.discard(segment)
-        if (file := self._files.pop(segment, None)) is not None:
-            await file.close()
-
-    async def close(self) -> None:
-        files, self._files = self._files, {}
-        for file in files.values():
             await file.close()
 
 

@@ -141,7 +141,7 @@ def test_few_segments_are_open_at_once_and_each_is_opened_once_while_it_is_used(
 ) -> None:
     monkeypatch.setattr("idunno.sdfs.small.SEGMENT_BYTES_MAX", 10_000)
     monkeypatch.setattr("idunno.sdfs.small.BATCH_BYTES", 5_000)
-    monkeypatch.setattr("idunno.sdfs.small.READERS_MAX", 2)
+    monkeypatch.setattr("idunno.sdfs.readers.READERS_MAX", 2)
 
     async def story() -> None:
         disk, all_of = ToldDisk(), contents(200, 600)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 from collections.abc import Iterable
 from itertools import pairwise
@@ -256,6 +257,56 @@ def test_a_sync_that_fails_once_and_then_says_nothing_loses_nothing(
         assert await lacking(again, [*live, *range(200, 240)]) == []
         await snapshot(again, live)
         assert len(segments(disk)) < 6
+
+    run(story)
+
+
+@pytest.mark.parametrize("which", range(9))
+def test_what_a_failed_sync_did_not_write_is_written_anew_before_anything_counts_as_synced(
+    which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a snapshot counted, and the log let go of contents that were in memory only."""
+    real, synced, done = ToldFile.sync, 0, set[int]()
+    looking: ToldDisk | None = None
+
+    async def sync(self: ToldFile) -> None:
+        nonlocal synced
+        synced += looking is None
+        if looking is None and synced in (which + 1, which + 2):
+            self._inode.unsynced = []
+            raise DiskFailed("I/O error")
+        await real(self)
+
+    async def after_a_crash(disk: ToldDisk) -> None:
+        nonlocal looking
+        looking = copy.deepcopy(disk)
+        looking.crash(random.Random(which))
+        store = await opened(looking)
+        assert await lacking(store, done) == []
+        await store.close()
+        looking = None
+
+    async def story() -> None:
+        disk = ToldDisk()
+        store = await opened(disk)
+        monkeypatch.setattr(ToldFile, "sync", sync)
+        failed = 0
+        for begin in range(0, 200, 20):
+            keep(store, range(begin, begin + 20))
+            while begin not in done:
+                try:
+                    await store.flush()
+                except DiskFailed:
+                    failed += 1
+                else:
+                    done.update(range(begin + 20))
+            await after_a_crash(disk)
+        assert 1 <= failed <= 2
+        assert store._doubted == set()
+        await snapshot(store, range(0, 200, 10))
+        done.intersection_update(range(0, 200, 10))
+        await after_a_crash(disk)
+        await store.close()
 
     run(story)
 
