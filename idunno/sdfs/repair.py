@@ -22,7 +22,8 @@ from idunno.sdfs.placement import Candidate, rank, spread, unable
 
 SOURCES_MAX: Final = 6
 LOOKED_AT_MAX: Final = 256
-"""Blocks of one urgency that are looked at for one order; if none of them can be copied now, nor can the others."""
+"""Blocks of one urgency that are looked at for one order. Those that only failing nodes could take go to the end of their queue:
+behind them may be some for others."""
 RATE_WINDOW_MS: Final = 10_000
 NAMED_MAX: Final = 10_000
 """Blocks touched at once that are noted one by one, as many as a report has: about 1 ms. A longer list is walked over."""
@@ -141,7 +142,8 @@ class RepairCore:
             self.touch_all()
 
     def touch_all(self) -> None:
-        self._walks = deque([iter(self._everything())])
+        # What nothing refers to any more may be short or left over, until it is looked at.
+        self._walks = deque([iter([*self._short, *self._surplus, *self._everything()])])
 
     @property
     def unjudged(self) -> bool:
@@ -234,13 +236,19 @@ class RepairCore:
         for queue in self._queues:
             looked = 0
             for block in list(islice(queue, LOOKED_AT_MAX + self._config.repair_copies_max)):
-                if block in self._busy:
+                if block in self._busy or block in self._held_back:
+                    queue[block] = queue.pop(block)
                     continue
                 if len(self._busy) >= self._config.repair_copies_max or looked >= LOOKED_AT_MAX:
                     break
                 looked += 1
                 short = self._short[block]
-                order = self._order(block, short, now_ms) if self._is_due(short, now_ms) else None
+                if not self._is_due(short, now_ms):
+                    continue
+                targets = self._targets(block, short, now_ms)
+                if not targets:
+                    queue[block] = queue.pop(block)
+                order = self._order(block, short, targets)
                 if order is not None:
                     if short.copies > 2:
                         self._early_bytes += short.size
@@ -255,17 +263,20 @@ class RepairCore:
             or self._early_bytes + short.size <= self._config.repair_early_bytes
         )
 
-    def _order(self, block: BlockId, short: _Short, now_ms: int) -> Copying | None:
+    def _targets(self, block: BlockId, short: _Short, now_ms: int) -> list[Candidate]:
+        """Who could take a copy and does not fail, the best first."""
         holders = self._holders(block)
-        sources = sorted(
-            (node for node in holders if node in self._nodes.giving),
-            key=lambda node: (self._load.get(node, 0), node),
-        )
         able = [c for c in self._able(short.size, holders) if self._avoid.get(c.node, 0) <= now_ms]
         zones = {c.zone for c in self._nodes.candidates if c.node in holders}
-        ranked = sorted(rank(block, able), key=lambda c: c.zone in zones)  # stable: by the draw within
-        for candidate in ranked:
-            if sources and self._load.get(candidate.node, 0) < self._config.repair_copies_per_node:
+        return sorted(rank(block, able), key=lambda c: c.zone in zones)  # stable: by the draw within
+
+    def _order(self, block: BlockId, short: _Short, targets: list[Candidate]) -> Copying | None:
+        sources = sorted(
+            (node for node in self._holders(block) if node in self._nodes.giving),
+            key=lambda node: (self._load.get(node, 0), node),
+        )
+        for candidate in targets if sources else ():
+            if self._load.get(candidate.node, 0) < self._config.repair_copies_per_node:
                 return Copying(block, short.size, candidate.node, tuple(sources[:SOURCES_MAX]), short.copies)
         return None
 

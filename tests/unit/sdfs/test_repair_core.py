@@ -217,3 +217,48 @@ def test_more_long_lists_than_are_kept_become_one_of_all_blocks() -> None:
         store.core.touch(strange)
     assert not store.core.judge(0, 6)
     assert store.core.short == 5
+
+
+def test_blocks_that_only_a_failing_node_could_take_keep_no_others_waiting() -> None:
+    store = Store(present=4)
+    for number in range(500):
+        store.add(number, NODES[:3], size=1_000)
+    others = {store.add(number, [*NODES[:2], NODES[3]], size=1_000) for number in range(500, 600)}
+    made, now_ms = set[BlockId](), 0
+    while made != others and now_ms < 600_000:
+        now_ms += 500
+        for order in store.next(now_ms):
+            if order.target == NODES[3]:
+                store.core.not_copied(order, now_ms, blame_target=True)
+            else:
+                store.held[order.block].append(order.target)
+                made.add(order.block)
+                store.core.copied(order, now_ms)
+    assert made == others
+
+
+def test_a_copy_that_was_not_made_for_want_of_a_source_is_not_ordered_again_at_once() -> None:
+    store = Store()
+    store.add(1, NODES[:2])
+    store.add(2, NODES[:2])
+    orders = list[tuple[int, str]]()
+    for now_ms in range(0, 3_000, 10):
+        for order in store.next(now_ms):
+            orders.append((now_ms, order.block[-1]))
+            store.core.not_copied(order, now_ms, blame_target=False)
+    pause_ms = CONFIG.repair_again_ms // 10
+    assert orders == [(at, block) for at in range(0, 3_000, pause_ms) for block in "12"]
+
+
+def test_blocks_that_were_freed_are_forgotten_also_when_all_are_looked_at_before_them() -> None:
+    store = Store()
+    freed = [store.add(number, []) for number in range(NAMED_MAX + 1)]  # nobody has them any more
+    kept = store.add(NAMED_MAX + 1, NODES[:2])
+    store.next()
+    assert len(store.core.lost()) == len(freed)
+    for block in freed:
+        del store.size[block]
+    store.core.touch(freed)
+    store.core.touch_all()
+    store.next()
+    assert (store.core.lost(), store.core.short, store.core.is_short(kept)) == ([], 1, True)
