@@ -130,7 +130,9 @@ class Snapshots:
     def bind(self, core: Raft, log: Log, step: Callable[[Installed], None], forget: Callable[[Index], None]) -> None:
         """The log is open."""
         self._core, self._log, self._step, self._forget = core, log, step, forget
-        self._log_bytes = log.size_bytes
+        # Behind a snapshot only a tail is kept. What is more came since: each restart would begin to count anew.
+        tail_bytes = self._config.keep_bytes + 2 * self._config.segment_bytes
+        self._log_bytes = min(log.size_bytes, tail_bytes) if self.index else 0
 
     async def _read(self, reader: files.Reader) -> Restore:
         restore = self._machine.restore()

@@ -151,19 +151,18 @@ class RepairCore:
         return bool(self._dirty or self._walks)
 
     def hold_back(self, blocks: Iterable[BlockId], until_ms: int) -> None:
-        """Not to be looked at before: what is known of them is about to change."""
+        """Not to be looked at before: what is known of them is about to change. Who is held back already waits no longer."""
         for block in blocks:
-            if self._held_back.get(block, 0) < until_ms:
+            if block not in self._held_back:
                 self._held_back[block] = until_ms
                 heapq.heappush(self._later, (until_ms, block))
 
     def judge(self, now_ms: int, limit: int) -> bool:
         """Look at up to `limit` of the touched blocks; whether there are more."""
         while self._later and self._later[0][0] <= now_ms:
-            until_ms, block = heapq.heappop(self._later)
-            if self._held_back.get(block) == until_ms:
-                del self._held_back[block]
-                self._dirty[block] = None
+            _, block = heapq.heappop(self._later)
+            del self._held_back[block]
+            self._dirty[block] = None
         looked_at = list(islice(self._dirty, limit))  # not one at a time: each would step over what went before it
         for block in looked_at:
             del self._dirty[block]
@@ -236,7 +235,9 @@ class RepairCore:
         for queue in self._queues:
             looked = 0
             for block in list(islice(queue, LOOKED_AT_MAX + self._config.repair_copies_max)):
-                if block in self._busy or block in self._held_back:
+                if block in self._busy or block in self._dirty:
+                    continue
+                if block in self._held_back:
                     queue[block] = queue.pop(block)
                     continue
                 if len(self._busy) >= self._config.repair_copies_max or looked >= LOOKED_AT_MAX:

@@ -341,8 +341,9 @@ class Repairing:
 
     async def _drained(self, node: NodeId, name: str) -> str:
         self.touch(self._locator.held_by(node))
-        said_s, able_s = self._loop.time(), -math.inf
+        said_s, able_s, judged = self._loop.time(), -math.inf, False
         while True:
+            judged = judged or not self.core.unjudged  # until then all of it counts as left
             look_s = self._loop.time()
             left, size, held = await self._left_of(node)
             look_s = self._loop.time() - look_s
@@ -353,7 +354,7 @@ class Repairing:
                 log.info("draining", extra={"holder": node, "blocks": held, "left": left})
             if not (why := self._undrainable(node, name, left)):
                 able_s = self._loop.time()
-            elif self._loop.time() - able_s >= DRAIN_AWAY_S:
+            elif judged and self._loop.time() - able_s >= DRAIN_AWAY_S:
                 raise Conflict(why)
             await asyncio.sleep(
                 min(DRAIN_SAY_S, max(DRAIN_LOOK_S, 9 * look_s))

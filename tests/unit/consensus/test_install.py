@@ -459,6 +459,24 @@ def test_the_larger_the_last_snapshot_the_later_the_next_one(entries: int, monke
     story(work, voters=1, config=config)
 
 
+def test_a_node_that_restarts_again_and_again_takes_snapshots_by_bytes_all_the_same() -> None:
+    config = replace(CONFIG, keep_bytes=0, snapshot_rest=0, snapshot_entries=1_000_000, snapshot_bytes=400_000)
+
+    async def work(cluster: Snapshotting) -> None:
+        name, captured, sizes = NodeId("n1"), 0, list[int]()
+        for _ in range(30):
+            await cluster.fill(2, BIG)
+            await until(lambda: not cluster.drivers[name].busy_with_snapshot)
+            captured += cluster.holders[name].captured
+            sizes.append(cluster.drivers[name]._log.size_bytes)
+            await cluster.kill(name)
+            await cluster.start(name)
+        assert captured >= 2
+        assert max(sizes) < 2_000_000, sizes  # of 3.9 MB that came
+
+    story(work, voters=1, config=config)
+
+
 def test_a_disk_too_full_for_a_new_segment_is_no_reason_to_keep_the_old_ones() -> None:
     async def work(cluster: Snapshotting) -> None:
         name = NodeId("n1")

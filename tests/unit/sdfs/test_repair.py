@@ -10,6 +10,7 @@ import pytest
 from idunno.base.errors import Conflict, NotLeader, StaleTerm, Unavailable
 from idunno.base.ids import BlockId, NodeId, Term
 from idunno.coordinator.commands import RemoveNode
+from idunno.sdfs import repairing
 from idunno.sdfs.hashing import block_id
 from idunno.sdfs.messages import DROP, HAVE_BLOCK, REPAIR, Copy, Drop, HaveBlock, Repair, RepairAnswer
 from idunno.sdfs.orders import Orders
@@ -418,6 +419,18 @@ def test_a_node_that_leaves_gives_its_copies_away_first() -> None:
             world.leading.undrain(leaving.id)
             await asyncio.sleep(60)
             assert len(held(world, BLOCKS[0])) == 4
+
+    run(story)
+
+
+def test_who_asks_again_for_what_is_moved_is_not_told_that_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        async with World(6) as world:
+            await world.put(CONTENT, "f")
+            leaving = victim_of(world, leader=False)
+            said = await world.leading.drain(leaving.id)
+            monkeypatch.setattr(repairing, "unable", lambda *_: "full")  # by these very copies
+            assert await world.leading.drain(leaving.id) == said
 
     run(story)
 

@@ -262,3 +262,26 @@ def test_blocks_that_were_freed_are_forgotten_also_when_all_are_looked_at_before
     store.core.touch_all()
     store.next()
     assert (store.core.lost(), store.core.short, store.core.is_short(kept)) == ([], 1, True)
+
+
+def test_a_block_that_is_put_again_and_again_is_looked_at_all_the_same() -> None:
+    store = Store()
+    block = store.add(1, NODES[:4])
+    store.next()
+    store.held[block] = NODES[:1]
+    store.core.touch([block])
+    ordered = list[int]()
+    for now_ms in range(0, 10_000, 500):
+        store.core.hold_back([block], now_ms + 2_000)
+        ordered += [now_ms for _ in store.next(now_ms)]
+    assert ordered == [2_000]
+
+
+def test_a_block_that_was_touched_since_it_was_judged_is_judged_before_it_is_copied() -> None:
+    store = Store()
+    block = store.add(1, NODES[:3])
+    (order,) = store.next()
+    store.held[block].append(order.target)
+    store.core.copied(order, 0)
+    assert store.core.next_copies(0) == []
+    assert store.next(60_000) == []
