@@ -2,7 +2,8 @@
 #
 # Rule 1: commands name explicit versions and entries; a leader that is deposed in the middle has proposed nothing wrong.
 # Rule 2: machine time stands still while nobody gives a command; what is due is judged by the stamp of the next one.
-# Rule 3: a look is bounded: so many proposals, so many names in one turn of the loop; the next look goes on.
+# Rule 3: a look is bounded: so many proposals, so many names in one turn of the loop; the next look goes on
+#         behind the file where it ended, so that nobody who writes fast keeps it from others' files.
 from __future__ import annotations
 
 import asyncio
@@ -34,6 +35,7 @@ PROPOSE_S: Final = 10.0
 class Expiry:
     def __init__(self, me: NodeId, coordinator: Coordination, *, config: SdfsConfig) -> None:
         self._actor, self._coordinator, self._config = Actor(me, Role.NODE), coordinator, config
+        self._ended_at = ""  # the file with which the last look had proposed all it may
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -71,23 +73,31 @@ class Expiry:
             await self._propose(Purge(entries))
             log.info("trash purged", extra={"entries": len(entries)})
             left -= 1
-        for prefix in machine.namespace.retention.roots():
-            left -= await self._look_below(machine, prefix, left)
+        if left > 0:
+            begin, self._ended_at = self._ended_at, ""
+            left -= await self._look_at_files(machine, begin, "", left)
+            if begin:
+                left -= await self._look_at_files(machine, "", begin, left)
         if left <= 0:  # there may be more
             self._wake.set()
 
-    async def _look_below(self, machine: Machine, prefix: str, limit: int) -> int:
-        """Expire what the rules say; the number of proposals."""
-        proposed, after, more = 0, "", limit > 0
-        while more:
-            # A snapshot may take the namespace's place while others have their turn.
-            names, more = machine.namespace.names(prefix, after, NAMES_SLICE)
-            for name in names:
-                proposed += await self._expire(machine, name, limit - proposed)
-                if proposed == limit:
-                    return proposed
-            after = names[-1] if names else after
-            await asyncio.sleep(0)
+    async def _look_at_files(self, machine: Machine, after: str, last: str, limit: int) -> int:
+        """Expire what the rules say of the files behind `after`, up to `last` ("" all); the number of proposals."""
+        proposed = 0
+        for prefix in machine.namespace.retention.roots():
+            more = limit > 0
+            while more:
+                # A snapshot may take the namespace's place while others have their turn.
+                names, more = machine.namespace.names(prefix, after, NAMES_SLICE)
+                for name in names:
+                    if last and name > last:
+                        return proposed
+                    proposed += await self._expire(machine, name, limit - proposed)
+                    if proposed == limit:
+                        self._ended_at = name
+                        return proposed
+                after = names[-1] if names else after
+                await asyncio.sleep(0)
         return proposed
 
     async def _expire(self, machine: Machine, name: str, limit: int) -> int:

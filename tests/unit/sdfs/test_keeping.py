@@ -2,15 +2,22 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from idunno.base.errors import NotFound, PermissionDenied
-from idunno.coordinator.commands import SetRetention
+from idunno.base.ids import NodeId
+from idunno.coordinator.commands import Expire, SetRetention
 from idunno.coordinator.namespace import Namespace
 from idunno.coordinator.records import VersionRecord
+from idunno.coordinator.trash import RetentionRule
+from idunno.sdfs.config import SdfsConfig
+from idunno.sdfs.expiry import Expiry
 from idunno.sdfs.small import SmallStore
 from idunno.wire.calls import Actor, Role
 from tests.unit.sdfs.world import CONFIG, MB, OTHER, World, content_of, run
@@ -102,6 +109,42 @@ def test_a_look_at_what_expires_passes_each_file_once_whatever_rules_there_are(m
             monkeypatch.setattr(Namespace, "history", told)
             await world.leading._expiry.look()
             assert looked_at == ["a", "logs/a", "logs/x/b"]
+
+    run(story)
+
+
+def test_who_writes_faster_than_versions_expire_keeps_nobody_elses_from_expiring(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("idunno.sdfs.expiry.PROPOSALS_MAX", 4)
+    namespace, put = Namespace(version=3), itertools.count(1)
+    for prefix in ("a/", "z/"):
+        namespace.retention.set(RetentionRule(prefix, "", 1, 0), 3)
+
+    def write(name: str) -> None:
+        number = next(put)
+        namespace.add(name, 0, (), "ann", f"put-{number}", number, small=True)
+
+    async def propose(command: Expire, **_: Any) -> None:
+        namespace.expire(command.name, command.versions, "", 1)
+        for number in range(20):
+            write(f"a/{number}")
+
+    async def read(timeout_s: float) -> Any:
+        return SimpleNamespace(namespace=namespace, now_ms=1)
+
+    async def story() -> None:
+        for name in [f"a/{number}" for number in range(20)] + ["z/old"]:
+            write(name)
+            write(name)
+        expiry = Expiry(
+            NodeId("n1"), cast(Any, SimpleNamespace(read=read, now_ms=lambda: 1, propose=propose)), config=SdfsConfig()
+        )
+        looks = 0
+        while len(namespace.history("z/old")) > 1:
+            looks += 1
+            assert looks <= 6
+            await expiry.look()
 
     run(story)
 
