@@ -190,10 +190,11 @@ class Dispatch:
             worker = self.workers[polled.node] = Worker(polled.node, polled.name, polled.boot, polled.slots, now_ms)
         worker.heard_ms, worker.slots, worker.name = now_ms, max(1, polled.slots), polled.name
         worker.ready, worker.free = dict(sorted(polled.ready)), max(0, min(LEASES_MAX, polled.free))
-        drop = self._reconcile(worker, polled.held, now_ms)
+        drop, gave_back = self._reconcile(worker, polled.held, now_ms)
         outputs += self._heard_from(worker.node, now_ms)
         worker.waiting = True  # only now: its answer must carry `drop`
-        return outputs + self._serve(worker, now_ms, drop)
+        outputs += self._serve(worker, now_ms, drop)
+        return outputs + self.wake(now_ms) if gave_back else outputs
 
     def poll_over(self, node: NodeId) -> None:
         """Its poll was answered otherwise, timed out, or was cut."""
@@ -318,8 +319,9 @@ class Dispatch:
         lease.ended = True
         return EndAttempt(lease.head.job, lease.task, lease.attempt, lease.node, why)
 
-    def _reconcile(self, worker: Worker, held: Iterable[Held], now_ms: int) -> tuple[Held, ...]:
-        """Bring what `worker` holds in line with what we lent it. Returns what it is to drop."""
+    def _reconcile(self, worker: Worker, held: Iterable[Held], now_ms: int) -> tuple[tuple[Held, ...], bool]:
+        """Bring what `worker` holds in line with what we lent it. What it is to drop; whether others may have what it had."""
+        gave_back = False
         drop: list[Held] = []
         kept: set[tuple[str, int]] = set()
         for item in held:
@@ -349,7 +351,8 @@ class Dispatch:
                 self._end(lease)
                 self.queues.refund(lease.head, lease.queries)
                 self.queues.put(*key)
-        return tuple(drop)
+                gave_back = True
+        return tuple(drop), gave_back
 
     def _heard_from(self, node: NodeId | None, now_ms: int) -> list[Output]:
         if not self.recovering:

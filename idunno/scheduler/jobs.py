@@ -137,7 +137,9 @@ class JobCalls:
                     await asyncio.sleep(0)
                 found = [machine.ledger.find(job) for job in shown[first : first + JOBS_SLICE]]
                 work, now_ms = Work(machine, self._lead().dispatch), self._machine_ms()
-                rows += [job_info(machine, record, work, now_ms) for record in found if record is not None]
+                # An id may have been forgotten, and be another client's, since the rows before were made.
+                theirs = [r for r in found if r is not None and (request.all or r.client == actor.name)]
+                rows += [job_info(machine, record, work, now_ms) for record in theirs]
             return Jobs(rows, more=len(newest) > JOBS_SHOWN)
 
         return await at_leader(self._cluster, self._leading() is not None, JOBS, call, here)

@@ -153,6 +153,8 @@ class Queues:
         taken = attempt >= 0 and task not in known.out
         if taken:
             known.out.add(task)
+            if known.back and known.back[0] == task:  # else it were there twice when it comes back
+                heapq.heappop(known.back)
         elif attempt < 0:
             known.out.discard(task)
         self._relist(known)

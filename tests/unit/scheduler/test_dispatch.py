@@ -285,6 +285,26 @@ def test_tasks_whose_answer_got_lost_are_ready_again_without_an_attempt() -> Non
     assert len(world.dispatch.leases) == 1
 
 
+def test_a_task_whose_answer_got_lost_goes_to_another_worker_that_waits() -> None:
+    world = World()
+    world.job("j", 1)
+    world.got("n1")
+    assert world.got("n2") == []
+    [lease] = leases(world.poll("n1", free=0), "n2")  # it names nothing, and takes nothing
+    assert (lease.task, lease.attempt) == (0, 0)
+
+
+def test_a_task_whose_answers_get_lost_again_and_again_is_noted_once() -> None:
+    world = World()
+    world.job("j", 2)
+    world.got("n1")
+    world.got("n2")  # a later one: what comes back lies before it
+    for _ in range(100):
+        [lease] = world.got("n1")
+        assert lease.task == 0
+    assert len(world.dispatch.queues._jobs["j"].back) <= 1
+
+
 def test_a_task_whose_end_is_on_its_way_into_the_log_is_not_given_back() -> None:
     world = World()
     world.job("j", 1)

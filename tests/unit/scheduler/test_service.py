@@ -311,6 +311,28 @@ def test_jobs_are_their_clients_unless_an_admin_or_reader_looks() -> None:
     story(test)
 
 
+def test_a_list_of_jobs_does_not_show_the_job_of_another_who_took_an_id_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "JOBS_SLICE", 1)
+
+    async def work(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        for number in range(3):
+            await submitted(world, f"j{number}")
+        listing = asyncio.ensure_future(world.call(JOBS, ListJobs(), ANN))
+        for _ in range(3):
+            await asyncio.sleep(0)  # it has made a row, and has more to make
+        world.do(c.CancelJob("j2"), ANN, "1")
+        world.do(c.ForgetJob("j2"), ANN, "2")
+        put(world, "bobs", BOB)
+        world.do(c.SubmitJob("j2", "digits", "bobs", 1, "npy", 3), BOB)
+        assert {row.client for row in (await listing).jobs} == {"ann"}
+
+    story(work)
+
+
 def test_a_list_of_jobs_is_made_in_slices_and_counts_what_workers_do_once_for_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
