@@ -352,9 +352,10 @@ class FileClient:
     async def empty_trash(self, prefix: str = "", *, timeout_s: float = QUESTION_S) -> EmptyTrashAnswer:
         """Free what the trash holds below `prefix` of the caller's (an admin's: everybody's) files, for good."""
         asker = self._asker(f"emptying of the trash {prefix}", timeout_s)
-        versions = size = 0
+        versions = size = last = 0
         while True:
-            answer = await asker.ask(EMPTY_TRASH, EmptyTrash(prefix, self.new_id()))
+            answer = await asker.ask(EMPTY_TRASH, EmptyTrash(prefix, self.new_id(), last))
+            last = answer.last
             versions, size = versions + answer.versions, size + answer.size
             if not answer.more:
                 return EmptyTrashAnswer(versions, size)

@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
+from itertools import islice
 from typing import Final
 
 from idunno.base.errors import IdunnoError, Unconfirmed
@@ -117,14 +117,14 @@ class Keeping:
 
     async def empty_trash(self, call: Call[EmptyTrash]) -> EmptyTrashAnswer:
         machine = await self._coordinator.read(left_s(call))
-        entries, more = await _owned(machine, call.request.prefix, call.actor)
+        entries, last, more = await _owned(machine, call.request, call.actor)
         if not entries:
             return EmptyTrashAnswer(0, 0)
         done, _ = await self._coordinator.propose(
             Purge(entries), actor=call.actor, request=call.request.request, timeout_s=left_s(call)
         )
         assert isinstance(done, Purged)
-        return EmptyTrashAnswer(done.versions, done.size, more)
+        return EmptyTrashAnswer(done.versions, done.size, more, last)
 
     async def scrub(self, call: Call[Scrub]) -> ScrubAnswer:
         roster = self._coordinator.machine.roster
@@ -155,26 +155,25 @@ class Keeping:
         return ""
 
 
-async def _entries(machine: Machine, after: int = 0) -> AsyncIterator[TrashEntry]:
+async def _entries(machine: Machine, after: int) -> AsyncIterator[TrashEntry]:
     """Of the trash, the oldest first: those behind entry `after` that are there when their turn comes."""
-    entries = machine.namespace.trash.entries
-    numbers = list(entries)  # rising
-    for looked, number in enumerate(numbers[bisect_right(numbers, after) :], 1):
-        if looked % LOOKED_AT_MAX == 0:
-            await asyncio.sleep(0)  # a million of them may be others'
-        entry = machine.namespace.trash.entries.get(number)
-        if entry is not None:
+    while some := list(islice(machine.namespace.trash.entries.behind(after), LOOKED_AT_MAX)):
+        for entry in some:
             yield entry
+        after = some[-1].entry
+        await asyncio.sleep(0)  # a million of them may be others'
 
 
-async def _owned(machine: Machine, prefix: str, actor: Actor) -> tuple[tuple[int, ...], bool]:
-    """Entries below the prefix that the actor may purge, for one command; whether there are more."""
+async def _owned(machine: Machine, request: EmptyTrash, actor: Actor) -> tuple[tuple[int, ...], int, bool]:
+    """Entries that are asked for and that the actor may purge, for one command; the last looked at; whether there are more."""
+    prefix, last = request.prefix, request.after
     found: list[int] = []
     versions = 0
-    async for entry in _entries(machine):
+    async for entry in _entries(machine, request.after):
         if entry.name.startswith(prefix) and (actor.may(Role.ADMIN) or entry.versions[-1].owner == actor.name):
             versions += len(entry.versions)
             if found and versions > PURGE_VERSIONS_MAX:
-                return tuple(found), True
+                return tuple(found), last, True
             found.append(entry.entry)
-    return tuple(found), False
+        last = entry.entry
+    return tuple(found), last, False

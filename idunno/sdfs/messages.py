@@ -436,16 +436,18 @@ class RestoreAnswer(msgspec.Struct, frozen=True):
 
 
 class EmptyTrash(msgspec.Struct, frozen=True):
-    """Purge what the caller owns below the prefix, now."""
+    """Purge what the caller owns below the prefix, now, behind entry `after`: those before it were looked at already."""
 
     prefix: str
     request: str
+    after: int = 0
 
 
 class EmptyTrashAnswer(msgspec.Struct, frozen=True):
     versions: int
     size: int
-    more: bool = False  # ask again
+    more: bool = False  # ask again, after `last`
+    last: int = 0  # the last entry that was looked at
 
 
 BEGIN: Final = Method("file.begin", Begin, BeginAnswer, Role.USER)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,14 +13,17 @@ import pytest
 from idunno.base.errors import NotFound, PermissionDenied
 from idunno.base.ids import NodeId
 from idunno.coordinator.commands import Expire, SetRetention
+from idunno.coordinator.machine import Machine
 from idunno.coordinator.namespace import Namespace
 from idunno.coordinator.records import VersionRecord
-from idunno.coordinator.trash import RetentionRule
+from idunno.coordinator.trash import RetentionRule, TrashEntry
+from idunno.sdfs import keeping
+from idunno.sdfs.client import source_of
 from idunno.sdfs.config import SdfsConfig
 from idunno.sdfs.expiry import Expiry
 from idunno.sdfs.small import SmallStore
 from idunno.wire.calls import Actor, Role
-from tests.unit.sdfs.world import CONFIG, MB, OTHER, World, content_of, run
+from tests.unit.sdfs.world import CONFIG, MB, OTHER, USER, World, content_of, run
 
 CONTENT = content_of(MB)
 ADMIN = Actor("root", Role.ADMIN)
@@ -220,6 +223,28 @@ def test_whoever_looks_through_the_trash_of_others_holds_up_nobody(monkeypatch: 
             page = await world.client(OTHER).trash("f49")
             assert [row.name for row in page] == ["f49"]
             rest.cancel()
+
+    run(story)
+
+
+def test_a_trash_that_is_emptied_in_parts_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idunno.sdfs.keeping.PURGE_VERSIONS_MAX", 1)
+    looked_at, entries = list[str](), keeping._entries
+
+    async def told(machine: Machine, after: int) -> AsyncIterator[TrashEntry]:
+        async for entry in entries(machine, after):
+            looked_at.append(entry.name)
+            yield entry
+
+    async def story() -> None:
+        async with World(3) as world:
+            for number in range(30):
+                client = world.client(OTHER if number % 3 else USER)
+                await client.put(source_of(b"x"), f"f{number:02}", size=1)
+                await client.delete(f"f{number:02}")
+            monkeypatch.setattr(keeping, "_entries", told)
+            assert (await world.client().empty_trash()).versions == 10
+            assert len(looked_at) <= 30 + 10  # the next of one's own is looked at twice: it did not fit
 
     run(story)
 
