@@ -192,10 +192,17 @@ class Snapshots:
         except IdunnoError as error:
             self._not_before_s = loop.time() + RETRY_S
             log.warning("snapshot not taken", extra={"index": head.index, "problem": str(error)})
+            await self._remove_if_possible(files.NEW_PATH)  # its space, before the log takes its reserve
             if isinstance(error, DiskFailed):
                 await self._log.use_reserve()
         finally:
             self._taking = False
+
+    async def _remove_if_possible(self, path: str) -> None:
+        try:
+            await files.clear(self._disk, [path])
+        except IdunnoError as error:  # the next attempt writes over it
+            log.warning("snapshot's beginning not removed", extra={"path": path, "problem": str(error)})
 
     async def _write(self, head: files.Head, pieces: Iterator[bytes]) -> int:
         async def sliced() -> AsyncIterator[bytes]:

@@ -364,8 +364,10 @@ def test_a_full_disk_takes_no_snapshot_and_tries_again(monkeypatch: pytest.Monke
         disk = cluster.disks[NodeId("n1")]
         disk.faults["rename"] = "No space left on device"
         await cluster.fill(60)
-        await until(lambda: cluster.holders[NodeId("n1")].captured)
-        assert cluster.drivers[NodeId("n1")].snapshot_index == 0
+        driver = cluster.drivers[NodeId("n1")]
+        await until(lambda: cluster.holders[NodeId("n1")].captured and not driver.busy_with_snapshot)
+        assert driver.snapshot_index == 0
+        assert files.NEW_PATH not in disk.paths()  # what it took is free again
         disk.faults.clear()
         async with asyncio.timeout(WAIT_S):
             while cluster.drivers[NodeId("n1")].snapshot_index == 0:
