@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
+from idunno.base.errors import Unavailable
 from idunno.base.ids import BlockId, NodeId
 from idunno.coordinator import snapshot as snapshots
 from idunno.coordinator.applier import Applier
@@ -27,6 +28,9 @@ Fetch = Callable[[Sequence[BlockId], Sequence[NodeId]], Awaitable[None]]
 
 class Smalls(Protocol):
     """The node's store of small contents."""
+
+    losses: int
+    """How often something that was held is found unreadable, and is held no more."""
 
     def mark(self) -> None:
         """What is held from now on is what the next sweep leaves."""
@@ -66,10 +70,11 @@ class Keeper:
         self.applier, self.smalls, self.fetch, self.offload, self.lasting = applier, smalls, fetch, offload, lasting
         self._freeing: set[asyncio.Task[None]] = set()
         self._lacking: dict[BlockId, None] = {}
+        self._losses = 0  # of the store, when it was asked what it holds
 
     def capture(self) -> Iterator[bytes]:
         lacking: dict[BlockId, None] = {}
-        self._lacking = lacking
+        self._lacking, self._losses = lacking, self.smalls.losses
         self.smalls.mark()
         return self.applier.machine.capture(lambda kind, record: note_lacking(kind, record, self.smalls, lacking))
 
@@ -77,6 +82,10 @@ class Keeper:
         await self.smalls.flush()
         if self._lacking:
             await self.fetch(list(self._lacking), holders(self.applier.machine))
+        if self.smalls.losses != self._losses:
+            raise Unavailable(
+                "small contents were found unreadable since the snapshot was begun: the next one has them fetched"
+            )
 
     async def settled(self) -> None:
         await self.smalls.sweep()
@@ -101,6 +110,7 @@ class Restoring:
         self._keeper = keeper
         self._reader = snapshots.Reader()
         self._lacking: dict[BlockId, None] = {}
+        self._losses = keeper.smalls.losses  # before it is asked what it holds
         self._machine: Machine | None = None
 
     def feed(self, piece: bytes) -> None:
@@ -119,7 +129,18 @@ class Restoring:
 
     async def complete(self, leader: NodeId) -> None:
         assert self._machine is not None
+        if self._losses != self._keeper.smalls.losses:
+            await self._ask_anew(self._machine)
         await self._keeper.fetch(list(self._lacking), [leader, *holders(self._machine)])
+        if self._losses != self._keeper.smalls.losses:
+            raise Unavailable("small contents were found unreadable meanwhile: they are fetched at the next attempt")
+
+    async def _ask_anew(self, machine: Machine) -> None:
+        """What the store lacks of all that the machine refers to."""
+        self._losses = self._keeper.smalls.losses
+        self._lacking.clear()
+        for _ in machine.capture(lambda kind, record: note_lacking(kind, record, self._keeper.smalls, self._lacking)):
+            await asyncio.sleep(0)
 
     def install(self) -> None:
         assert self._machine is not None

@@ -56,6 +56,10 @@ EMPTY: Final = block_id(b"")
 _HEAD: Final = struct.Struct(">HI32s")
 
 
+class _UnreadableError(Exception):
+    """A doubted segment, where DiskFailed may be about the one that is written."""
+
+
 class SmallStore:
     """Small contents by their BLAKE3."""
 
@@ -68,6 +72,10 @@ class SmallStore:
         self._doubted: set[int] = set()
         """Segments of which a sync failed. The system may say of the next one that all is well: nothing more is written to them,
         and nothing counts as synced before what they hold is written anew, and synced, elsewhere."""
+        self._synced = True  # whether the segment that is written was ever synced since it was begun
+        self._hollow: set[int] = set()  # those doubted that never were: nothing in them is durable
+        self.losses = 0
+        """How often something that was here is found unreadable, and is here no more."""
         self._queue: dict[BlockId, bytes] = {}  # in order of arrival
         self._queue_bytes = 0
         self._segment, self._end = 0, 0  # where the next record goes
@@ -149,15 +157,19 @@ class SmallStore:
             log.error("small content is corrupt", extra={"block": block, "segment": segment, "offset": offset})
             if self._index.get(key) == place:
                 del self._index[key]  # so that it can be kept anew
+                self.losses += 1
             return None
         return content
 
     async def flush(self) -> None:
-        """Everything kept so far is on the disk and synced when this returns. Raises DiskFailed, also for what is not here any
-        more because it could not be synced, nor read again."""
+        """Everything kept so far, but for what `losses` counts, is on the disk, synced, when this returns. Raises DiskFailed."""
         async with self._flushing:
-            doubted = sorted(self._doubted)
-            lost = [segment for segment in doubted if await self._write_elsewhere(segment)]
+            doubted, all_read = sorted(self._doubted), True
+            for segment in doubted:
+                all_read &= await self._write_elsewhere(segment)
+                if segment in self._hollow and all_read:
+                    # Else a disk that goes on failing were filled with one copy behind the other.
+                    await self._let_go(segment)
             last = next(reversed(self._queue), None)  # what comes meanwhile does not keep this from ending
             while last in self._queue:
                 await self._write_batch()
@@ -166,27 +178,41 @@ class SmallStore:
             if more := self._doubted.difference(doubted):  # the sync of one that became full failed meanwhile
                 raise DiskFailed(f"{_path(min(more))} could not be synced")
             for segment in doubted:
-                await self._let_go(segment)
-                self._doubted.discard(segment)
+                if not all_read:  # they stay: what was synced of them before may be readable at the next start
+                    self._doubted.discard(segment)
+                    self._hollow.discard(segment)
+                elif segment in self._doubted:
+                    await self._let_go(segment)
                 log.info("small contents written anew", extra={"path": _path(segment)})
-            if lost:
-                raise DiskFailed(f"{_path(lost[0])} could not be synced, and not all of it be read again")
 
     async def _sync(self, file: File) -> None:
         try:
             await file.sync()
+            self._synced = True
         except DiskFailed:
             self._doubted.add(self._segment)
+            if not self._synced:
+                self._hollow.add(self._segment)
             raise
 
     async def _write_elsewhere(self, segment: int) -> bool:
-        """Have all contents of a doubted segment written anew. Whether some could not be read; they are here no more."""
+        """Have all contents of a doubted segment written anew. False when some could not be read: that is here no more."""
         async with self._writing:
             if segment == self._segment:
                 await self._begin_another()
         moved: dict[bytes, Place] = {}
-        damaged = await self._move(segment, (await self._sizes()).get(segment, 0), None, moved)
-        return damaged and await self._give_up(segment, moved) > 0
+        size = (await self._sizes()).get(segment)
+        if size is None:
+            return True  # its removal was interrupted
+        try:
+            damaged = await self._move(segment, size, None, moved)
+        except _UnreadableError as error:
+            log.error("small contents unreadable", extra={"path": _path(segment), "error": str(error)})
+            await self._give_up(segment, moved)
+            return False
+        if damaged:
+            await self._give_up(segment, moved)
+        return True
 
     def _open_file(self) -> File:
         if self._file is None:  # closed: a node that stops does not wait for a disk for ever
@@ -279,7 +305,7 @@ class SmallStore:
             await file.truncate(0)
             await file.write(0, [SEGMENT_MAGIC])
             await self._disk.sync_directory("small")
-            self._segment, self._end = segment, len(SEGMENT_MAGIC)
+            self._segment, self._end, self._synced = segment, len(SEGMENT_MAGIC), False
         else:
             await file.truncate(self._end)
 
@@ -319,7 +345,8 @@ class SmallStore:
 
     async def _worth(self, marks: Marks) -> list[tuple[int, int]]:
         """Numbers and sizes of the segments to be swept, those first that most becomes free of."""
-        sizes = {segment: size for segment, size in (await self._sizes()).items() if segment < marks.before}
+        found = (await self._sizes()).items()
+        sizes = {segment: size for segment, size in found if segment < marks.before and segment not in self._doubted}
         worth, read = [], 0
         for segment in sorted(sizes, key=lambda segment: (marks.live_bytes[segment] / max(1, sizes[segment]), segment)):
             read += sizes[segment]
@@ -351,7 +378,10 @@ class SmallStore:
         )
 
     async def _let_go(self, segment: int) -> None:
-        await self._disk.remove(_path(segment))
+        with contextlib.suppress(NotFound):  # a removal that was interrupted
+            await self._disk.remove(_path(segment))
+        self._doubted.discard(segment)
+        self._hollow.discard(segment)
         await self._readers.forget(segment)
 
     async def _move(self, segment: int, size: int, marks: Marks | None, moved: dict[bytes, Place]) -> bool:
@@ -361,7 +391,12 @@ class SmallStore:
         try:
             offset = len(SEGMENT_MAGIC)
             while offset < size:
-                data = await file.read(offset, BATCH_BYTES)
+                try:
+                    data = await file.read(offset, BATCH_BYTES)
+                except DiskFailed as error:
+                    if marks is not None:
+                        raise  # where it is it is durable: another time
+                    raise _UnreadableError(str(error)) from error
                 records, used, bad = await self._offload(partial(_parse, data))
                 damaged = damaged or bad > 0 or used == 0
                 for begin in range(0, len(records), SLICE):
@@ -390,17 +425,15 @@ class SmallStore:
             self._queue[block] = content
             self._queue_bytes += len(content)
 
-    async def _give_up(self, segment: int, moved: dict[bytes, Place]) -> int:
-        """What was not found good when all of it was read: this node gets it from others with the next snapshot. How many."""
-        given_up = 0
+    async def _give_up(self, segment: int, moved: dict[bytes, Place]) -> None:
+        """What was not found good when all of it was read: this node gets it from others with the next snapshot."""
         for number, (key, place) in enumerate(list(self._index.items()), 1):
             if place[0] == segment and key not in moved and self._index.get(key) == place:
                 log.error("small content is corrupt", extra={"block": key.hex(), "segment": segment})
                 del self._index[key]
-                given_up += 1
+                self.losses += 1
             if number % SLICE == 0:
                 await asyncio.sleep(0)
-        return given_up
 
     # -- scanning -----------------------------------------------------------------------------------------------------
 

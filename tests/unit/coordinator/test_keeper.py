@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import pytest
+
+from idunno.base.errors import Unavailable
 from idunno.base.ids import BlockId, Index, NodeId
 from idunno.coordinator import commands as c
 from idunno.coordinator.applier import Applier
@@ -23,7 +26,9 @@ class Smalls:
     def __init__(self) -> None:
         self.held: set[BlockId] = set()
         self.mark()
-        self.flushes = 0
+        self.flushes = self.losses = 0
+        self.unreadable: set[BlockId] = set()
+        """What the next flush finds so."""
 
     def mark(self) -> None:
         self.marked: set[BlockId] = set()
@@ -34,6 +39,9 @@ class Smalls:
 
     async def flush(self) -> None:
         self.flushes += 1
+        self.losses += len(self.unreadable & self.held)
+        self.held -= self.unreadable
+        self.unreadable = set()
 
     async def sweep(self) -> None:
         self.held &= self.marked
@@ -49,6 +57,7 @@ class Fixture:
     async def fetch(self, blocks: Sequence[BlockId], sources: Sequence[NodeId]) -> None:
         self.asked.append((list(blocks), list(sources)))
         self.smalls.held.update(blocks)
+        await self.smalls.flush()
 
     async def offload(self, work: Callable[[], T]) -> T:
         return work()
@@ -74,13 +83,41 @@ def test_before_the_log_is_cut_the_store_is_flushed_and_what_it_lacks_is_fetched
         fixture.smalls.held = blocks(0)
         b"".join(fixture.keeper.capture())
         await fixture.keeper.secure()
-        assert fixture.smalls.flushes == 1
+        assert fixture.smalls.flushes == 2
         [(asked, sources)] = fixture.asked
         assert set(asked) == blocks(1, 2)
         assert N1 in sources
         b"".join(fixture.keeper.capture())
         await fixture.keeper.secure()
         assert len(fixture.asked) == 1  # nothing lacks any more
+
+    asyncio.run(story())
+
+
+def test_a_content_that_is_found_unreadable_after_the_store_was_asked_for_it_is_fetched_before_anything_counts() -> (
+    None
+):
+    async def story() -> None:
+        there = with_small_files().machine
+        fixture = Fixture(there)
+        fixture.smalls.held = blocks(0, 1, 2)
+        b"".join(fixture.keeper.capture())
+        fixture.smalls.unreadable = blocks(1)
+        with pytest.raises(Unavailable):
+            await fixture.keeper.secure()
+        b"".join(fixture.keeper.capture())
+        await fixture.keeper.secure()
+        assert fixture.smalls.held == blocks(0, 1, 2)
+
+        restore = fixture.keeper.restore()
+        for piece in there.capture():
+            restore.feed(piece)
+        await restore.finish()
+        fixture.smalls.unreadable = blocks(2)
+        with pytest.raises(Unavailable):
+            await restore.complete(NodeId("the-leader"))
+        await restore.complete(NodeId("the-leader"))
+        assert fixture.smalls.held == blocks(0, 1, 2)
 
     asyncio.run(story())
 
