@@ -479,11 +479,12 @@ class Stream(asyncio.Transport):
         self._arrives = max(self._arrives, scheduler.now + network.delay_s(quality, len(data or b"")))
         self.peer.loop.deliver_at(self._arrives, self.peer.arrived, data)
 
-    def _send_reset(self) -> None:
+    def _send_reset(self, not_before: float = 0.0) -> None:
         network = self.host.network
         if network.passes(self.host.address, self.remote[0], "tcp"):
             delay = network.delay_s(network.wire(self.host.address, self.remote[0]), 60)
-            self.peer.loop.deliver_at(max(self._arrives, self.loop.scheduler.now + delay), self.peer.reset)
+            at = max(self._arrives, self.loop.scheduler.now + delay, not_before)
+            self.peer.loop.deliver_at(at, self.peer.reset)
 
     # -- receiving ------------------------------------------------------------------------------------------------
 
@@ -557,6 +558,9 @@ class Stream(asyncio.Transport):
         if self._lost:
             return
         self._lost = True
+        if error is None and self.peer._flying_bytes:
+            # What is still under way to here finds nobody. Its machine says so, also when the process is gone by then.
+            self._send_reset(not_before=self.peer._arrives)
         self._out.clear()
         self._out_bytes = 0
         self._in.clear()
