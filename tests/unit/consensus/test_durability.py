@@ -22,7 +22,6 @@ def test_the_log_is_cut_also_when_there_is_always_something_to_write() -> None:
 
         async def flush() -> None:
             nonlocal flushes
-            await asyncio.sleep(0)
             flushes += 1
             if flushes == 10 * FLUSHES_BEFORE_CUT:
                 all_written.set()

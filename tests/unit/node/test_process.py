@@ -84,14 +84,13 @@ def test_a_signal_that_comes_twice_at_once_stops_the_node_as_one_does(
     def ended(code: int) -> None:
         raise AssertionError(f"ended at once with {code}")
 
-    handled = 0
+    handled = asyncio.Queue[int]()
 
     async def until(wanted: asyncio.Event, node: Any) -> bool:
-        for times in (1, 2):
+        for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
             async with asyncio.timeout(10):
-                while handled < times:  # noqa: ASYNC110
-                    await asyncio.sleep(0)
+                assert await handled.get() == signal.SIGTERM
         assert wanted.is_set()
         return True
 
@@ -103,11 +102,10 @@ def test_a_signal_that_comes_twice_at_once_stops_the_node_as_one_does(
 
         def counted(number: int, signalled: Callable[[], None]) -> None:
             def handle() -> None:
-                nonlocal handled
                 try:
                     signalled()
                 finally:
-                    handled += 1
+                    handled.put_nowait(number)
 
             add(number, handle)
 
