@@ -25,14 +25,13 @@ from idunno.base.errors import (
     undecided,
 )
 from idunno.client.locate import Door, Place
+from idunno.sdfs.asking import LAST_ATTEMPT_S
 from idunno.wire.calls import A, Actor, Caller, Empty, Item, Method, Q, Stream
 
 CONNECT_TIMEOUT_S: Final = 3.0
 """For one door. A handshake takes milliseconds; a machine that is off would otherwise hold us for minutes."""
 ATTEMPT_S: Final = 10.0
 """For one attempt, beyond what a long poll waits: a node that is frozen is left for another after this."""
-LAST_ATTEMPT_S: Final = 0.1
-"""With less time than this left nothing more is tried: it could only hide the error that says why."""
 PAUSE_MIN_S: Final = 0.05
 PAUSE_MAX_S: Final = 1.0
 """Between attempts, doubling: an election takes about a second, so a few attempts fall into it."""

@@ -19,6 +19,8 @@ ATTEMPT_S: Final = 10.0
 """For one attempt: a node that is frozen is left for another after this."""
 PATIENCE_S: Final = 60.0
 """For an operation's first question: a cluster that is restarted answers within this."""
+LAST_ATTEMPT_S: Final = 0.1
+"""With less time than this left nothing more is tried: it could only hide the error that says why."""
 PAUSE_MIN_S: Final = 0.05
 PAUSE_MAX_S: Final = 1.0
 """Between attempts, doubling: an election takes about a second, so several attempts fall into it."""
@@ -73,7 +75,7 @@ class Asker:
         end_s = min(self._end_s, self._loop.time() + patience_s)
         attempt = 0
         last: IdunnoError | None = None
-        while (left_s := end_s - self._loop.time()) > 0:
+        while (left_s := end_s - self._loop.time()) > (LAST_ATTEMPT_S if attempt else 0):
             try:
                 answer = await self.caller().call(method, request, timeout_s=min(left_s, ATTEMPT_S), body=body)
             except IdunnoError as error:
