@@ -5,7 +5,8 @@
 #         the entry: one that a dead leader left behind may be committed by the next but one, while the next never had it.
 # Rule 3: an answer goes out only when its entry is synced on as many nodes as it says, and on as many as the roster asks for.
 #         What is synced is taken from the flushes that ended, not from what anybody says of it: a flush of the log, and that
-#         of what was found on the disk at a start, where what a crash left unsynced may have survived.
+#         of what was found on the disk at a start, where what a crash left unsynced may have survived. What a disk held before
+#         it was set back counts for a leader until the machine's new process was judged there: it cannot know any earlier.
 # Rule 4: election safety and state machine safety are in checkers.py.
 from __future__ import annotations
 
@@ -14,40 +15,68 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from idunno.base.ids import Index
+from idunno.base.ids import Index, NodeId
 from idunno.consensus.driver import RaftDriver
 from idunno.consensus.events import Input, Output, Persist, Persisted, RaftRole, RoleChanged
+from idunno.consensus.standing import Claim, Run
 from idunno.node.node import Node
 from tests.simulation.machine import Machine
 from tests.simulation.world import World
 
 
 @dataclass(slots=True)
-class Synced:
-    """One machine's log as it certainly is on its disk: behind `base` the terms of its entries; `snapshot`: what one covers."""
+class Held:
+    """A log on a disk: behind `base` the terms of its entries; `snapshot`: what one covers."""
 
-    base: int = 0
-    snapshot: int = 0
-    terms: list[int] = field(default_factory=lambda: [1])  # a voter's genesis; of no account on a learner
-    waiting: list[Persist] = field(default_factory=list)
-
-    def done(self, seq: int) -> None:
-        while self.waiting and self.waiting[0].seq <= seq:
-            order = self.waiting.pop(0)
-            if order.anew is not None:
-                self.base, self.terms = int(order.anew), []
-            if order.entries:
-                del self.terms[max(0, order.first - 1 - self.base) :]
-                self.terms += [entry.term for entry in order.entries]
-
-    def opened(self, driver: RaftDriver) -> None:
-        terms = driver._core.terms
-        self.base, self.snapshot, self.waiting = int(terms.base), int(terms.base), []
-        self.terms = [int(terms.term(Index(index)) or 0) for index in range(terms.base + 1, terms.last + 1)]
+    base: int
+    snapshot: int
+    terms: list[int]
+    told: set[str] = field(default_factory=set)
+    """Once a disk was set back to less: the nodes that judged a process of the machine since, and so know."""
 
     def holds(self, index: int, term: int) -> bool:
         at = index - 1 - self.base
         return at < 0 or index <= self.snapshot or (at < len(self.terms) and self.terms[at] == term)
+
+
+class Synced:
+    """One machine's log as it certainly is on its disk, and what the disk held before it was set back."""
+
+    def __init__(self) -> None:
+        self.log = Held(0, 0, [1])  # a voter's genesis; of no account on a learner
+        self.lost: list[Held] = []
+        self.waiting: list[Persist] = []
+
+    def order(self, order: Persist) -> None:
+        self.waiting.append(order)
+        self.log.snapshot = max(self.log.snapshot, order.anew or 0)  # it was renamed before
+
+    def done(self, seq: int) -> None:
+        log = self.log
+        while self.waiting and self.waiting[0].seq <= seq:
+            order = self.waiting.pop(0)
+            if order.anew is not None:
+                log.base, log.terms = int(order.anew), []
+            if order.entries:
+                del log.terms[max(0, order.first - 1 - log.base) :]
+                log.terms += [entry.term for entry in order.entries]
+
+    def opened(self, driver: RaftDriver) -> None:
+        terms, before, self.waiting = driver._core.terms, self.log, []
+        held = [int(terms.term(Index(index)) or 0) for index in range(terms.base + 1, terms.last + 1)]
+        self.log = Held(int(terms.base), int(terms.base), held)
+        if not all(self.log.holds(index, term) for index, term in enumerate(before.terms, before.base + 1)):
+            self.lost.append(before)
+
+    def judged(self, by: str) -> None:
+        for log in self.lost:
+            log.told.add(by)
+
+    def counts(self, leader: str, index: int, term: int) -> bool:
+        """Whether that leader may count on this copy: it is here, or it was here and the leader cannot know that it is gone."""
+        return self.log.holds(index, term) or any(
+            leader not in log.told and log.holds(index, term) for log in self.lost
+        )
 
 
 @dataclass(slots=True)
@@ -77,6 +106,7 @@ class RaftChecks:
         settle = callers.settle
         needed: dict[int, int] = {}  # entry -> copies needed when it was answered, a turn before its caller hears of it
         start, carry_out, step, propose = driver.start, driver._carry_out, driver._step, driver.propose
+        judge = node.vouching.witness.judge
         synced = self._synced.setdefault(machine.name, Synced())
 
         async def started() -> None:
@@ -85,8 +115,7 @@ class RaftChecks:
 
         def carried_out(output: Output) -> None:
             if isinstance(output, Persist):
-                synced.waiting.append(output)
-                synced.snapshot = max(synced.snapshot, output.anew or 0)  # it was renamed before
+                synced.order(output)
                 self._staged(machine, driver, output)
             elif isinstance(output, RoleChanged) and output.role is RaftRole.LEADER:
                 self._elected(machine, driver, output)
@@ -107,6 +136,11 @@ class RaftChecks:
             self._answered(machine, driver, index, copies, needed.pop(index))
             return index, copies, value
 
+        def judged(sender: NodeId, run: Run, claim: Claim, boot_seen: int = 0) -> str:
+            self._synced[self.world.by_id[sender].name].judged(by=machine.name)
+            return judge(sender, run, claim, boot_seen)
+
+        vars(node.vouching.witness).update(judge=judged)
         vars(callers).update(settle=settled)
         vars(driver).update(start=started, _carry_out=carried_out, _step=stepped, propose=proposed)
 
@@ -154,7 +188,7 @@ class RaftChecks:
         self.counts["answers"] += 1
         if term is None:
             return  # a snapshot has taken its place by now
-        really = sum(synced.holds(index, term) for synced in self._synced.values())
+        really = sum(synced.counts(machine.name, index, term) for synced in self._synced.values())
         if really < copies or copies < min(needed, len(self.world.machines)):
             self.world.found(
                 f"{machine.name} answered for entry {index} with {copies} copies of {needed}, "

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import pytest
 
 from idunno.base.ids import Term
+from idunno.consensus.driver import RaftDriver
 from idunno.consensus.messages import VoteAnswer
 from idunno.consensus.standing import Witness
 from tests.simulation.disk import Inode
 from tests.simulation.machine import Machine
+from tests.simulation.raftcheck import RaftChecks
 from tests.simulation.scenario import Cluster, make
 from tests.simulation.test_stories import others, put
 from tests.simulation.world import World
@@ -407,3 +409,55 @@ def test_disks_that_are_set_back_again_and_again_lose_nothing_and_all_come_back(
     cluster = make(f"set back {seed}", nodes)
     storm = Storm(cluster, rng)
     cluster.world.run(story)
+
+
+async def set_back_while_an_answer_waits(cluster: Cluster, *, told: bool) -> None:
+    """Three of five have an entry, and its answer waits for a fourth copy: one of the three is set back before the fourth has
+    it. `told`: and the leader has judged its new process by then."""
+    world = cluster.world
+    await cluster.begin(jobs=False)
+    await asyncio.sleep(2)
+    leader = await world.has_leader()
+    first, _, third, fourth = others(cluster, leader)
+    machine = world.machine(first)
+    image = machine.disk.image()
+    assert await put(cluster, "before", 10_000) == 1
+    for away, stalled_s in ((third, 0.3), (fourth, 1.0)):
+        world.machine(away).disk.stalled_until = world.scheduler.now + stalled_s
+    node, client = leader.node, cluster.clients[0]
+    assert node is not None
+    index = node.driver._core.terms.last + 1
+    waits = asyncio.ensure_future(client.inside(lambda: client._delete_one("before")))
+    await world.until(lambda: sum(synced >= index for synced in node.driver._core.copies()) == 3, "it is on three", 0.2)
+    world.kill(first)
+    machine.disk.restore(image)
+    cluster.checkers.forget_terms(machine)
+    if told:
+        world.start(first)
+        await world.until(lambda: machine.boot == 3, "it was not heard, and begins again", 0.2)
+        world.partition([first], others(cluster, machine))  # or it would have all that again in a moment
+    await asyncio.wait_for(waits, 20)
+    client.stopping = True
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_copy_that_the_leader_cannot_know_to_be_gone_counts_and_no_other(told: bool) -> None:
+    async def story(world: World) -> None:
+        await set_back_while_an_answer_waits(cluster, told=told)
+
+    cluster = left_alone(f"set back, told {told}")
+    RaftChecks(cluster.world)
+    cluster.world.run(story)
+
+
+def test_a_leader_that_counts_on_an_old_image_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake planted: the same story, and the leader hears of it and goes on as before."""
+    monkeypatch.setattr(RaftDriver, "doubt", lambda self, node: None)
+
+    async def story(world: World) -> None:
+        await set_back_while_an_answer_waits(cluster, told=True)
+
+    cluster = left_alone("set back, told True")
+    RaftChecks(cluster.world)
+    with pytest.raises(AssertionError, match="with 4 copies of 4, and it is synced on 3"):
+        cluster.world.run(story)
