@@ -432,9 +432,13 @@ async def set_back_while_an_answer_waits(cluster: Cluster, *, told: bool) -> Non
     world.kill(first)
     machine.disk.restore(image)
     cluster.checkers.forget_terms(machine)
+    if not told:
+        world.partition([first], others(cluster, machine))
+    world.start(first)
+    await world.until(
+        lambda: machine.boot == (3 if told else 2), "it is not heard, and begins again" if told else "it runs", 0.2
+    )
     if told:
-        world.start(first)
-        await world.until(lambda: machine.boot == 3, "it was not heard, and begins again", 0.2)
         world.partition([first], others(cluster, machine))  # or it would have all that again in a moment
     await asyncio.wait_for(waits, 20)
     client.stopping = True
