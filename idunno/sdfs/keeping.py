@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from itertools import islice
 from typing import Final
 
-from idunno.base.errors import IdunnoError, Unconfirmed
+from idunno.base.errors import IdunnoError, InvalidArgument, Unconfirmed
 from idunno.base.ids import NodeId
 from idunno.coordinator.commands import Purge, RestoreTrash, SetRetention
 from idunno.coordinator.machine import Machine
+from idunno.coordinator.names import SYSTEM
 from idunno.coordinator.results import Purged, Restored
 from idunno.coordinator.trash import TrashEntry
 from idunno.sdfs.config import SdfsConfig
@@ -66,6 +67,12 @@ class Keeping:
     async def retain(self, call: Call[Retain]) -> RetainAnswer:
         request = call.request
         if not request.show:
+            if request.prefix.startswith(SYSTEM) and (
+                request.versions or request.age_ms
+            ):  # nothing there would ever expire
+                raise InvalidArgument(
+                    f"what is below {SYSTEM} is the system's own and goes with its model or job: no rule holds there"
+                )
             command = SetRetention(request.prefix, request.versions, request.age_ms)
             await self._coordinator.propose(command, actor=call.actor, request=request.request, timeout_s=left_s(call))
         try:

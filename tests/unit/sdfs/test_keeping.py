@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from idunno.base.errors import NotFound, PermissionDenied
+from idunno.base.errors import InvalidArgument, NotFound, PermissionDenied
 from idunno.base.ids import NodeId
 from idunno.coordinator.commands import Expire, SetRetention
 from idunno.coordinator.machine import Machine
@@ -50,6 +50,8 @@ def test_old_versions_expire_into_the_trash_small_ones_too() -> None:
                 ("logs/b", [1, 2, 3], True),
             ]
             assert await client.retain("logs/", versions=0) == []
+            with pytest.raises(InvalidArgument, match="no rule holds there"):
+                await client.retain(".idunno/jobs/", versions=1)
             assert (await client.restore("logs/b")).versions == 3
             assert await world.get("logs/b", version=1) == b"small\0"
             await asyncio.sleep(200)
