@@ -143,7 +143,8 @@ class Leading:
             elif worker is not None and worker.boot < boot:
                 self._lost(node, f"worker {worker.name} was restarted")
         self._present = now
-        self._rearrange = {record.model: None for record in self._cluster.machine.registry.models()}
+        # Those that wait keep their place: with a roster that changes all the time the last by name would have no turn.
+        self._rearrange.update(dict.fromkeys(record.model for record in self._cluster.machine.registry.models()))
         self._rejudge = True
         self._soon_again()
 

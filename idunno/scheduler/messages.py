@@ -252,11 +252,21 @@ class Lease(msgspec.Struct, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """A model that the worker is to hold ready."""
+    """A model that the worker is to hold ready. A model has files: without any, MODEL_FILES tells them."""
 
     model: str
     version: int
     runtime: str
+    files: list[ModelFile]
+
+
+class AskFiles(msgspec.Struct, frozen=True):
+    node: NodeId
+    model: str
+    version: int
+
+
+class ModelFiles(msgspec.Struct, frozen=True):
     files: list[ModelFile]
 
 
@@ -323,6 +333,7 @@ class WorkerReport(msgspec.Struct, frozen=True):
 
 
 POLL: Final = Method("worker.poll", Poll, PollAnswer, Role.NODE)
+MODEL_FILES: Final = Method("worker.model-files", AskFiles, ModelFiles, Role.NODE)
 PLAN_DONE: Final = Method("worker.plan-done", PlanDone, Empty, Role.NODE)
 TASK_DONE: Final = Method("worker.task-done", TaskDone, Empty, Role.NODE)
 ATTEMPT_FAILED: Final = Method("worker.attempt-failed", AttemptFailed, Empty, Role.NODE)

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from idunno.base.errors import IdunnoError, InvalidArgument, NotFound, NotLeader, Unconfirmed
+import msgspec
+
+from idunno.base.errors import Exhausted, IdunnoError, InvalidArgument, NotFound, NotLeader, Unconfirmed
 from idunno.base.ids import NodeId, check_label
 from idunno.coordinator.commands import Deploy, SetBatchSize, Undeploy
 from idunno.coordinator.machine import Machine
@@ -33,11 +35,15 @@ from idunno.scheduler.sizing import QUERIES_MAX
 from idunno.scheduler.views import model_info
 from idunno.scheduler.waiters import Waiters
 from idunno.wire.answering import left_s
-from idunno.wire.calls import Actor, Call, Empty, Registrar
+from idunno.wire.calls import HEADER_BYTES_MAX, Actor, Call, Empty, Registrar
 
 WEIGHT_MIN: Final = 0.001
 WEIGHT_MAX: Final = 1000.0
 WORKERS_MAX: Final = 10_000
+MODELS_MAX: Final = 5_000
+"""At one time: a worker is told the names of all its models at once, about 105 bytes each."""
+FILES_BYTES_MAX: Final = HEADER_BYTES_MAX - 64 * 1024
+"""Of a model's file names and block ids: a worker is told them in one answer. About 12,000 blocks (90 GiB)."""
 
 
 def check_batch_size(batch_size: int) -> int:
@@ -78,13 +84,15 @@ class ModelCalls:
         if self._leading() is None:
             raise NotLeader("this node is not the scheduler yet")
         machine = self._cluster.machine
+        files = tuple(_file(machine, f.path, f.name, f.version) for f in request.files)
+        _check_bounds(machine, request.model, files)
         able = deploy.eligible(machine.roster.nodes(), self._me, self._config.scheduler_works)
         wanted = deploy.workers_wanted(request.workers, request.workers_min, request.workers_max, len(able))
         load = deploy.model_load(record for record in machine.registry.models() if record.model != request.model)
         command = Deploy(
             model=request.model,
             runtime=request.runtime,
-            files=tuple(_file(machine, f.path, f.name, f.version) for f in request.files),
+            files=files,
             workers_wanted=request.workers,
             batch_size=request.batch_size,
             weight=round(request.weight * 1000),
@@ -142,6 +150,18 @@ def _check(request: DeployModel) -> None:
         )
     if not request.request:
         raise InvalidArgument("a deploy needs a request id, so that a retry does not deploy twice")
+
+
+def _check_bounds(machine: Machine, model: str, files: tuple[ModelFile, ...]) -> None:
+    """Whether workers can be told of it. Raises InvalidArgument, Exhausted."""
+    if len(msgspec.msgpack.encode(files)) > FILES_BYTES_MAX:
+        blocks, size = sum(len(file.blocks) for file in files), sum(file.size for file in files)
+        raise InvalidArgument(
+            f"model {model} has {size} bytes in {len(files)} files and {blocks} blocks, too many to name to a worker "
+            f"({FILES_BYTES_MAX} bytes of names): make it of fewer files and blocks"
+        )
+    if machine.registry.find(model) is None and sum(1 for _ in machine.registry.each()) >= MODELS_MAX:
+        raise Exhausted(f"{MODELS_MAX} models are deployed, as many as there can be: undeploy one first")
 
 
 def _file(machine: Machine, path: str, name: str, version: int) -> ModelFile:

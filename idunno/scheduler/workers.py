@@ -17,11 +17,14 @@ from idunno.scheduler.dispatch import EndAttempt
 from idunno.scheduler.leading import Leading
 from idunno.scheduler.messages import (
     ATTEMPT_FAILED,
+    MODEL_FILES,
     PLAN_DONE,
     POLL,
     TASK_DONE,
     WORKER_REPORT,
+    AskFiles,
     AttemptFailed,
+    ModelFiles,
     PlanDone,
     Poll,
     PollAnswer,
@@ -42,6 +45,7 @@ class WorkerCalls:
 
     def register(self, registrar: Registrar) -> None:
         registrar.register(POLL, self.poll)
+        registrar.register(MODEL_FILES, self.model_files)
         registrar.register(PLAN_DONE, self.plan_done)
         registrar.register(TASK_DONE, self.task_done)
         registrar.register(ATTEMPT_FAILED, self.attempt_failed)
@@ -50,6 +54,15 @@ class WorkerCalls:
     async def poll(self, call: Call[Poll]) -> PollAnswer:
         leading = self._leader_for(call, call.request.node)
         return await leading.poll(call.request, call.remaining_s())
+
+    async def model_files(self, call: Call[AskFiles]) -> ModelFiles:
+        """Raises NotFound for a version that is not the model's present one: the next poll tells the worker so."""
+        request = call.request
+        self._leader_for(call, request.node)
+        record = (await self._cluster.read(left_s(call))).registry.get(request.model)
+        if record.version != request.version:
+            raise NotFound(f"model {request.model} is at version {record.version}, not {request.version} any more")
+        return ModelFiles(list(record.files))
 
     async def plan_done(self, call: Call[PlanDone]) -> Empty:
         request, leading = call.request, self._leader_for(call, call.request.node)

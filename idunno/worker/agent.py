@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Sequence
 from typing import Final, Protocol, TypeVar
 
 import msgspec
@@ -22,9 +23,12 @@ import msgspec
 from idunno.base.disk import Buffer, Disk
 from idunno.base.errors import Exhausted, IdunnoError, InternalError, NotReady, StaleTerm
 from idunno.base.ids import NodeId, Term
+from idunno.coordinator.records import ModelFile
 from idunno.scheduler.messages import (
+    MODEL_FILES,
     POLL,
     WORKER_REPORT,
+    AskFiles,
     Assignment,
     Held,
     Lease,
@@ -56,6 +60,8 @@ UNWELL_S: Final = 10.0
 """Long enough that the attempts which a task has left go to others; short enough for a person who just freed space."""
 RETRY_FIRST_S: Final = 0.05
 RETRY_MAX_S: Final = 2.0
+ASKED_AT_ONCE: Final = 4
+"""Models whose files are asked for: an answer may have 1 MiB, and the scheduler has many workers."""
 TEMPORARY: Final = "tmp"
 
 Q = TypeVar("Q", bound=msgspec.Struct)
@@ -112,6 +118,7 @@ class Agent:
             ailing=self._ailing,
         )
         self._hosts: dict[tuple[str, int], Host] = {}
+        self._asking = asyncio.Semaphore(ASKED_AT_ONCE)
         self._works: dict[tuple[str, int], Work] = {}
         self._reports: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -305,10 +312,19 @@ class Agent:
             slots=self._config.slots,
             threads=self._config.threads,
             local_path=self._disk.local_path,
+            files_of=self._files_of,
             changed=self._host_changed,
         )
         self._hosts[host.key] = host
         host.start()
+
+    async def _files_of(self, assignment: Assignment) -> Sequence[ModelFile]:
+        """Raises NotFound when the model has another version meanwhile, or none."""
+        if assignment.files:
+            return assignment.files
+        async with self._asking:
+            request = AskFiles(self._me, assignment.model, assignment.version)
+            return (await self.insist(MODEL_FILES, request)).files
 
     def _host_changed(self, host: Host) -> None:
         if self._hosts.get(host.key) is host:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from idunno.base.errors import IdunnoError, ModelFailed, NotReady
@@ -87,11 +87,12 @@ class Host:
         slots: int,
         threads: int,
         local_path: Callable[[str], str],
+        files_of: Callable[[Assignment], Awaitable[Sequence[ModelFile]]],
         changed: Callable[[Host], None],
     ) -> None:
         self.assignment, self.state, self.error = assignment, "fetching", ""
         self._cache, self._runners, self._slots, self._threads = cache, runners, slots, threads
-        self._local_path, self._changed = local_path, changed
+        self._local_path, self._files_of, self._changed = local_path, files_of, changed
         self._pin: Pin | None = None
         self._idle: list[Runner] = []
         self._count = 0  # processes, busy and starting ones included
@@ -162,7 +163,8 @@ class Host:
     async def _live(self) -> None:
         model = self.assignment.model
         try:
-            self._pin = await self._cache.pin([_part(file) for file in self.assignment.files])
+            files = await self._files_of(self.assignment)
+            self._pin = await self._cache.pin([_part(file) for file in files])
             self._step("fetched")
             self._idle.append(await self._load())
             self._step("loaded")

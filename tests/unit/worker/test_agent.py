@@ -16,10 +16,12 @@ from idunno.base.ids import NodeId
 from idunno.coordinator.records import Block, Timing
 from idunno.node.disk import RealDisk, ThreadOffload
 from idunno.scheduler.messages import (
+    AskFiles,
     Assignment,
     AttemptFailed,
     Held,
     Lease,
+    ModelFiles,
     PlanDone,
     Poll,
     PollAnswer,
@@ -46,6 +48,7 @@ class Scheduler:
         self.drop: list[Held] = []
         self.polls: list[Poll] = []
         self.reports: list[WorkerReport] = []
+        self.files: dict[str, ModelFiles] = {}  # of the models that are assigned without
         self.planned: list[PlanDone] = []
         self.done: list[tuple[TaskDone, bytes]] = []
         self.failed: list[AttemptFailed] = []
@@ -71,6 +74,10 @@ class Scheduler:
         if self.refusals:
             raise self.refusals.pop(0)
         match request:
+            case AskFiles():
+                if request.model not in self.files:
+                    raise NotFound(f"no model {request.model}")
+                return self.files[request.model]
             case WorkerReport():
                 self.reports.append(request)
             case PlanDone():
@@ -229,6 +236,23 @@ def test_a_model_that_cannot_be_set_up_is_reported_and_tried_again_when_it_stays
                 WorkerReport(ME, "m", 1, "m.onnx cannot be loaded"),
                 WorkerReport(ME, "m", 1),
             ]
+
+    story(run)
+
+
+def test_the_files_of_a_model_that_is_told_without_them_are_asked_for(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with world(tmp_path) as w:
+            (tmp_path / "n").mkdir()
+            (tmp_path / "n" / "n.onnx").write_bytes(b"many weights")
+            full = w.files.model("n", tmp_path / "n")
+            w.scheduler.files["n"] = ModelFiles(full.files)
+            w.scheduler.refusals = [NotLeader("just elected another")]  # asked again
+            bare = [Assignment(model, 1, "onnx", []) for model in ("m", "n", "gone")]
+            w.scheduler.assign(*bare)  # m it has, whatever is told of it
+            await until(lambda: w.scheduler.polls[-1].ready == [("m", 1), ("n", 1)])
+            assert "n.onnx" in w.files.fetches[-1]
+            await until(lambda: WorkerReport(ME, "gone", 1, "no model gone") in w.scheduler.reports)
 
     story(run)
 
