@@ -2,7 +2,9 @@
 #
 # Rule 1: a copy counts when its node is present, has reported in full since it was last away, and is not being drained.
 # Rule 2: fewest copies first, then the longest short. With 2 copies or fewer, and the first 256 MB of the others, at once; the
-#         rest after 60 s, for a reboot is no storm. A node that announced `stopped` is waited for while 3 copies are left.
+#         rest after 60 s, for a reboot is no storm. They are counted anew when nothing is short, and when none of the others
+#         was copied for 60 s: what can never be copied makes nobody wait for good, and reboots in a row get 256 MB a minute.
+#         A node that announced `stopped` is waited for while 3 copies are left.
 # Rule 3: who changes something says which blocks are concerned (`touch`), and `judge` looks at a bounded number of them. Long
 #         lists are only walked over there: a node with a million blocks comes and goes, and others have their turns.
 # Rule 4: a block is in one thing at a time: a copy under way, or a trim.
@@ -111,7 +113,11 @@ class RepairCore:
         self._busy: dict[BlockId, Copying | Trimming] = {}
         self._load: dict[NodeId, int] = {}  # copies under way by node, as target or first source
         self._avoid: dict[NodeId, int] = {}  # targets that failed: until when they get nothing
-        self._early_bytes = 0
+        self._early_made, self._early_begun = (
+            0,
+            0,
+        )  # bytes of what had 3 copies: copied since it last began anew; under way
+        self._early_made_ms = 0  # when the last of these was copied
         self._done: deque[tuple[int, int]] = deque()  # (when, bytes) of copies made lately
         self.missing = 0
         """Copies that are missing, of all blocks."""
@@ -174,9 +180,11 @@ class RepairCore:
         for block in looked_at:
             if block not in self._held_back:
                 self._judge(block, now_ms)
-        if not self._short:
-            self._early_bytes = 0
-        return self.unjudged
+        if self.unjudged:
+            return True  # one node's blocks are whole again, and another's may be short
+        if not self._short or now_ms - self._early_made_ms >= self._config.repair_wait_ms:
+            self._early_made = 0
+        return False
 
     def _judge(self, block: BlockId, now_ms: int) -> None:
         old = self._short.pop(block, None)
@@ -251,8 +259,8 @@ class RepairCore:
                     queue[block] = queue.pop(block)
                 order = self._order(block, short, targets)
                 if order is not None:
-                    if short.copies > 2:
-                        self._early_bytes += short.size
+                    if order.copies > 2:
+                        self._early_begun += order.size
                     self._begin(order, order.target, order.sources[0])
                     orders.append(order)
         return orders
@@ -261,7 +269,7 @@ class RepairCore:
         return (
             short.copies <= 2
             or now_ms - short.since_ms >= self._config.repair_wait_ms
-            or self._early_bytes + short.size <= self._config.repair_early_bytes
+            or self._early_made + self._early_begun + short.size <= self._config.repair_early_bytes
         )
 
     def _targets(self, block: BlockId, short: _Short, now_ms: int) -> list[Candidate]:
@@ -282,15 +290,23 @@ class RepairCore:
         return None
 
     def copied(self, order: Copying, now_ms: int) -> None:
-        self._end(order, order.target, order.sources[0])
+        self._end_copy(order)
+        if order.copies > 2:
+            self._early_made += order.size
+            self._early_made_ms = now_ms
         self._done.append((now_ms, order.size))
 
     def not_copied(self, order: Copying, now_ms: int, *, blame_target: bool) -> None:
-        self._end(order, order.target, order.sources[0])
+        self._end_copy(order)
         if blame_target:
             self._avoid[order.target] = now_ms + self._config.repair_again_ms
         else:
             self.hold_back([order.block], now_ms + self._config.repair_again_ms // 10)
+
+    def _end_copy(self, order: Copying) -> None:
+        self._end(order, order.target, order.sources[0])
+        if order.copies > 2:
+            self._early_begun -= order.size
 
     def _begin(self, order: Copying | Trimming, *loaded: NodeId) -> None:
         self._busy[order.block] = order
@@ -368,7 +384,8 @@ class RepairCore:
         short = self._short[next(iter(waiting))]  # the longest short
         if self._is_due(short, now_ms):
             return 0.0
-        return (short.since_ms + self._config.repair_wait_ms - now_ms) / 1000
+        since_ms = min(short.since_ms, self._early_made_ms) if self._early_made else short.since_ms
+        return max(0, since_ms + self._config.repair_wait_ms - now_ms) / 1000
 
     def estimate_s(self, now_ms: int) -> float | None:
         """Until `bytes_left` is 0, by what was copied in the last 10 s; None when that was nothing."""

@@ -79,6 +79,83 @@ def test_256_mb_of_what_has_three_copies_at_once_the_rest_after_a_minute() -> No
     assert store.core.estimate_s(61_000) is None  # nothing was copied in the last 10 s
 
 
+def _copy_all(store: Store, now_ms: int) -> int:
+    """Bytes of what is copied at once, until nothing more is ordered."""
+    copied = 0
+    while orders := store.next(now_ms):
+        for order in orders:
+            copied += order.size
+            store.held[order.block].append(order.target)
+            store.core.copied(order, now_ms)
+    return copied
+
+
+def _lose_a_copy_of(store: Store, numbers: range) -> None:
+    for number in numbers:
+        store.add(number, NODES[:3])
+
+
+def test_a_block_that_is_lost_for_good_does_not_make_all_later_ones_wait() -> None:
+    store = Store()
+    store.add(999, [])
+    _lose_a_copy_of(store, range(40))
+    assert _copy_all(store, 1_000) == 32 * 8 * MB
+    assert _copy_all(store, 61_000) == 8 * 8 * MB
+    _lose_a_copy_of(store, range(100, 140))
+    assert _copy_all(store, 121_000) == 32 * 8 * MB
+    assert len(store.core.lost()) == 1
+
+
+def test_a_block_that_nobody_takes_does_not_make_all_later_ones_wait() -> None:
+    store = Store(present=5, free=4 * MB)
+    store.add(999, NODES[:3])  # no node has room for it
+    for number in range(200):
+        store.add(number, NODES[:3], size=2 * MB)
+    assert _copy_all(store, 1_000) == 256 * MB
+    assert _copy_all(store, 61_000) == 144 * MB
+    store.add(1_000, NODES[:3], size=2 * MB)
+    assert _copy_all(store, 121_000) == 2 * MB
+
+
+def test_attempts_that_failed_are_not_among_the_first_256_mb() -> None:
+    store = Store()
+    store.add(999, NODES[:3])
+    tries = 0
+    for now_ms in range(0, 50_000, 500):
+        for order in store.next(now_ms):
+            tries += 1
+            store.core.not_copied(order, now_ms, blame_target=False)
+    assert tries > 32
+    _lose_a_copy_of(store, range(31))
+    assert _copy_all(store, 50_000) == 32 * 8 * MB
+
+
+def test_attempts_that_fail_after_all_was_whole_give_no_more_than_256_mb_to_the_others() -> None:
+    store = Store()
+    _lose_a_copy_of(store, range(10))
+    orders = store.next(0)
+    assert len(orders) == 10
+    for number in range(10):
+        store.add(number, NODES[:4])  # the node is back
+    assert (store.next(1_000), store.core.short) == ([], 0)
+    for order in orders:
+        store.core.not_copied(order, 1_000, blame_target=False)
+    _lose_a_copy_of(store, range(100, 140))
+    assert _copy_all(store, 1_000) == 32 * 8 * MB
+
+
+def test_nodes_that_reboot_one_after_the_other_have_256_mb_a_minute_together() -> None:
+    """The blocks of one are whole again, and those of the next are short already but not judged yet."""
+    store = Store()
+    copied = 0
+    for reboot in range(20):
+        for number in range(100 * (reboot - 1), 100 * reboot) if reboot else ():
+            store.add(number, NODES[:4])
+        _lose_a_copy_of(store, range(100 * reboot, 100 * (reboot + 1)))
+        copied += _copy_all(store, 30_000 * reboot)
+    assert copied == 10 * 256 * MB
+
+
 def test_a_copy_goes_to_another_zone_with_room_and_no_node_gets_too_many() -> None:
     store = Store(zones=("a", "a", "a", "b", "a", "a", "b", "a"))
     for number in range(20):
