@@ -36,11 +36,11 @@ from idunno.scheduler.messages import (
     JobInfo,
     JobRequest,
     ListJobs,
+    ListModels,
     OutputInfo,
     Submit,
 )
 from idunno.sdfs.messages import STAT, Stat
-from idunno.wire.calls import Empty
 
 FINISHED: Final = frozenset({"success", "failed", "cancelled"})
 FETCH_AHEAD: Final = 4
@@ -120,7 +120,7 @@ class Jobs(Models):
         try:
             info = await self._ask(GET_MODEL, GetModel(model), deadline)
         except NotFound:
-            known = sorted(found.model for found in (await self._ask(MODELS, Empty(), deadline)).models)
+            known = sorted(found.model for found in (await self._ask(MODELS, ListModels(), deadline)).models)
             names = ", ".join(known[:20]) if known else "none"
             raise NotFound(f"no model {model!r}; known are: {names}; see `idunno deploy --help`") from None
         if info.state != "deployed":

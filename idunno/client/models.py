@@ -28,6 +28,8 @@ from idunno.scheduler.messages import (
     Explanation,
     FileVersion,
     GetModel,
+    ListAssignments,
+    ListModels,
     ModelInfo,
     Rates,
     Times,
@@ -116,7 +118,13 @@ class Models(Files):
         await self._ask(UNDEPLOY, UndeployModel(model, new_request()))
 
     async def models(self) -> list[ModelInfo]:
-        return (await self._ask(MODELS, Empty())).models
+        """By name."""
+        found: list[ModelInfo] = []
+        while True:
+            answer = await self._ask(MODELS, ListModels(found[-1].model if found else ""))
+            found += answer.models
+            if not answer.more or not answer.models:
+                return found
 
     async def model(self, model: str) -> ModelInfo:
         """Raises NotFound."""
@@ -133,7 +141,13 @@ class Models(Files):
         return await self._ask(TIMES, ByModel(model))
 
     async def assignments(self) -> list[WorkerRow]:
-        return (await self._ask(ASSIGNMENTS, Empty())).workers
+        """By the nodes' names."""
+        found: list[WorkerRow] = []
+        while True:
+            answer = await self._ask(ASSIGNMENTS, ListAssignments(found[-1].node if found else ""))
+            found += answer.workers
+            if not answer.more or not answer.workers:
+                return found
 
     async def explain(self, what: str) -> Explanation:
         """Why a model, job or node is where it is. Raises NotFound."""

@@ -58,8 +58,15 @@ class GetModel(msgspec.Struct, frozen=True):
     seen: ModelInfo | None = None
 
 
+class ListModels(msgspec.Struct, frozen=True):
+    after: str = ""  # names greater than this: for paging
+
+
 class Models(msgspec.Struct, frozen=True):
+    """By name."""
+
     models: list[ModelInfo]
+    more: bool = False  # ask again, after the last one's name
 
 
 class UndeployModel(msgspec.Struct, frozen=True):
@@ -75,7 +82,7 @@ class BatchSize(msgspec.Struct, frozen=True):
 
 DEPLOY: Final = Method("model.deploy", DeployModel, ModelInfo, Role.USER)
 GET_MODEL: Final = Method("model.get", GetModel, ModelInfo, Role.READER)
-MODELS: Final = Method("model.ls", Empty, Models, Role.READER)
+MODELS: Final = Method("model.ls", ListModels, Models, Role.READER)
 UNDEPLOY: Final = Method("model.undeploy", UndeployModel, Empty, Role.USER)
 BATCH_SIZE: Final = Method("model.batch-size", BatchSize, ModelInfo, Role.USER)
 
@@ -206,8 +213,15 @@ class WorkerRow(msgspec.Struct, frozen=True):
     state: str = "active"
 
 
+class ListAssignments(msgspec.Struct, frozen=True):
+    after: str = ""  # nodes of greater names than this: for paging
+
+
 class Assignments(msgspec.Struct, frozen=True):
+    """By name."""
+
     workers: list[WorkerRow]
+    more: bool = False  # ask again, after the last one's name
 
 
 class Explain(msgspec.Struct, frozen=True):
@@ -228,7 +242,7 @@ class Explanation(msgspec.Struct, frozen=True):
 
 RATES: Final = Method("stats.rates", Empty, Rates, Role.READER)
 TIMES: Final = Method("stats.times", ByModel, Times, Role.READER)
-ASSIGNMENTS: Final = Method("stats.assignments", Empty, Assignments, Role.READER)
+ASSIGNMENTS: Final = Method("stats.assignments", ListAssignments, Assignments, Role.READER)
 EXPLAIN: Final = Method("stats.explain", Explain, Explanation, Role.READER)
 
 # -- worker to scheduler ----------------------------------------------------------------------------------------------

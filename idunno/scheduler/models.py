@@ -27,10 +27,12 @@ from idunno.scheduler.messages import (
     BatchSize,
     DeployModel,
     GetModel,
+    ListModels,
     ModelInfo,
     Models,
     UndeployModel,
 )
+from idunno.scheduler.paging import page
 from idunno.scheduler.sizing import QUERIES_MAX
 from idunno.scheduler.views import model_info
 from idunno.scheduler.waiters import Waiters
@@ -113,9 +115,10 @@ class ModelCalls:
             if info != request.seen or not await self._waiters.wait(f"model {request.model}", left):
                 return info
 
-    async def models(self, call: Call[Empty]) -> Models:
+    async def models(self, call: Call[ListModels]) -> Models:
         machine = await self._cluster.read(left_s(call))
-        return Models([model_info(machine, record) for record in machine.registry.models()])
+        records = (record for record in machine.registry.models() if record.model > call.request.after)
+        return Models(*page(model_info(machine, record) for record in records))
 
     async def undeploy(self, call: Call[UndeployModel]) -> Empty:
         command = Undeploy(call.request.model)

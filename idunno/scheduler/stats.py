@@ -22,11 +22,13 @@ from idunno.scheduler.messages import (
     Decision,
     Explain,
     Explanation,
+    ListAssignments,
     ModelRate,
     Rates,
     Times,
     WorkerRow,
 )
+from idunno.scheduler.paging import page
 from idunno.scheduler.queues import PLAN
 from idunno.scheduler.rates import RateWindow
 from idunno.scheduler.views import Work, job_waits_for, model_info, model_waits_for
@@ -81,11 +83,14 @@ class StatsCalls:
             p99=percentile_s(timing, 990),
         )
 
-    async def assignments(self, call: Call[Empty]) -> Assignments:
+    async def assignments(self, call: Call[ListAssignments]) -> Assignments:
+        after = call.request.after
+
         async def here(timeout_s: float) -> Assignments:
             machine = await self._cluster.read(timeout_s)
             leading = self._lead()
-            return Assignments([self._row(machine, leading, record) for record in machine.roster.nodes()])
+            nodes = sorted((r for r in machine.roster.nodes() if r.name > after), key=lambda record: record.name)
+            return Assignments(*page(self._row(machine, leading, record) for record in nodes))
 
         return await at_leader(self._cluster, self._leading() is not None, ASSIGNMENTS, call, here)
 

@@ -236,6 +236,19 @@ def model(name: str, state: str = "deployed", version: int = 1, **more: Any) -> 
     return scheduler.ModelInfo(name, version, state, workers, 0, 1.0, "onnx", **more)
 
 
+def _models(world: World, call: Call[scheduler.ListModels]) -> scheduler.Models:
+    """In pages of two."""
+    rows = [row for name, row in sorted(world.models.items()) if name > call.request.after]
+    return scheduler.Models(rows[:2], more=len(rows) > 2)
+
+
+def _assignments(world: World, call: Call[scheduler.ListAssignments]) -> scheduler.Assignments:
+    """In pages of two."""
+    rows = [scheduler.WorkerRow(node, "worker", ["digits"], "j/0", CREATED) for node in ("n1", "n2", "n3")]
+    rows = [row for row in rows if row.node > call.request.after]
+    return scheduler.Assignments(rows[:2], more=len(rows) > 2)
+
+
 def job_info(job: str, state: str, queries: int = 0, done: int = 0, errors: int = 0, **more: Any) -> scheduler.JobInfo:
     tasks = more.pop("tasks", scheduler.TaskCounts(success=done))
     finished = None if state in ("planning", "running") else CREATED
@@ -338,7 +351,7 @@ HANDLERS: list[tuple[Method[Any, Any], Callable[[World, Any], Any]]] = [
     (sdfs.DELETE, _delete),
     (scheduler.DEPLOY, _deploy),
     (scheduler.GET_MODEL, _get_model),
-    (scheduler.MODELS, lambda world, call: scheduler.Models(list(world.models.values()))),
+    (scheduler.MODELS, _models),
     (scheduler.UNDEPLOY, lambda world, call: Empty()),
     (scheduler.BATCH_SIZE, lambda world, call: model(call.request.model)),
     (scheduler.SUBMIT, _submit),
@@ -349,10 +362,7 @@ HANDLERS: list[tuple[Method[Any, Any], Callable[[World, Any], Any]]] = [
     (scheduler.OUTPUTS, _outputs),
     (scheduler.RATES, lambda world, call: scheduler.Rates([scheduler.ModelRate("digits", 12.5, 100, 2, 7)], 0.1)),
     (scheduler.TIMES, lambda world, call: scheduler.Times("digits", 10, 0.1, 0.01, 0.1, 0.12, 0.13, 0.14)),
-    (
-        scheduler.ASSIGNMENTS,
-        lambda world, call: scheduler.Assignments([scheduler.WorkerRow("n1", "worker", ["digits"], "j/0", CREATED)]),
-    ),
+    (scheduler.ASSIGNMENTS, _assignments),
     (
         scheduler.EXPLAIN,
         lambda world, call: scheduler.Explanation(

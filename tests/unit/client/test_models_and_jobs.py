@@ -93,6 +93,15 @@ def test_only_onnx_files_are_models_in_this_version(tmp_path: Path) -> None:
     assert fake.world.requests == []
 
 
+def test_models_and_assignments_of_several_pages_are_one_list() -> None:
+    fake = FakeCluster()
+    names = [f"m{i}" for i in range(5)]
+    fake.world.models = {name: model(name) for name in names}
+    assert [row.model for row in play(fake, Cluster.models)] == names
+    assert [request.after for request in fake.world.asked("model.ls")] == ["", "m1", "m3"]
+    assert [row.node for row in play(fake, Cluster.assignments)] == ["n1", "n2", "n3"]
+
+
 # -- infer ------------------------------------------------------------------------------------------------------------
 
 

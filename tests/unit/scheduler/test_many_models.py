@@ -10,7 +10,19 @@ from idunno.coordinator.effects import RosterChanged
 from idunno.coordinator.records import Block, ModelFile
 from idunno.scheduler import models
 from idunno.scheduler.config import SchedulerConfig
-from idunno.scheduler.messages import MODEL_FILES, AskFiles
+from idunno.scheduler.messages import (
+    ASSIGNMENTS,
+    MODEL_FILES,
+    MODELS,
+    POLL,
+    AskFiles,
+    Assignments,
+    ListAssignments,
+    ListModels,
+    Models,
+    Poll,
+    WorkerRow,
+)
 from idunno.wire.calls import HEADER_BYTES_MAX, pack
 from tests.unit.coordinator.world import block
 from tests.unit.scheduler.cluster import ANN, World, node_id, until
@@ -100,6 +112,35 @@ def test_a_model_that_no_message_can_name_is_refused(monkeypatch: pytest.MonkeyP
             await deploy(world, "other")
 
     story(test)
+
+
+def test_all_models_and_assignments_are_listed_in_pages_that_fit() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        for k in range(600):
+            deploy_large(world, f"m{k:03}-{'x' * 50}", 1)
+        models_listed: list[str] = []
+        rows: list[WorkerRow] = []
+        pages = 0
+        listed = Models([], more=True)
+        while listed.more:
+            listed = await world.call(MODELS, ListModels(models_listed[-1] if models_listed else ""))
+            assert len(pack(listed)) < HEADER_BYTES_MAX
+            models_listed += [row.model for row in listed.models]
+        assert models_listed == [record.model for record in world.machine.registry.models()]
+        for i in range(2, 61):
+            loaded = [(model, 1) for model in models_listed]
+            await world.at_leader(POLL, Poll(node_id(i), 0, 0, loaded, [], 0, 0.0), i)
+        told = Assignments([], more=True)
+        while told.more:
+            told = await world.call(ASSIGNMENTS, ListAssignments(rows[-1].node if rows else ""))
+            assert len(pack(told)) < HEADER_BYTES_MAX
+            rows, pages = rows + told.workers, pages + 1
+        assert pages > 1
+        assert [row.node for row in rows] == sorted(node.name for node in world.machine.roster.nodes())
+        assert {len(row.models) for row in rows} == {0, 600}
+
+    story(test, nodes=60)
 
 
 def test_with_a_roster_that_never_rests_the_last_model_has_its_turn_too() -> None:

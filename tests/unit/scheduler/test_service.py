@@ -45,6 +45,7 @@ from idunno.scheduler.messages import (
     JobInfo,
     JobRequest,
     ListJobs,
+    ListModels,
     ModelInfo,
     PlanDone,
     UndeployModel,
@@ -131,7 +132,7 @@ def test_a_worker_that_fails_is_replaced_and_three_failures_are_the_end() -> Non
             report = WorkerReport(worker.node, "digits", 1, "no memory")
             await world.at_leader(WORKER_REPORT, report, int(worker.node, 16))
         assert len(set(tried)) == 3
-        [found] = (await world.call(MODELS, Empty())).models
+        [found] = (await world.call(MODELS, ListModels())).models
         assert found.state == "failed"
         assert found.reason.count("no memory") == 3
 

@@ -30,11 +30,12 @@ from idunno.scheduler.messages import (
     GetJob,
     JobRequest,
     Lease,
+    ListAssignments,
     Submit,
     TaskDone,
     WorkerReport,
 )
-from idunno.wire.calls import HEADER_BYTES_MAX, Empty, pack
+from idunno.wire.calls import HEADER_BYTES_MAX, pack
 from tests.unit.coordinator.world import block, timing
 from tests.unit.scheduler.cluster import ANN, World, node_id, until
 from tests.unit.scheduler.users import deploy, deployed, info, planned, story
@@ -222,7 +223,7 @@ def test_three_nodes_work_with_their_scheduler_and_five_without() -> None:
     async def test(world: World) -> None:
         world.lead(1)
         assert [w.node for w in (await deploy(world)).workers] == ["n1", "n2", "n3"]
-        rows = (await world.call(ASSIGNMENTS, Empty())).workers
+        rows = (await world.call(ASSIGNMENTS, ListAssignments())).workers
         assert [(r.node, r.role, r.state) for r in rows] == [
             ("n1", "scheduler", "active"),
             ("n2", "worker", "active"),
@@ -239,7 +240,7 @@ def test_assignments_say_what_runs_where_since_when() -> None:
         await planned(world, 100)
         [lease] = (await world.poll(3)).leases
         assert isinstance(lease, Lease)
-        row = next(r for r in (await world.call(ASSIGNMENTS, Empty(), at=5)).workers if r.node == "n3")
+        row = next(r for r in (await world.call(ASSIGNMENTS, ListAssignments(), at=5)).workers if r.node == "n3")
         assert (row.models, row.task) == (["digits"], f"j1/{lease.task}")
         assert row.since is not None
         assert row.since.startswith("2023-11-14T22:13:2")
