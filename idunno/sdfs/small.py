@@ -8,33 +8,31 @@
 #         swept, when that snapshot counts, is a full segment of which half or less is marked: that is written anew, and synced
 #         before the file goes. So what the machine of the newest snapshot and the log behind it refer to is here always.
 # Rule 5: what a failed sync may have lost is written anew before anything counts as synced: the system calls the next one good.
-# Rule 6: the queue is bounded. When the disk cannot follow, contents are dropped with a log line, and read from other nodes.
+#         Until a segment has gone it is known where its contents lay there: a newer copy that is found bad counts for nothing.
+# Rule 6: what cannot be read is not forgotten, for a disk may fail for a while; it does not count as here until it was read, or
+#         kept anew. No file is cut or written to in which anything was found damaged: the next one is begun.
+# Rule 7: the queue is bounded. When the disk cannot follow, contents are dropped with a log line, and read from other nodes.
 #
-# Layout: small/<number>.seg, each SEGMENT_MAGIC, then records: content length (u16), CRC-32 of the rest (u32), BLAKE3 of the
-# content (32 bytes), content; big-endian.
+# How contents lie in segments is in segments.py.
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import struct
-import zlib
 from collections.abc import Iterator
-from functools import partial
 from typing import Final
 
 from idunno.base.disk import Buffer, Disk, File
-from idunno.base.errors import DiskFailed, Exhausted, NotFound
+from idunno.base.errors import DiskFailed, Exhausted, IdunnoError, NotFound
 from idunno.base.ids import BlockId
-from idunno.coordinator.records import SMALL_BYTES_MAX
 from idunno.sdfs import tasks
 from idunno.sdfs.hashing import Offload, block_id
 from idunno.sdfs.marks import Marks, Place
 from idunno.sdfs.readers import Readers
+from idunno.sdfs.segments import HEAD_BYTES, SEGMENT_MAGIC, Walk, head_of, path_of
 
 log = logging.getLogger("idunno.sdfs")
 
-SEGMENT_MAGIC: Final = b"IDSMALL1"
 SEGMENT_BYTES_MAX: Final = 64 * 1024 * 1024
 """A new segment is begun above this: scanning one at start takes 1 MiB of memory whatever its size; this bounds its loss."""
 QUEUE_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -50,14 +48,12 @@ SWEEP_BYTES_MAX: Final = 4 * SEGMENT_BYTES_MAX
 """Of segments that one sweep reads: a second's work, and as much as log comes from snapshot to snapshot."""
 SLICE: Final = 2_000
 """Records that are looked at, or written, between two breaths of the loop: a few ms."""
+FAILED_READS_MAX: Final = 16
+"""Of single contents of one segment, each of which may take a failing disk seconds: the rest is taken for unreadable then."""
 EMPTY: Final = block_id(b"")
 """An empty file's content takes no record."""
 
-_HEAD: Final = struct.Struct(">HI32s")
-
-
-class _UnreadableError(Exception):
-    """A doubted segment, where DiskFailed may be about the one that is written."""
+_CORRUPT: Final = "the bytes are not what their name says"
 
 
 class SmallStore:
@@ -67,6 +63,13 @@ class SmallStore:
         self._disk, self._offload = disk, offload
         self.segment_bytes, self.live_share_max = SEGMENT_BYTES_MAX, LIVE_SHARE_MAX
         self._index: dict[bytes, Place] = {}
+        self._unread: set[bytes] = set()
+        """Of the index: what could not be read when that was last tried."""
+        self._older: dict[int, dict[bytes, Place]] = {}
+        """Where contents that were written anew lay in their segments, by segment, until it goes: the newest last."""
+        self._unscanned: set[int] = set()
+        """What could not be read at the start, so that nobody knows what they hold: they stay for the next start."""
+        self._stubborn: set[int] = set()  # segments that could not be swept when that was last tried
         self._marks: Marks | None = None  # from `mark` until what it began is swept, or begun anew
         self._pins = 0
         self._doubted: set[int] = set()
@@ -79,30 +82,54 @@ class SmallStore:
         self._queue: dict[BlockId, bytes] = {}  # in order of arrival
         self._queue_bytes = 0
         self._segment, self._end = 0, 0  # where the next record goes
-        self._file: File | None = None  # of that segment
+        self._file: File | None = None  # of that segment; None: the next one is begun with the next record
         self._writing = asyncio.Lock()  # `flush` and the task write alike
         self._flushing = asyncio.Lock()
         self._wake = asyncio.Event()
         self._full = asyncio.Event()  # enough is queued for a batch, or this is closing
-        self._closing = False
-        self._readers = Readers(disk, _path)
+        self._closing = asyncio.Event()
+        self._closed = False
+        self._readers = Readers(disk, path_of)
         self._task: asyncio.Task[None] | None = None
         self.dropped = 0
         """Contents that did not fit the queue, since the start."""
 
     async def open(self) -> None:
-        """Read all segments to learn what they hold; a torn end is cut off."""
+        """Read all segments to learn what they hold."""
         await self._disk.make_directory("small")
-        for entry in await self._disk.list("small"):
-            number, _, rest = entry.name.partition(".")
-            if rest == "seg" and number.isdecimal():
-                self._segment = int(number)
-                self._end = await self._scan(self._segment, entry.size)
-        await self._append_to(self._segment or 1)
+        whole = False
+        for segment, size in sorted((await self._sizes()).items()):
+            whole = await self._scan(segment, size)
+            self._segment, self._end = segment, size
+        try:
+            if whole:
+                self._file = await self._disk.open(path_of(self._segment))
+            else:
+                if self._segment:  # what is good of it may never have been synced
+                    self._doubted.add(self._segment)
+                await self._begin(self._segment + 1)
+        except DiskFailed as error:  # a full disk is no reason not to start
+            log.error("no segment of small contents to write to", extra={"error": str(error)})
         self._task = tasks.begin(self._write_behind(), "small-store")
 
+    async def _scan(self, segment: int, size: int) -> bool:
+        """Index a segment's good records. Whether all of it is good, so that more can be written to it."""
+        walk = Walk(self._disk, path_of(segment), size, self._offload)
+        async with contextlib.aclosing(walk.chunks()) as chunks:
+            async for begin, _, records in chunks:
+                for key, at, length in records:
+                    self._index[key] = (segment, begin + at, length)
+        if not walk.readable:
+            self._unscanned.add(segment)
+        if not walk.whole:
+            log.warning("segment of small contents is damaged or torn", extra={"path": path_of(segment), "bytes": size})
+        return walk.whole
+
     def __contains__(self, block: BlockId) -> bool:
-        return block == EMPTY or block in self._queue or bytes.fromhex(block) in self._index
+        if block == EMPTY or block in self._queue:
+            return True
+        key = bytes.fromhex(block)
+        return key in self._index and key not in self._unread
 
     def keep(self, block: BlockId, content: bytes) -> None:
         """Hold `content`, which the caller knows to be the block's. Idempotent; never waits, never fails."""
@@ -119,13 +146,13 @@ class SmallStore:
             self._full.set()
 
     def hold(self, block: BlockId) -> bool:
-        """Whether the content is here. If so something refers to it: the sweep that is prepared or under way leaves it."""
+        """Whether the content is here. Something refers to it: the sweep that is prepared or under way leaves it."""
         if block == EMPTY or block in self._queue:
             return True
-        place = self._index.get(bytes.fromhex(block))
+        place = self._index.get(key := bytes.fromhex(block))
         if place is not None and self._marks is not None:
             self._marks.add(place)
-        return place is not None
+        return place is not None and key not in self._unread
 
     def check_room(self) -> None:
         """Raises Exhausted when the disk is so far behind that no new small file should be begun here."""
@@ -136,101 +163,132 @@ class SmallStore:
             )
 
     async def get(self, block: BlockId) -> bytes | None:
-        """The content; None when it is not here, or not as its name says."""
+        """The content; None when it is not here, or cannot be read as its name says."""
         if block == EMPTY:
             return b""
-        if (queued := self._queue.get(block)) is not None:
-            return queued
         key = bytes.fromhex(block)
-        place = self._index.get(key)
-        if place is None:
-            return None
-        segment, offset, length = place
+        while block not in self._queue:
+            place = self._index.get(key)
+            if place is None:
+                return None
+            content, problem = await self._read(block, place)
+            if content is not None:
+                if self._index.get(key) == place:
+                    self._unread.discard(key)
+                return content
+            if self._index.get(key) == place and not self._fall_back(key, place):
+                log.error("small content cannot be read", extra={"block": block, "place": place, "problem": problem})
+                if problem == _CORRUPT:
+                    self._forget(key)  # so that it can be kept anew
+                    self.losses += 1
+                elif key not in self._unread:
+                    self._unread.add(key)
+                    self.losses += 1
+                return None
+        return self._queue[block]
+
+    async def _read(self, block: BlockId, place: Place) -> tuple[bytes | None, str]:
+        """The content, or why it is not there."""
         try:
-            content = await self._readers.read(segment, offset, length)
+            content = await self._readers.read(*place)
         except (DiskFailed, NotFound) as error:
-            if block in self._queue or self._index.get(key) != place:
-                return await self.get(block)  # swept meanwhile: moved, kept anew, or gone
-            log.error("small content unreadable", extra={"block": block, "error": str(error)})
-            return None
-        if block_id(content) != block:
-            log.error("small content is corrupt", extra={"block": block, "segment": segment, "offset": offset})
-            if self._index.get(key) == place:
-                del self._index[key]  # so that it can be kept anew
-                self.losses += 1
-            return None
-        return content
+            return None, str(error)
+        return (content, "") if block_id(content) == block else (None, _CORRUPT)
+
+    def _fall_back(self, key: bytes, place: Place) -> bool:
+        """What lies there is no good: where else it was, in a segment that has not gone yet."""
+        for older in self._older.values():
+            if older.get(key) == place:
+                del older[key]
+        for older in reversed(self._older.values()):
+            if key in older:
+                self._index[key] = older[key]
+                return True
+        return False
+
+    def _forget(self, key: bytes) -> None:
+        self._index.pop(key, None)
+        self._unread.discard(key)
 
     async def flush(self) -> None:
         """Everything kept so far, but for what `losses` counts, is on the disk, synced, when this returns. Raises DiskFailed."""
         async with self._flushing:
-            doubted, all_read = sorted(self._doubted), True
+            self._check_open()
+            doubted = sorted(self._doubted)
+            whole = set()
             for segment in doubted:
-                all_read &= await self._write_elsewhere(segment)
-                if segment in self._hollow and all_read:
-                    # Else a disk that goes on failing were filled with one copy behind the other.
-                    await self._let_go(segment)
+                if await self._write_elsewhere(segment):
+                    whole.add(segment)
+                    if segment in self._hollow:
+                        # Else a disk that goes on failing were filled with one copy behind the other.
+                        await self._let_go(segment)
             last = next(reversed(self._queue), None)  # what comes meanwhile does not keep this from ending
             while last in self._queue:
                 await self._write_batch()
             async with self._writing:
-                await self._sync(self._open_file())
+                self._check_open()
+                if self._file is not None:
+                    await self._sync(self._file)
             if more := self._doubted.difference(doubted):  # the sync of one that became full failed meanwhile
-                raise DiskFailed(f"{_path(min(more))} could not be synced")
+                raise DiskFailed(f"{path_of(min(more))} could not be synced")
             for segment in doubted:
-                if not all_read:  # they stay: what was synced of them before may be readable at the next start
-                    self._doubted.discard(segment)
-                    self._hollow.discard(segment)
-                elif segment in self._doubted:
+                if await self._went_back(segment):
+                    raise DiskFailed(f"{path_of(segment)}: what was written anew of it was found bad")
+                if segment in whole and segment in self._doubted and not self._unread_in(segment):
                     await self._let_go(segment)
-                log.info("small contents written anew", extra={"path": _path(segment)})
+                self._doubted.discard(segment)  # what was synced of it before may be readable at another time
+                self._hollow.discard(segment)
+                log.info("small contents written anew", extra={"path": path_of(segment)})
 
     async def _sync(self, file: File) -> None:
         try:
             await file.sync()
             self._synced = True
-        except DiskFailed:
+        except BaseException:  # who is cancelled does not learn how it ended
             self._doubted.add(self._segment)
             if not self._synced:
                 self._hollow.add(self._segment)
             raise
 
     async def _write_elsewhere(self, segment: int) -> bool:
-        """Have all contents of a doubted segment written anew. False when some could not be read: that is here no more."""
+        """Have all contents of a doubted segment written anew. False when some could not be read."""
         async with self._writing:
-            if segment == self._segment:
+            if segment == self._segment and self._file is not None:
                 await self._begin_another()
-        moved: dict[bytes, Place] = {}
         size = (await self._sizes()).get(segment)
         if size is None:
             return True  # its removal was interrupted
-        try:
-            damaged = await self._move(segment, size, None, moved)
-        except _UnreadableError as error:
-            log.error("small contents unreadable", extra={"path": _path(segment), "error": str(error)})
-            await self._give_up(segment, moved)
-            return False
-        if damaged:
-            await self._give_up(segment, moved)
-        return True
+        return await self._move(segment, size, None) and segment not in self._unscanned
 
-    def _open_file(self) -> File:
-        if self._file is None:  # closed: a node that stops does not wait for a disk for ever
+    def _unread_in(self, segment: int) -> bool:
+        return any(self._index[key][0] == segment for key in self._unread)
+
+    async def _went_back(self, segment: int) -> bool:
+        """Whether something that was written anew was found bad since: it is where it was. From now on nothing goes back."""
+        for number, (key, place) in enumerate(self._older.pop(segment, {}).items(), 1):
+            if self._index.get(key) == place:
+                return True
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
+        return False
+
+    def _check_open(self) -> None:
+        if self._closed:  # a node that stops does not wait for a disk for ever
             raise DiskFailed("small contents are not written any more: the node is stopping")
-        return self._file
 
     async def close(self) -> None:
         """Write what is queued, sync, let go. Raises DiskFailed."""
-        self._closing = True
+        self._closing.set()
         self._wake.set()
         self._full.set()
-        if self._task is not None:
-            await self._task  # it ends by itself: a batch under way is never torn
-            self._task = None
         try:
-            if self._file is not None:
+            if self._task is not None:
+                await self._task  # it ends by itself: a batch under way is never torn
+                self._task = None
+            if not self._closed:
                 await self.flush()
         finally:
+            self._closed = True
             await self._readers.close()
             if self._file is not None:
                 await self._file.close()
@@ -239,21 +297,23 @@ class SmallStore:
     # -- writing behind -----------------------------------------------------------------------------------------------
 
     async def _write_behind(self) -> None:
-        loop = asyncio.get_running_loop()
-        while not self._closing:
+        while not self._closing.is_set():
             await self._wake.wait()
             self._wake.clear()
             try:
-                while self._queue and not self._closing:
+                while self._queue and not self._closing.is_set():
                     await self._gather()
                     await self._write_batch()
-            except DiskFailed as error:
+            except IdunnoError as error:
                 log.error("small contents not written", extra={"waiting": len(self._queue), "error": str(error)})
-                loop.call_later(RETRY_S, self._wake.set)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(RETRY_S):
+                        await self._closing.wait()
+                self._wake.set()
 
     async def _gather(self) -> None:
         """Until there is a batch, or the oldest of what is queued has waited GATHER_S."""
-        if self._queue_bytes < BATCH_BYTES and not self._closing:
+        if self._queue_bytes < BATCH_BYTES and not self._closing.is_set():
             self._full.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GATHER_S):
@@ -265,55 +325,53 @@ class SmallStore:
                 await self._write_records()
 
     async def _write_records(self) -> None:
-        if self._end >= self.segment_bytes or self._segment in self._doubted:
-            await self._begin_another()
+        self._check_open()
+        if self._file is None or self._end >= self.segment_bytes or self._segment in self._doubted:
+            file = await self._begin_another()
+        else:
+            file = self._file
         records: list[Buffer] = []
-        places: dict[BlockId, tuple[int, int, int]] = {}
+        places: dict[BlockId, Place] = {}
         at = self._end
         for block, content in self._queue.items():
-            head = _HEAD.pack(len(content), zlib.crc32(content, zlib.crc32(key := bytes.fromhex(block))), key)
-            records += [head, content]
-            places[block] = (self._segment, at + len(head), len(content))
-            at += len(head) + len(content)
+            records += [head_of(block, content), content]
+            places[block] = (self._segment, at + HEAD_BYTES, len(content))
+            at += HEAD_BYTES + len(content)
             if at - self._end >= BATCH_BYTES or len(places) >= SLICE:
                 break
-        await self._open_file().write(self._end, records)
+        await file.write(self._end, records)
         self._end = at
         for block, place in places.items():
-            self._index[bytes.fromhex(block)] = place
+            self._index[key := bytes.fromhex(block)] = place
+            self._unread.discard(key)
             self._queue_bytes -= len(self._queue.pop(block))
 
-    async def _begin_another(self) -> None:
-        full = self._open_file()
-        if self._segment not in self._doubted:
+    async def _begin_another(self) -> File:
+        full = self._file
+        if full is not None and self._segment not in self._doubted:
             await self._sync(full)
-        await self._append_to(self._segment + 1)
-        await full.close()
+        file = await self._begin(self._segment + 1)
+        if full is not None:
+            await full.close()
+        return file
 
-    async def _append_to(self, segment: int) -> None:
-        path = _path(segment)
-        file = await self._disk.open(path, create=True)
+    async def _begin(self, segment: int) -> File:
+        file = await self._disk.open(path_of(segment), create=True)
         try:
-            await self._begin_or_cut(segment, file)
+            await file.truncate(0)  # it was begun before, in vain
+            await file.write(0, [SEGMENT_MAGIC])
+            await self._disk.sync_directory("small")
         except BaseException:
             await file.close()
             raise
-        self._file = file
-
-    async def _begin_or_cut(self, segment: int, file: File) -> None:
-        if segment != self._segment or self._end < len(SEGMENT_MAGIC):
-            await file.truncate(0)
-            await file.write(0, [SEGMENT_MAGIC])
-            await self._disk.sync_directory("small")
-            self._segment, self._end, self._synced = segment, len(SEGMENT_MAGIC), False
-        else:
-            await file.truncate(self._end)
+        self._file, self._segment, self._end, self._synced = file, segment, len(SEGMENT_MAGIC), False
+        return file
 
     # -- sweeping -----------------------------------------------------------------------------------------------------
 
     def mark(self) -> None:
         """Begin to mark: from now on what is held is what a sweep leaves. Marks that nothing was swept by are forgotten."""
-        self._marks = Marks(self._segment, _HEAD.size)
+        self._marks = Marks(self._segment, HEAD_BYTES)
 
     @contextlib.contextmanager
     def pinned(self) -> Iterator[None]:
@@ -337,22 +395,29 @@ class SmallStore:
                 try:
                     await self._sweep_segment(segment, size, marks)
                 except (DiskFailed, NotFound) as error:
-                    log.warning("small contents not swept", extra={"path": _path(segment), "error": str(error)})
+                    self._stubborn.add(segment)
+                    log.warning("small contents not swept", extra={"path": path_of(segment), "error": str(error)})
         except DiskFailed as error:
             log.warning("small contents not swept", extra={"path": "small", "error": str(error)})
         finally:
             self._marks = None
 
     async def _worth(self, marks: Marks) -> list[tuple[int, int]]:
-        """Numbers and sizes of the segments to be swept, those first that most becomes free of."""
-        found = (await self._sizes()).items()
-        sizes = {segment: size for segment, size in found if segment < marks.before and segment not in self._doubted}
+        """Numbers and sizes of the segments to be swept, those first that most becomes free of, and those last that could not
+        be swept before: they are to keep no other from it."""
+        sizes = await self._sizes()
+        share = {
+            segment: marks.live_bytes[segment] / max(1, size)
+            for segment, size in sizes.items()
+            if segment < marks.before and segment not in self._doubted and segment not in self._unscanned
+        }
         worth, read = [], 0
-        for segment in sorted(sizes, key=lambda segment: (marks.live_bytes[segment] / max(1, sizes[segment]), segment)):
-            read += sizes[segment]
-            if marks.live_bytes[segment] > self.live_share_max * sizes[segment] or read > SWEEP_BYTES_MAX:
-                break
-            worth.append((segment, sizes[segment]))
+        for segment in sorted(share, key=lambda segment: (segment in self._stubborn, share[segment], segment)):
+            if share[segment] <= self.live_share_max:
+                read += sizes[segment]
+                if read > SWEEP_BYTES_MAX:
+                    break
+                worth.append((segment, sizes[segment]))
         return worth
 
     async def _sizes(self) -> dict[int, int]:
@@ -361,132 +426,87 @@ class SmallStore:
         return {int(number): size for number, _, rest, size in entries if rest == "seg" and number.isdecimal()}
 
     async def _sweep_segment(self, segment: int, size: int, marks: Marks) -> None:
-        moved: dict[bytes, Place] = {}
         try:
-            if await self._move(segment, size, marks, moved):
-                await self._give_up(segment, moved)
+            if not await self._move(segment, size, marks):
+                raise DiskFailed("some of what is referred to cannot be read")
             await self.flush()
         except BaseException:
             # Where they were they are durable; and the file stays.
-            for key, place in moved.items():
-                self._index[key] = place
+            for key, place in self._older.pop(segment, {}).items():
+                if key in self._index:  # else what lies there was found bad, too
+                    self._index[key] = place
             raise
+        if await self._went_back(segment) or self._unread_in(segment):
+            raise DiskFailed("what was written anew of it was found bad")
         await self._let_go(segment)
         log.info(
             "small contents swept",
-            extra={"path": _path(segment), "bytes": size, "kept_bytes": marks.live_bytes[segment]},
+            extra={"path": path_of(segment), "bytes": size, "kept_bytes": marks.live_bytes[segment]},
         )
 
     async def _let_go(self, segment: int) -> None:
+        self._older.pop(segment, None)
         with contextlib.suppress(NotFound):  # a removal that was interrupted
-            await self._disk.remove(_path(segment))
-        self._doubted.discard(segment)
-        self._hollow.discard(segment)
+            await self._disk.remove(path_of(segment))
+        for among in (self._doubted, self._hollow, self._stubborn):
+            among.discard(segment)
         await self._readers.forget(segment)
 
-    async def _move(self, segment: int, size: int, marks: Marks | None, moved: dict[bytes, Place]) -> bool:
-        """Have a segment's marked contents (all of one that is doubted) written anew, forget the others. Whether something in
-        it is damaged."""
-        file, damaged = await self._disk.open(_path(segment)), False
-        try:
-            offset = len(SEGMENT_MAGIC)
-            while offset < size:
-                try:
-                    data = await file.read(offset, BATCH_BYTES)
-                except DiskFailed as error:
-                    if marks is not None:
-                        raise  # where it is it is durable: another time
-                    raise _UnreadableError(str(error)) from error
-                records, used, bad = await self._offload(partial(_parse, data))
-                damaged = damaged or bad > 0 or used == 0
-                for begin in range(0, len(records), SLICE):
-                    for key, at, length in records[begin : begin + SLICE]:
-                        place = (segment, offset + at, length)
+    async def _move(self, segment: int, size: int, marks: Marks | None) -> bool:
+        """Have a segment's marked contents (all of one that is doubted) written anew, forget the others. False when some of them
+        could not be read: they stay where they are."""
+        moved = self._older.setdefault(segment, {})
+        walk = Walk(self._disk, path_of(segment), size, self._offload)
+        async with contextlib.aclosing(walk.chunks()) as chunks:
+            async for begin, data, records in chunks:
+                for first in range(0, len(records), SLICE):
+                    for key, at, length in records[first : first + SLICE]:
+                        place = (segment, begin + at, length)
                         if self._index.get(key) != place:
                             continue
                         if marks is None or place in marks:
                             moved[key] = place
-                            self._write_anew(key, data[at : at + length])
+                            self._write_anew(BlockId(key.hex()), data[at : at + length])
                         else:
-                            del self._index[key]
-                    while self._queue_bytes > BATCH_BYTES or len(self._queue) > SLICE:
-                        await self._write_batch()
-                    await asyncio.sleep(0)
-                if used == 0:
-                    break  # torn, or nonsense
-                offset += used
-        finally:
-            await file.close()
-        return damaged
+                            self._forget(key)
+                    await self._write_much()
+        return walk.whole or await self._move_rest(segment, marks)
 
-    def _write_anew(self, key: bytes, content: bytes) -> None:
-        block = BlockId(key.hex())
+    async def _move_rest(self, segment: int, marks: Marks | None) -> bool:
+        """The same for what was not found among the good records: one by one, as long as that goes well."""
+        left, failed = [], 0
+        moved = self._older[segment]
+        for number, (key, place) in enumerate(list(self._index.items()), 1):
+            if place[0] == segment and key not in moved and self._index.get(key) == place:
+                if marks is not None and place not in marks:
+                    self._forget(key)
+                    continue
+                block = BlockId(key.hex())
+                content = await self.get(block) if failed < FAILED_READS_MAX else None
+                if content is not None:
+                    where = self._index[key]
+                    self._older.setdefault(where[0], {})[key] = where
+                    self._write_anew(block, content)
+                elif self._index.get(key) == place:
+                    left.append(block)
+                    failed += 1
+                    if key not in self._unread:
+                        self._unread.add(key)
+                        self.losses += 1
+            if number % SLICE == 0:
+                await self._write_much()
+        if left:
+            log.error(
+                "small contents cannot be read", extra={"path": path_of(segment), "count": len(left), "first": left[0]}
+            )
+        return not left
+
+    async def _write_much(self) -> None:
+        while self._queue_bytes > BATCH_BYTES or len(self._queue) > SLICE:
+            await self._write_batch()
+        await asyncio.sleep(0)
+
+    def _write_anew(self, block: BlockId, content: bytes) -> None:
         if block not in self._queue:  # a sweep before this one may have failed
             self._queue[block] = content
             self._queue_bytes += len(content)
-
-    async def _give_up(self, segment: int, moved: dict[bytes, Place]) -> None:
-        """What was not found good when all of it was read: this node gets it from others with the next snapshot."""
-        for number, (key, place) in enumerate(list(self._index.items()), 1):
-            if place[0] == segment and key not in moved and self._index.get(key) == place:
-                log.error("small content is corrupt", extra={"block": key.hex(), "segment": segment})
-                del self._index[key]
-                self.losses += 1
-            if number % SLICE == 0:
-                await asyncio.sleep(0)
-
-    # -- scanning -----------------------------------------------------------------------------------------------------
-
-    async def _scan(self, segment: int, size: int) -> int:
-        """Index a segment's good records. Returns the end of what can be parsed, 0 when it has no header."""
-        file = await self._disk.open(_path(segment))
-        try:
-            if await file.read(0, len(SEGMENT_MAGIC)) != SEGMENT_MAGIC:
-                log.error("no segment of small contents", extra={"path": _path(segment), "size": size})
-                return 0
-            offset = len(SEGMENT_MAGIC)
-            while offset < size:
-                data = await file.read(offset, BATCH_BYTES)
-                records, used, bad = await self._offload(partial(_parse, data))
-                if bad:
-                    log.error(
-                        "small contents are corrupt", extra={"path": _path(segment), "offset": offset, "records": bad}
-                    )
-                for key, at, length in records:
-                    self._index[key] = (segment, offset + at, length)
-                if used == 0:
-                    break  # torn, or nonsense: nothing behind it can be found
-                offset += used
-            return offset
-        finally:
-            await file.close()
-
-
-def _parse(data: bytes) -> tuple[list[tuple[bytes, int, int]], int, int]:
-    """(name, offset of the content, length) of each good record in `data`; bytes of whole records; how many were bad."""
-    records = []
-    used = bad = 0
-    for at, length, checksum, key in _records(data):
-        end = at + length
-        if zlib.crc32(memoryview(data)[at:end], zlib.crc32(key)) == checksum:
-            records.append((key, at, length))
-        else:
-            bad += 1
-        used = end
-    return records, used, bad
-
-
-def _records(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """(offset of the content, length, CRC, name) of the records that lie wholly in `data`; ends at an impossible one."""
-    at = 0
-    while at + _HEAD.size <= len(data):
-        length, checksum, key = _HEAD.unpack_from(data, at)
-        at += _HEAD.size
-        if not 1 <= length <= SMALL_BYTES_MAX or at + length > len(data):
-            return
-        yield at, length, checksum, key
-        at += length
-
-
-def _path(segment: int) -> str:
-    return f"small/{segment:010}.seg"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from idunno.base.errors import Exhausted
 from idunno.node.disk import RealDisk, ThreadOffload
 from idunno.sdfs.hashing import block_id
-from idunno.sdfs.small import QUEUE_BYTES_MAX, SEGMENT_MAGIC, SmallStore
+from idunno.sdfs.segments import SEGMENT_MAGIC
+from idunno.sdfs.small import QUEUE_BYTES_MAX, SmallStore
 from tests.unit.sdfs.world import ToldDisk, inline, run, until
 
 FIRST = "small/0000000001.seg"
