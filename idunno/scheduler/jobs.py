@@ -42,7 +42,9 @@ from idunno.wire.answering import left_s
 from idunno.wire.calls import HEADER_BYTES_MAX, Actor, Call, Empty, Registrar, Role
 
 JOBS_SHOWN: Final = 1_000
-"""In one answer: below 0.5 MiB."""
+"""In one answer: below 0.5 MiB, and as much again of reasons."""
+REASON_BYTES_MAX: Final = 400
+"""In a list; of one job all of it is shown, what each of its model's workers says included."""
 JOBS_SLICE: Final = 100
 """Rows made in one turn of the loop: 1 to 2 ms."""
 OUTPUTS_BYTES_MAX: Final = HEADER_BYTES_MAX - 64 * 1024
@@ -55,6 +57,13 @@ INPUT_BLOCKS_MAX: Final = 2_000
 GATHER_S: Final = 0.1
 """A long poll about a running job is answered this long after its first change at the earliest, so that a thousand completions
 a second are not a thousand answers."""
+
+
+def _in_short(row: JobInfo) -> JobInfo:
+    reason = row.reason.encode()
+    if len(reason) <= REASON_BYTES_MAX:
+        return row
+    return msgspec.structs.replace(row, reason=reason[:REASON_BYTES_MAX].decode(errors="ignore") + " ...")
 
 
 class JobCalls:
@@ -139,7 +148,7 @@ class JobCalls:
                 work, now_ms = Work(machine, self._lead().dispatch), self._machine_ms()
                 # An id may have been forgotten, and be another client's, since the rows before were made.
                 theirs = [r for r in found if r is not None and (request.all or r.client == actor.name)]
-                rows += [job_info(machine, record, work, now_ms) for record in theirs]
+                rows += [_in_short(job_info(machine, record, work, now_ms)) for record in theirs]
             return Jobs(rows, more=len(newest) > JOBS_SHOWN)
 
         return await at_leader(self._cluster, self._leading() is not None, JOBS, call, here)

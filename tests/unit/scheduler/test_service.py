@@ -387,6 +387,25 @@ def test_a_list_of_jobs_is_made_in_slices_and_counts_what_workers_do_once_for_ea
     story(test)
 
 
+def test_a_list_of_jobs_tells_its_reasons_in_short_and_one_job_in_full() -> None:
+    async def test(world: World) -> None:
+        world.lead(1)
+        await deployed(world)
+        await submitted(world)
+        files = [FileVersion("m.onnx", "models/digits", 1)]
+        await world.call(DEPLOY, DeployModel("digits", "onnx", files, "again"))
+        said = "\u00fc" * 1_000
+        workers = world.machine.registry.get("digits").workers
+        for worker in workers:
+            world.do(c.ReportWorker("digits", 2, worker.node, said), Actor(worker.node, Role.NODE))
+        [listed] = (await world.call(JOBS, ListJobs())).jobs
+        assert len(listed.reason.encode()) <= jobs.REASON_BYTES_MAX + 4
+        assert listed.reason.endswith(" ...")
+        assert said in (await info(world)).reason
+
+    story(test)
+
+
 def test_a_long_poll_about_a_job_ends_with_its_change_and_not_before() -> None:
     async def test(world: World) -> None:
         world.lead(1)
