@@ -66,7 +66,7 @@ class Files(Base):
         """Store a local file, or what a binary file object gives, as the next version of `name`.
 
         `if_version`: only if the current version is that one (0: there is none), else Conflict.
-        Raises InvalidArgument, Conflict, Exhausted, Unconfirmed (look at `versions`), OSError.
+        Raises InvalidArgument (also: the file changed meanwhile), Conflict, Exhausted, Unconfirmed (look at `versions`), OSError.
         """
         check_file_name(name)
         deadline = self._deadline(TRANSFER_S)

@@ -3,6 +3,7 @@
 # Rule 1: a fetched file appears whole or not at all: temporary file in the target's directory, sync, rename, sync. Where the
 #         file system can, the temporary one has no name before it is whole: what is killed leaves nothing behind.
 # Rule 2: what is no regular file (a device, a pipe) is written to directly, never replaced.
+# Rule 3: a regular file that changes while it is read is refused: a mix of old and new was never anybody's content.
 from __future__ import annotations
 
 import asyncio
@@ -12,7 +13,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
@@ -156,6 +157,26 @@ def open_file(path: Path) -> IO[bytes]:
     if path.is_dir():
         raise InvalidArgument(f"{path} is a folder: name a file, or give the folder where one may stand")
     return open(path, "rb")
+
+
+def unchanged_check(file: IO[bytes]) -> Callable[[], None]:
+    """To call after each read: raises InvalidArgument once the regular file `file` is not as it was when this was called.
+
+    An append counts too: by size and time it looks like a file that is written anew in place. A file that another one takes
+    the place of (`mv`) stays as it is for who has it open.
+    """
+    descriptor, first = file.fileno(), os.fstat(file.fileno())
+    name = file.name if isinstance(file.name, (str, bytes)) else "what is put"  # opened by number: standard input
+
+    def check() -> None:
+        now = os.fstat(descriptor)
+        if (now.st_size, now.st_mtime_ns) != (first.st_size, first.st_mtime_ns):
+            raise InvalidArgument(
+                f"{os.fsdecode(name)} changed while it was read ({first.st_size:,} bytes at first, {now.st_size:,} now): "
+                "put it again when nobody writes to it"
+            )
+
+    return check
 
 
 def files_below(folder: Path) -> list[tuple[str, Path]]:

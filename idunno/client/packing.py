@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from idunno.base.errors import InvalidArgument
+from idunno.client.local import unchanged_check
 
 KINDS: Final = ("zip", "tar", "npy", "jsonl", "csv", "image")
 
@@ -140,7 +141,9 @@ def _zip(members: Sequence[tuple[str, Path]]) -> IO[bytes]:
                 entry = zipfile.ZipInfo(name, _EPOCH)
                 entry.external_attr = 0o644 << 16
                 with open(path, "rb") as source, archive.open(entry, "w", force_zip64=True) as target:
+                    check = unchanged_check(source)
                     shutil.copyfileobj(source, target, _COPY_BYTES)
+                    check()
         file.seek(0)
     except BaseException:
         file.close()

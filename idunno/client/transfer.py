@@ -14,6 +14,7 @@ from typing import IO, Any, Final, Protocol, TypeVar
 from idunno.base.descriptors import set_direct, write_direct
 from idunno.base.disk import Buffer
 from idunno.base.writing import start_writing
+from idunno.client.local import unchanged_check
 from idunno.coordinator.records import SMALL_BYTES_MAX
 from idunno.sdfs.download import Sink
 from idunno.sdfs.upload import Source
@@ -76,7 +77,7 @@ def source_of(file: IO[bytes]) -> tuple[Source, int | None]:
         return _at_once(file), None
     if stat.S_ISREG(about.st_mode):
         size = max(0, about.st_size - file.tell())
-        return (_at_once(file) if size < ASIDE_BYTES else _aside(file)), size
+        return _steady(file, aside=size >= ASIDE_BYTES), size
 
     async def read(length: int) -> Buffer:
         return await _in_daemon(lambda: file.read(length))
@@ -91,11 +92,20 @@ def _at_once(file: IO[bytes]) -> Source:
     return read
 
 
-def _aside(file: IO[bytes]) -> Source:
-    """A large file's: while the next block is read, those before go on."""
+def _steady(file: IO[bytes], *, aside: bool) -> Source:
+    """A regular file's, which must not change before its end was read; that read is the last before the commit.
+
+    `aside`: a large one's: while the next block is read, those before go on.
+    """
+    check = unchanged_check(file)
+
+    def take(length: int) -> Buffer:
+        content = file.read(length)
+        check()
+        return content
 
     async def read(length: int) -> Buffer:
-        return await asyncio.to_thread(file.read, length)
+        return await asyncio.to_thread(take, length) if aside else take(length)
 
     return read
 

@@ -17,6 +17,7 @@ from idunno.base.errors import Conflict, Corrupt, DeadlineExceeded, InvalidArgum
 from idunno.client import local
 from idunno.client.api import Cluster
 from idunno.client.local import check_place, replacing
+from idunno.client.transfer import source_of
 from idunno.sdfs.messages import ListRow
 from tests.unit.client.fake import FakeCluster
 
@@ -57,6 +58,82 @@ def test_a_pipe_is_stored_as_it_comes() -> None:
     with open(read, "rb", buffering=0) as pipe:
         play(fake, lambda cluster: _discard(cluster.put(pipe, "piped")))
     assert fake.world.newest("piped").content == content
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def _append(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"more")
+
+
+def _rewrite(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.write(b"new")
+    os.utime(path, ns=(0, 0))  # another time than before, however coarse the clock
+
+
+@pytest.mark.parametrize("change", [_cut, _append, _rewrite])
+def test_a_file_that_changes_while_it_is_put_is_refused_not_stored_as_a_mix(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    size = 40 * 1024 * 1024  # five blocks: the fourth is read when one is stored
+    path = tmp_path / "a"
+    path.write_bytes(os.urandom(size))
+    fake = FakeCluster()
+
+    def after(method: str) -> None:
+        if method == "block.write" and len(fake.world.asked("block.write")) == 1:
+            change(path)
+
+    fake.world.after = after
+
+    async def body(cluster: Cluster) -> None:
+        with pytest.raises(
+            InvalidArgument, match=rf"{path} changed while it was read \({size:,} bytes at first"
+        ) as told:
+            await cluster.put(path, "a")
+        assert not told.value.may_have_happened
+
+    play(fake, body)
+    assert "a" not in fake.world.files
+    assert fake.world.asked("file.abort")
+
+
+def test_a_small_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    fake = FakeCluster()
+
+    async def body(cluster: Cluster) -> None:
+        source, _ = source_of(file)
+        _append(path)
+        with pytest.raises(InvalidArgument, match="changed while it was read"):
+            await cluster.file_client.put(source, "a")
+
+    with open(path, "rb") as file:
+        play(fake, body)
+    assert "a" not in fake.world.files
+
+
+def test_a_file_that_is_replaced_while_it_is_put_is_stored_as_it_was(tmp_path: Path) -> None:
+    path, other = tmp_path / "a", tmp_path / "other"
+    path.write_bytes(b"old")
+    other.write_bytes(b"new one")
+    fake = FakeCluster()
+    with open(path, "rb") as file:
+        os.replace(other, path)
+        play(fake, lambda cluster: _discard(cluster.put(file, "a")))
+    assert fake.world.newest("a").content == b"old"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="only where there is /proc")
+def test_a_file_of_the_system_that_does_not_say_its_size_is_stored() -> None:
+    fake = FakeCluster()
+    play(fake, lambda cluster: _discard(cluster.put("/proc/cpuinfo", "cpuinfo")))
+    assert fake.world.newest("cpuinfo").content
 
 
 def test_a_file_that_is_being_written_never_shows_half(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 # A job's input, whatever the user hands in, as one file of a kind.
 from __future__ import annotations
 
+import os
+import shutil
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -76,3 +79,17 @@ def test_an_array_becomes_npy_and_objects_are_refused() -> None:
     for bad in ([[1], [1, 2]], [object()], np.float64(3)):
         with pytest.raises(InvalidArgument, match="no array of numbers"):
             pack_array(bad)
+
+
+def test_a_file_that_changes_while_it_is_packed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"old")
+    copy = shutil.copyfileobj
+
+    def copy_late(source: IO[bytes], target: IO[bytes], length: int) -> None:
+        os.truncate(path, 1)
+        copy(source, target, length)
+
+    monkeypatch.setattr(shutil, "copyfileobj", copy_late)
+    with pytest.raises(InvalidArgument, match=r"a.jpg changed while it was read \(3 bytes at first, 1 now\)"):
+        pack_folder(tmp_path)
