@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from idunno.sdfs.messages import PutAnswer
 
 STREAM = "-"
+QUORUM_MAX = 4
+"""COPIES_WANTED, whose module is too heavy to be loaded for each `--help`; a test compares them."""
 
 
 def _shown(local: str) -> str:
@@ -33,7 +35,9 @@ def _seconds_since(began: float) -> float:
 @command("put", example="idunno put photo.jpg photos/1.jpg")
 @click.argument("local", type=LOCAL)
 @click.argument("name", type=FILE)
-@click.option("--write-quorum", type=Count(min=1), metavar="N", help="Synced copies to wait for. [default: 4]")
+@click.option(
+    "--write-quorum", type=Count(min=1, max=QUORUM_MAX), metavar="N", help="Synced copies to wait for. [default: 4]"
+)
 @click.option("--if-version", type=Count(min=0), metavar="V", help="Only if this is the version now; 0: none.")
 @click.option("--list", "listed", is_flag=True, help="Of a folder: name each file.")
 def put(local: str, name: str, write_quorum: int | None, if_version: int | None, listed: bool) -> None:
@@ -254,10 +258,10 @@ def where(name: str) -> None:
 
 
 @command("store", example="idunno store n2")
-@click.argument("node", type=NODE, default="")
-def store(node: str) -> None:
+@click.argument("node", type=NODE, required=False)
+def store(node: str | None) -> None:
     """The files that have a block on NODE (the one asked if none is named)."""
-    answer = work(lambda cluster: cluster.store(node))
+    answer = work(lambda cluster: cluster.store(node or ""))
     result(
         answer.files,
         lambda: render.table(
@@ -382,10 +386,10 @@ def repair() -> None:
 
 
 @command("scrub", example="idunno scrub n2")
-@click.argument("node", type=NODE, default="")
-def scrub(node: str) -> None:
+@click.argument("node", type=NODE, required=False)
+def scrub(node: str | None) -> None:
     """Have NODE (all if none is named) read its blocks again now, at its set rate; what is rotten is replaced."""
-    answer = work(lambda cluster: cluster.scrub(node))
+    answer = work(lambda cluster: cluster.scrub(node or ""))
     for why in answer.failed:
         note(f"not begun on {why}")
     result(answer, lambda: click.echo(f"begun on {', '.join(answer.nodes) or 'no node'}; see `idunno repair`"))

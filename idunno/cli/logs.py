@@ -20,7 +20,7 @@ LIMIT_MAX = 100_000
 
 
 @command("grep", example="idunno grep -i 'task failed' --since 10m --node n2")
-@click.argument("pattern", type=Text())
+@click.argument("pattern", type=Text(empty=True))
 @click.option("-c", "--count", "count_only", is_flag=True, help="Only how many lines match, by node.")
 @click.option("-i", "--ignore-case", is_flag=True, help="Upper and lower case are the same.")
 @click.option("-v", "--invert", is_flag=True, help="The lines that do not match.")

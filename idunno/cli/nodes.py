@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from idunno.cli import render, running
-from idunno.cli.options import LOCAL, NODE, Count, Duration, Text, command, group, settings
+from idunno.cli.options import LOCAL, NODE, TEXT, Count, Duration, command, group, settings
 from idunno.cli.running import note, result, usage, work
 
 if TYPE_CHECKING:
@@ -58,6 +58,12 @@ def up(nodes: int | None, directory: str | None, port: int | None) -> None:
         note(f"{answer['started']} nodes started in {answer['seconds']:.1f} s; data in {path}")
         for name in answer["gone"]:
             note(f"{name} is no member any more and was not started; {path / name} may be deleted")
+        for name in answer["outlived"]:
+            note(
+                f"{name} was not started: its cluster was recovered without it; to have it back with its blocks: "
+                f"`idunno token new --role node`, then `idunno join {answer['members'][0]['address']} --adopt "
+                f"--token TOKEN --dir {shlex.quote(str(path / name))}`"
+            )
 
     result(answer, show)
 
@@ -84,14 +90,14 @@ def down(directory: str | None, purge: bool) -> None:
 
 @command("init", example="idunno init --dir /var/lib/idunno --listen 192.168.1.10:7400")
 @click.option("--dir", "directory", type=LOCAL, required=True, metavar="DIR", help="The node's directory, made here.")
-@click.option("--listen", required=True, metavar="HOST:PORT", help="Where the node listens, TCP and UDP.")
-@click.option("--name", metavar="NAME", help="The node's name. [default: host name and port]")
-@click.option("--advertise", default="", metavar="HOST:PORT", help="How others reach it, where that differs.")
-def init(directory: str, listen: str, name: str | None, advertise: str) -> None:
+@click.option("--listen", required=True, type=TEXT, metavar="HOST:PORT", help="Where the node listens, TCP and UDP.")
+@click.option("--name", type=TEXT, metavar="NAME", help="The node's name. [default: host name and port]")
+@click.option("--advertise", type=TEXT, metavar="HOST:PORT", help="How others reach it, where that differs.")
+def init(directory: str, listen: str, name: str | None, advertise: str | None) -> None:
     """Make a new cluster and its first node's directory; prints the token to join it."""
     from idunno.node import lifecycle
 
-    answer = lifecycle.init(Path(directory).absolute(), listen, name, advertise)
+    answer = lifecycle.init(Path(directory).absolute(), listen, name, advertise or "")
 
     def show() -> None:
         click.echo(answer["token"])
@@ -102,12 +108,14 @@ def init(directory: str, listen: str, name: str | None, advertise: str) -> None:
 
 
 @command("join", example="idunno join 192.168.1.10:7400 --token TOKEN --dir /var/lib/idunno --listen 192.168.1.11:7400")
-@click.argument("address")
-@click.option("--token", required=True, metavar="TOKEN", help="From `idunno init` or `idunno token new --role node`.")
+@click.argument("address", type=TEXT)
+@click.option(
+    "--token", required=True, type=TEXT, metavar="TOKEN", help="From `idunno init` or `idunno token new --role node`."
+)
 @click.option("--dir", "directory", type=LOCAL, required=True, metavar="DIR", help="The node's directory, made here.")
-@click.option("--listen", metavar="HOST:PORT", help="Where the node listens, TCP and UDP.")
-@click.option("--name", metavar="NAME", help="The node's name. [default: host name and port]")
-@click.option("--advertise", metavar="HOST:PORT", help="How others reach it, where that differs.")
+@click.option("--listen", type=TEXT, metavar="HOST:PORT", help="Where the node listens, TCP and UDP.")
+@click.option("--name", type=TEXT, metavar="NAME", help="The node's name. [default: host name and port]")
+@click.option("--advertise", type=TEXT, metavar="HOST:PORT", help="How others reach it, where that differs.")
 @click.option("--adopt", is_flag=True, help="DIR is of another cluster's stopped node: keep its blocks and settings.")
 def join(
     address: str, token: str, directory: str, listen: str | None, name: str | None, advertise: str | None, adopt: bool
@@ -156,7 +164,7 @@ def node() -> None:
 
 @command("run", example="idunno node run --dir /var/lib/idunno")
 @click.option("--dir", "directory", type=LOCAL, required=True, metavar="DIR", help="From `init` or `join`.")
-@click.option("--seed", metavar="HOST:PORT", help="A member to ask first. [default: those it knows]")
+@click.option("--seed", type=TEXT, metavar="HOST:PORT", help="A member to ask first. [default: those it knows]")
 def node_run(directory: str, seed: str | None) -> None:
     """Run a node in the foreground. Ctrl-C stops it: tasks are given back, data and membership stay."""
     path = Path(directory).absolute()
@@ -173,9 +181,9 @@ def node_run(directory: str, seed: str | None) -> None:
 
 
 @command("login", example="idunno login 192.168.1.10:7400 --token TOKEN")
-@click.argument("address", metavar="HOST:PORT")
-@click.option("--token", required=True, metavar="TOKEN", help="From `idunno token new --role user`.")
-@click.option("--name", metavar="NAME", help="Your name there. [default: your login name]")
+@click.argument("address", type=TEXT, metavar="HOST:PORT")
+@click.option("--token", required=True, type=TEXT, metavar="TOKEN", help="From `idunno token new --role user`.")
+@click.option("--name", type=TEXT, metavar="NAME", help="Your name there. [default: your login name]")
 def login(address: str, token: str, name: str | None) -> None:
     """Get a certificate for you from the cluster behind HOST:PORT, kept in ~/.idunno/."""
     import asyncio
@@ -269,7 +277,7 @@ def leave(name: str | None) -> None:
     """Have NODE leave for good: its copies are moved, then it is out of the cluster. [default: the node that answers]"""
 
     async def body(cluster: Cluster) -> GoneNode:
-        leaving = name or (await cluster.status()).node
+        leaving = name if name is not None else (await cluster.status()).node
         note(f"{leaving} is leaving: first its copies are moved, then its vote; `idunno repair` shows how far it is")
         return await cluster.leave(leaving)
 
@@ -334,7 +342,7 @@ def token_ls() -> None:
 
 
 @command("revoke", example="idunno token revoke 5f3a9c")
-@click.argument("token_id", type=Text(), metavar="ID")
+@click.argument("token_id", type=TEXT, metavar="ID")
 def token_revoke(token_id: str) -> None:
     """Make a token worthless. Who has used it already stays."""
     work(lambda cluster: cluster.revoke_token(token_id))
@@ -353,7 +361,7 @@ def users(ctx: click.Context) -> None:
 
 
 @command("revoke", example="idunno users revoke alice")
-@click.argument("name", type=Text())
+@click.argument("name", type=TEXT)
 def users_revoke(name: str) -> None:
     """The certificate of the user NAME no longer works. The name stays taken, with what it owns; a second time frees it."""
     work(lambda cluster: cluster.revoke_user(name))

@@ -6,6 +6,7 @@
 # Rule 3: this module and the command modules import nothing heavy at their top: `idunno --help` is to be there at once.
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ def parse_time_ms(text: str, now_ms: int) -> int:
     except ValueError:
         pass
     else:
-        return now_ms - round(min(ago_s, DURATION_MAX_S) * 1000)
+        if ago_s > DURATION_MAX_S:
+            raise ValueError(f"{text[:40]} is more than 100 years ago")
+        return now_ms - round(ago_s * 1000)
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
@@ -102,23 +105,39 @@ class Moment(click.ParamType):  # type: ignore[type-arg]  # older clicks cannot 
 
 
 class Named(click.ParamType):  # type: ignore[type-arg]  # older clicks cannot subscript it
-    """A name of something in the cluster; `kind` tells the shell what to complete it from."""
+    """A name of something in the cluster; `kind` tells the shell what to complete it from. Only a prefix may be empty."""
 
     def __init__(self, kind: str) -> None:
         self.name = kind  # file | prefix | model | job | node | any
         self.kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return sendable(str(value), self, param, ctx)
+        text = sendable(str(value), self, param, ctx)
+        return text if self.kind == "prefix" else given(text, self, param, ctx)
 
 
 class Text(click.ParamType):  # type: ignore[type-arg]  # older clicks cannot subscript it
-    """Any text that can be sent."""
+    """Any text that can be sent; an empty one only where that means something."""
 
     name = "text"
 
+    def __init__(self, *, empty: bool = False) -> None:
+        self._empty = empty
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return sendable(str(value), self, param, ctx)
+        text = sendable(str(value), self, param, ctx)
+        return text if self._empty else given(text, self, param, ctx)
+
+
+class LocalPath(click.Path):
+    """A local path; whether it is there and ours to read is found when it is opened, and then named as an error of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=str, readable=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        given(os.fspath(value), self, param, ctx)  # as a path it would be the directory that one happens to be in
+        return super().convert(value, param, ctx)
 
 
 class Count(click.IntRange):
@@ -141,9 +160,16 @@ def sendable(text: str, kind: click.ParamType, param: click.Parameter | None, ct
     return text
 
 
+def given(text: str, kind: click.ParamType, param: click.Parameter | None, ctx: click.Context | None) -> str:  # type: ignore[type-arg]
+    """`text` itself; wrong usage if it is empty, as `"$UNSET"` is in a script: it would be taken for what was not meant."""
+    if not text:
+        kind.fail("it is empty; is a variable unset?", param, ctx)
+    return text
+
+
 FILE, PREFIX, MODEL, JOB, NODE, ANY = (Named(kind) for kind in ("file", "prefix", "model", "job", "node", "any"))
-LOCAL: Final = click.Path(path_type=str, readable=False)
-"""A local path; whether it is there and ours to read is found when it is opened, and then named as an error of its own."""
+LOCAL: Final = LocalPath()
+TEXT: Final = Text()
 
 
 def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -163,6 +189,7 @@ def _common() -> list[click.Parameter]:
         ),
         click.Option(
             ["--cluster"],
+            type=TEXT,
             metavar="WHERE",
             expose_value=False,
             callback=_remember,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from idunno.cli import render
-from idunno.cli.options import LOCAL, command, settings
+from idunno.cli.options import LOCAL, TEXT, command, settings
 from idunno.cli.running import note, result, usage, work
 
 if TYPE_CHECKING:
@@ -137,8 +137,10 @@ def _refuse_stream(file: str) -> None:
 @click.option(
     "--dir", "directories", type=LOCAL, multiple=True, metavar="DIR", help="Of a stopped node. [default: WHERE]"
 )
-@click.option("--listen", metavar="HOST:PORT", help="Make DIR the first node of a new cluster, which listens there.")
-@click.option("--name", metavar="NAME", help="That node's name. [default: host name and port]")
+@click.option(
+    "--listen", type=TEXT, metavar="HOST:PORT", help="Make DIR the first node of a new cluster, which listens there."
+)
+@click.option("--name", type=TEXT, metavar="NAME", help="That node's name. [default: host name and port]")
 @click.option("--with-keys", is_flag=True, help="Also who may speak to the cluster.")
 @click.option(
     "--passphrase-file", type=LOCAL, metavar="FILE", help="Its first line. [default: $IDUNNO_PASSPHRASE, or asked]"

@@ -4,7 +4,8 @@
 # Rule 2: a process that ends while `up` waits is reported with the last lines it wrote, not as a time-out.
 # Rule 3: a node that left or was removed is neither waited for nor left running, once the scheduler's roster is without it.
 # Rule 4: a cluster whose making was interrupted is made again from the start: none of its nodes has ever run.
-# Rule 5: one `up` at a time works on a directory: a second one would take for interrupted what the first is just making.
+# Rule 5: a node of a cluster that was recovered as that of others here is not started: they would only tell it so, and it ends.
+# Rule 6: one `up` at a time works on a directory: a second one would take for interrupted what the first is just making.
 from __future__ import annotations
 
 import asyncio
@@ -30,6 +31,7 @@ from idunno.node.config import NodeConfig, load_config, parse_address
 from idunno.node.disk import replace_file, sync_directory
 from idunno.node.identity import BOOT_FILE, IDENTITY_FILE, MADE, UP_FILE, load_identity, running_pid
 from idunno.node.lifecycle import make_cluster
+from idunno.node.lineage import load_succession
 from idunno.node.running import run_async
 from idunno.wire.rpc import Connection, connect_unix
 
@@ -64,8 +66,9 @@ class LocalCluster(msgspec.Struct, frozen=True):
 def up(directory: Path, nodes: int | None = None, port: int | None = None) -> dict[str, Any]:
     """Start the cluster of `directory`, making it with `nodes` (5) nodes from `port` (7400) on if there is none.
 
-    Returns {cluster, scheduler, members: [...], seconds, started, gone}; `gone`: names of nodes that left or were removed, which
-    do not run. Raises InvalidArgument, Conflict, DeadlineExceeded.
+    Returns {cluster, scheduler, members: [...], seconds, started, gone, outlived}; `gone`: names of nodes that left or were
+    removed, `outlived`: of those whose cluster was recovered without them; both do not run. Raises InvalidArgument, Conflict,
+    DeadlineExceeded.
     """
     directory = directory.absolute()
     with _alone(directory):
@@ -74,7 +77,7 @@ def up(directory: Path, nodes: int | None = None, port: int | None = None) -> di
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Rule 5. Raises Conflict, InvalidArgument for what is no directory, OSError."""
+    """Rule 6. Raises Conflict, InvalidArgument for what is no directory, OSError."""
     if directory.exists() and not directory.is_dir():
         raise InvalidArgument(f"{directory} is a file: choose another --dir")
     new = not directory.exists()
@@ -114,6 +117,8 @@ def _up(directory: Path, nodes: int | None, port: int | None) -> dict[str, Any]:
         raise Conflict(
             f"{directory} holds a cluster whose ports begin at {begins}: leave out --port, or choose another --dir"
         )
+    outlived = _outlived(found)
+    found = [node for node in found if node not in outlived]
     stopped = [node for node in found if running_pid(node) is None]
     for node in stopped:
         _check_port(load_config(node))
@@ -134,7 +139,14 @@ def _up(directory: Path, nodes: int | None, port: int | None) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "started": sum(node.name not in gone for node in stopped),
         "gone": gone,
+        "outlived": [node.name for node in outlived],
     }
+
+
+def _outlived(nodes: list[Path]) -> list[Path]:
+    """Rule 5; by what the survivors' directories say, for an outlived majority would elect a scheduler before it is told."""
+    past = {succession.cluster for node in nodes for succession in load_succession(node)}
+    return [node for node in nodes if load_identity(node).cluster in past]
 
 
 def _first_port(node: Path) -> int:

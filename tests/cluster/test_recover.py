@@ -61,6 +61,9 @@ def test_three_of_five_are_destroyed_and_one_of_them_comes_back(tmp_path: Path) 
         assert f"was recovered as {made['cluster'][:8]}" in ended.stderr
         assert "--adopt --token TOKEN" in ended.stderr
 
+        again = cluster.json("up", "--dir", str(cluster.directory))
+        assert (again["outlived"], again["cluster"]) == ([lucky], made["cluster"])
+
         address = f"127.0.0.1:{cluster.port + 3}"
         words = ["join", address, "--token", made["token"], "--dir", str(cluster.directory / lucky), "--adopt"]
         adopted = cluster.json(*words)

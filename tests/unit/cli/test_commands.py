@@ -284,7 +284,15 @@ def test_a_cluster_on_this_machine(idunno: Terminal, tmp_path: Path, monkeypatch
     def up(directory: Path, nodes: int | None, port: int | None) -> dict[str, Any]:
         calls.append((directory, nodes, port))
         member = {"name": "n1", "id": "1", "address": "127.0.0.1:7400", "state": "active", "role": "scheduler"}
-        return {"cluster": "c", "scheduler": "n1", "members": [member], "seconds": 1.0, "started": 1, "gone": ["n2"]}
+        return {
+            "cluster": "c",
+            "scheduler": "n1",
+            "members": [member],
+            "seconds": 1.0,
+            "started": 1,
+            "gone": ["n2"],
+            "outlived": ["n3"],
+        }
 
     def down(directory: Path, purge: bool) -> dict[str, Any]:
         calls.append((directory, purge))
@@ -295,6 +303,7 @@ def test_a_cluster_on_this_machine(idunno: Terminal, tmp_path: Path, monkeypatch
     monkeypatch.setenv("IDUNNO_HOME", str(tmp_path))
     assert idunno.ok("up", "--json").json["members"][0]["name"] == "n1"
     told = idunno.ok("up", "--nodes", "3", "--dir", str(tmp_path / "d"), "--port", "7500")
+    assert f"--adopt --token TOKEN --dir {tmp_path}/d/n3" in told.err
     assert "scheduler" in told.out
     assert "n2 is no member any more" in told.err
     idunno.ok("up", "--cluster", str(tmp_path / "e"))

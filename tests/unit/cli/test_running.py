@@ -13,9 +13,11 @@ import pytest
 
 from idunno.base import errors
 from idunno.cli import running
+from idunno.cli.files import QUORUM_MAX
 from idunno.cli.options import Command, Group, parse_duration_s, parse_time_ms
 from idunno.cli.root import cli
 from idunno.cli.running import exit_code_of
+from idunno.coordinator.records import COPIES_WANTED
 from tests.unit.cli.support import Terminal
 
 
@@ -148,6 +150,33 @@ def test_no_node_answers(idunno: Terminal) -> None:
         ["grep", "no\udcffutf8"],
         ["snapshot", "-"],
         ["dump", "-"],
+        ["get", "a", "b", "--as-of", "999999999999999999999d"],
+        ["put", "a", "b", "--write-quorum", "0"],
+        ["put", "a", "b", "--write-quorum", "5"],
+        ["put", "", "a"],
+        ["put", "a", ""],
+        ["get", "a", ""],
+        ["get", "a/", ""],
+        ["get-versions", "a", "1", ""],
+        ["store", ""],
+        ["scrub", ""],
+        ["leave", ""],
+        ["explain", ""],
+        ["deploy", "m", ""],
+        ["infer", "m", "x", "--output", ""],
+        ["grep", "x", "--node", ""],
+        ["snapshot", ""],
+        ["dump", ""],
+        ["restore", "x", "--dir", ""],
+        ["recover", "--dir", ""],
+        ["up", "--dir", ""],
+        ["down", "--purge", "--dir", ""],
+        ["init", "--dir", "d", "--listen", ""],
+        ["join", "", "--token", "t", "--dir", "d"],
+        ["login", "h:1", "--token", "t", "--name", ""],
+        ["token", "revoke", ""],
+        ["users", "revoke", ""],
+        ["ls", "--cluster", ""],
         [],
     ],
 )
@@ -159,6 +188,15 @@ def test_wrong_usage_is_2_and_names_the_help(idunno: Terminal, arguments: list[s
     assert idunno.asked == []
     if arguments:
         assert len(outcome.error) < 200
+
+
+def test_an_empty_prefix_or_pattern_means_everything(idunno: Terminal) -> None:
+    for arguments in (["ls", ""], ["retain", ""], ["grep", ""]):
+        idunno.ok(*arguments)
+
+
+def test_a_write_quorum_is_at_most_the_copies_there_are() -> None:
+    assert QUORUM_MAX == COPIES_WANTED
 
 
 def test_a_local_file_that_is_not_there_is_named(idunno: Terminal, tmp_path: Path) -> None:
@@ -208,7 +246,8 @@ def test_durations_and_times() -> None:
         with pytest.raises(ValueError, match="is no duration"):
             parse_duration_s(bad)
     assert parse_time_ms("10m", 1_000_000) == 400_000
-    assert parse_time_ms("9999999999999999d", 0) == parse_time_ms("9999999999999999w", 0)  # it fits what is sent
+    with pytest.raises(ValueError, match="more than 100 years ago"):  # what is taken fits what is sent
+        parse_time_ms("9999999999999999d", 0)
     assert parse_time_ms("1970-01-01T00:00:01Z", 0) == parse_time_ms("1970-01-01 00:00:01", 0) == 1000
     assert parse_time_ms("1970-01-01T01:00:00+01:00", 0) == 0
     with pytest.raises(ValueError, match="is no time"):

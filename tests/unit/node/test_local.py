@@ -12,9 +12,10 @@ import pytest
 
 from idunno.base.errors import Conflict, DeadlineExceeded, InvalidArgument, Unavailable
 from idunno.base.ids import NodeId
-from idunno.coordinator.messages import STATUS, Member, StatusAnswer
+from idunno.coordinator.messages import STATUS, Member, StatusAnswer, Succession
 from idunno.node import lifecycle, local
 from idunno.node.identity import BOOT_FILE, MADE, UP_FILE, Identity, load_identity, write_identity
+from idunno.node.lineage import RECOVERED_FILE, encode_succession
 
 
 class Killed(BaseException):
@@ -300,3 +301,13 @@ def test_a_node_whose_disk_had_no_room_for_its_last_words(tmp_path: Path, monkey
     assert local._last_words(tmp_path) == f"it wrote nothing; see {tmp_path}/logs/"
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
     assert local._last_words(tmp_path) == f"the disk of {tmp_path} is full (4,096 bytes free); free some space there"
+
+
+def test_who_was_not_part_of_a_recovery_is_not_started(up: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    old = up()["cluster"]
+    survivor = tmp_path / "cluster" / "n3"
+    write_identity(survivor, Identity(1, "ab" * 16, load_identity(survivor).node))
+    (survivor / RECOVERED_FILE).write_bytes(encode_succession((Succession(old, "ab" * 16, b"", 5, 1, 0),)))
+    again = up()
+    assert (again["cluster"], again["started"], again["gone"]) == ("ab" * 16, 1, [])
+    assert again["outlived"] == ["n1", "n2"]
