@@ -5,7 +5,9 @@
 # Rule 2: what may have happened, or may yet, is never reported as certainly not done: if any attempt was left unconfirmed,
 #         giving up is a DeadlineExceeded, whatever the last attempt said; that one may still be on its way.
 # Rule 3: with no node ever reached, one round over all doors is enough: nobody waits 30 s to hear that nothing runs.
-# Rule 4: streams are not repeated here (their sender has to start again); they only get a connection that lives.
+# Rule 4: once every door has refused us for PATIENCE_S, its node has ended and is not being restarted: nothing waits on for it.
+#         Silence is no such sign: a network is mended, and the time given is waited.
+# Rule 5: streams are not repeated here (their sender has to start again); they only get a connection that lives.
 from __future__ import annotations
 
 import asyncio
@@ -25,7 +27,7 @@ from idunno.base.errors import (
     undecided,
 )
 from idunno.client.locate import Door, Place
-from idunno.sdfs.asking import LAST_ATTEMPT_S
+from idunno.sdfs.asking import LAST_ATTEMPT_S, PATIENCE_S
 from idunno.wire.calls import A, Actor, Caller, Empty, Item, Method, Q, Stream
 
 CONNECT_TIMEOUT_S: Final = 3.0
@@ -35,7 +37,15 @@ ATTEMPT_S: Final = 10.0
 PAUSE_MIN_S: Final = 0.05
 PAUSE_MAX_S: Final = 1.0
 """Between attempts, doubling: an election takes about a second, so a few attempts fall into it."""
+LOOKED_S: Final = 2 * (PAUSE_MAX_S + CONNECT_TIMEOUT_S)
+"""Refusals further apart than this are not one absence: nobody looked in between, and the nodes may have run."""
 R = TypeVar("R")
+
+
+class NobodyLeft(Unavailable):
+    """Every node has refused the connection for so long that asking again would not help."""
+
+    retryable = False
 
 
 class Link(Caller, Protocol):
@@ -62,6 +72,7 @@ class Session:
         self._now = rng.randrange(len(place.doors))  # clients spread over the nodes
         self._links: dict[int, Link] = {}
         self._reached = False
+        self._refused: tuple[float, float] | None = None  # loop times: since when, and when last, all doors refused
         self._lock = asyncio.Lock()
 
     def caller(self) -> Caller:
@@ -158,6 +169,7 @@ class Session:
 
     async def _open_door(self) -> Link:
         last: IdunnoError | None = None
+        refused = True
         for _ in self.place.doors:
             link = self._links.get(self._now)
             if link is not None and not link.closed:
@@ -165,18 +177,35 @@ class Session:
             try:
                 link = await self._dial(self.place.doors[self._now], CONNECT_TIMEOUT_S)
             except IdunnoError as error:
+                refused = refused and isinstance(error.__cause__, (ConnectionRefusedError, FileNotFoundError))
                 if last is None or isinstance(last, (Unavailable, Unconfirmed)):
                     last = error  # a refusal says more than silence
                 self._now = (self._now + 1) % len(self.place.doors)
             else:
                 self._links[self._now] = link
-                self._reached = True
+                self._reached, self._refused = True, None
                 return link
+        absent_s = self._note_absence(refused)
         if last is not None and not isinstance(last, (Unavailable, Unconfirmed)):
             raise last
         count = len(self.place.doors)
         tried = "its node does not answer" if count == 1 else f"none of its {count} nodes answers"
+        if absent_s >= PATIENCE_S:
+            tried += f" for {absent_s:.0f} s"
+            raise NobodyLeft(f"{self.place.where}: {tried} ({last}): {self.place.next_step}")
         raise Unavailable(f"{self.place.where}: {tried} ({last}): {self.place.next_step}")
+
+    def _note_absence(self, refused: bool) -> float:
+        """For how many seconds all doors have refused us, this round included."""
+        now_s = asyncio.get_running_loop().time()
+        if not refused:
+            self._refused = None
+            return 0.0
+        since_s, looked_s = self._refused or (now_s, now_s)
+        if now_s - looked_s > LOOKED_S:
+            since_s = now_s
+        self._refused = since_s, now_s
+        return now_s - since_s
 
 
 def _has_id(request: msgspec.Struct) -> bool:

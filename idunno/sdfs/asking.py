@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from idunno.base.disk import Buffer
-from idunno.base.errors import Cancelled, DeadlineExceeded, IdunnoError, Unavailable, undecided
+from idunno.base.errors import Cancelled, DeadlineExceeded, IdunnoError, undecided
 from idunno.wire.calls import A, Caller, Method, Q
 
 ATTEMPT_S: Final = 10.0
@@ -111,4 +111,4 @@ class Asker:
 def may_repeat(error: IdunnoError) -> bool:
     """Whether the same request, which may be asked twice, could go well at another node or a little later."""
     # Cancelled: the node that was asked is stopping. (Who is cancelled himself hears nothing any more.)
-    return error.retryable or isinstance(error, (DeadlineExceeded, Unavailable, Cancelled))
+    return error.retryable or isinstance(error, (DeadlineExceeded, Cancelled))

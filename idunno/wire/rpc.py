@@ -77,7 +77,8 @@ async def _connected(
         raise Unauthenticated(f"{where} is not a node of this cluster, or does not know us: {error.reason}") from None
     except OSError as error:
         wire.abort()
-        cause = error if isinstance(error, ConnectionRefusedError) else None  # peers.py tells it from silence
+        # Who asks tells these from silence: nobody listens there, or the socket went with its node.
+        cause = error if isinstance(error, (ConnectionRefusedError, FileNotFoundError)) else None
         raise Unavailable(f"cannot reach {where}: {error.strerror or error}; is the node running?") from cause
     except UnicodeError:  # a host with an empty or too long part
         wire.abort()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from idunno.base.errors import (
     Unauthenticated,
     Unavailable,
 )
+from idunno.client import session
 from idunno.sdfs.messages import BEGIN, DELETE, LIST, PUT_SMALL, RETAIN, Begin, Delete, List, PutSmallFile, Retain
 from idunno.wire.calls import Method
 from tests.unit.client.fake import FakeCluster
@@ -130,6 +132,44 @@ def test_all_nodes_dying_later_is_waited_out_until_the_deadline() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_nodes_that_refuse_for_long_are_not_waited_for_to_the_end(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    monkeypatch.setattr(session, "PATIENCE_S", 0.3)
+
+    async def story() -> None:
+        fake = FakeCluster()
+        async with await fake.connect() as cluster:
+            refusal = Unavailable("cannot reach it: Connection refused")
+            refusal.__cause__ = ConnectionRefusedError()
+
+            def die(node: str, method: str) -> IdunnoError:
+                fake.world.closed = {"n1": refusal, "n2": refusal}
+                cluster.session._links.clear()
+                return ConnectionLost("the connection broke") if lost else Unavailable("the node stops")
+
+            fake.world.trouble = die
+            told = DeadlineExceeded if lost else Unavailable
+            async with asyncio.timeout(20):
+                with pytest.raises(told, match=r"none of its 2 nodes answers for .*run `idunno up --dir /fake`"):
+                    await cluster.put(io.BytesIO(b"x"), "a")
+
+    asyncio.run(story())
+
+
+def test_nodes_that_are_silent_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "PATIENCE_S", 0.1)
+
+    async def story() -> None:
+        fake = FakeCluster()
+        async with await fake.connect() as cluster:
+            await cluster.session.close()
+            fake.world.down = {"n1", "n2"}  # no ConnectionRefusedError behind it
+            asyncio.get_running_loop().call_later(0.8, fake.world.down.clear)
+            assert (await cluster.session.call(LIST, List(), timeout_s=5)).files == []
+
+    asyncio.run(story())
+
+
 def test_a_stream_finds_a_living_connection_and_leaves_a_node_that_failed_it() -> None:
     async def story() -> None:
         fake = FakeCluster()
@@ -138,8 +178,6 @@ def test_a_stream_finds_a_living_connection_and_leaves_a_node_that_failed_it() -
         fake.world.trouble = lambda node, method: (
             Unavailable("its disk is gone") if method == "block.read" and node == "n1" else None
         )
-        import io
-
         async with await fake.connect() as cluster:
             target = io.BytesIO()
             await cluster.get("big", target)
