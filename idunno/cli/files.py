@@ -16,7 +16,7 @@ from idunno.cli.running import note, result, usage, work
 
 if TYPE_CHECKING:
     from idunno.client.api import Cluster
-    from idunno.sdfs.messages import PutAnswer
+    from idunno.sdfs.messages import DeleteAnswer, PutAnswer
 
 STREAM = "-"
 QUORUM_MAX = 4
@@ -140,7 +140,7 @@ def get(name: str, local: str, version: int | None, as_of: int | None) -> None:
                 with naming(_shown(local)):
                     return await cluster.get(name, target, version=version, as_of_ms=as_of, progress=progress)
             except NotFound:
-                if (await cluster.file_client.ls_page(f"{name}/", limit=1)).files:
+                if await _is_folder(cluster, name):
                     raise NotFound(f"{name} is a folder; get all below it: `idunno get {name}/ DIRECTORY`") from None
                 raise
 
@@ -149,6 +149,10 @@ def get(name: str, local: str, version: int | None, as_of: int | None) -> None:
         return
     document = {"name": info.name, "version": info.version, "size": info.size, "seconds": _seconds_since(began)}
     result(document, lambda: click.echo(f"{info.name} version {info.version}: {render.size(info.size)} in {local}"))
+
+
+async def _is_folder(cluster: Cluster, name: str) -> bool:
+    return bool((await cluster.file_client.ls_page(f"{name.rstrip('/')}/", limit=1)).files)
 
 
 def _refuse_json_stream(local: str) -> None:
@@ -192,7 +196,7 @@ def get_versions(name: str, count: int, local: str) -> None:
         "size": sum(info.size for info in infos),
         "seconds": _seconds_since(began),
     }
-    result(document, lambda: click.echo(f"{len(infos)} versions of {name} in {local}"))
+    result(document, lambda: click.echo(f"{render.counted(len(infos), 'version')} of {name} in {local}"))
 
 
 @command("versions", example="idunno versions notes.txt")
@@ -274,8 +278,19 @@ def store(node: str | None) -> None:
 @click.argument("name", type=FILE)
 def delete(name: str) -> None:
     """Delete all versions of NAME. For a day `idunno trash restore NAME` brings them back."""
-    answer = work(lambda cluster: cluster.delete(name))
-    result(answer, lambda: click.echo(f"{answer.name}: {answer.versions} versions deleted"))
+    from idunno.base.errors import NotFound
+
+    async def body(cluster: Cluster) -> DeleteAnswer:
+        try:
+            return await cluster.delete(name)
+        except NotFound:
+            if await _is_folder(cluster, name):
+                files = f"{name.rstrip('/')}/"
+                raise NotFound(f"{name} is a folder; delete its files one by one: `idunno ls {files}`") from None
+            raise
+
+    answer = work(body)
+    result(answer, lambda: click.echo(f"{answer.name}: {render.counted(answer.versions, 'version')} deleted"))
 
 
 @command("retain", example="idunno retain logs/ --versions 10 --age 7d")
@@ -331,7 +346,7 @@ def trash_ls(prefix: str) -> None:
 def trash_restore(name: str) -> None:
     """Bring back all versions of NAME."""
     answer = work(lambda cluster: cluster.restore(name))
-    result(answer, lambda: click.echo(f"{answer.name}: {answer.versions} versions restored"))
+    result(answer, lambda: click.echo(f"{answer.name}: {render.counted(answer.versions, 'version')} restored"))
 
 
 @command("empty", example="idunno trash empty logs/")

@@ -278,7 +278,10 @@ def leave(name: str | None) -> None:
 
     async def body(cluster: Cluster) -> GoneNode:
         leaving = name if name is not None else (await cluster.status()).node
-        note(f"{leaving} is leaving: first its copies are moved, then its vote; `idunno repair` shows how far it is")
+        if any(leaving in (row.name, row.id) for row in await cluster.members()):
+            note(
+                f"{leaving} is leaving: first its copies are moved, then its vote; `idunno repair` shows how far it is"
+            )
         return await cluster.leave(leaving)
 
     answer = work(body)

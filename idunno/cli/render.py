@@ -81,6 +81,11 @@ def printable(text: str) -> str:
     )
 
 
+def counted(count: int, what: str) -> str:
+    """1 version, 2 versions."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def size(count: int) -> str:
     """Bytes for people: 512 B, 8.0 MiB."""
     if count < 1024:

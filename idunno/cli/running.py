@@ -31,6 +31,7 @@ LOOK_FIRST: Final = "it may have happened: look before trying again"
 NEXT_STEPS: Final = {
     errno.ENOSPC: "free some space there, or choose another place",
     errno.EDQUOT: "free some space there, or choose another place",
+    errno.ENOENT: "check the path: is it written right, and is its folder there?",
     errno.EMFILE: "allow more open files: `ulimit -n 4096`",
 }
 """After what the system says, where that alone is no help."""

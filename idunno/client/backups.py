@@ -15,6 +15,7 @@ from typing import IO, Final
 import msgspec
 
 from idunno.base.errors import Corrupt, DecodeError, IdunnoError, InvalidArgument, Unavailable
+from idunno.base.naming import naming
 from idunno.client.base import Base
 from idunno.client.local import replacing
 from idunno.coordinator import backup as b
@@ -29,7 +30,7 @@ def private(target: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     path = Path(target)
     if path.is_dir():
         raise InvalidArgument(f"{path} is a folder: name the file to write")
-    with replacing(path) as file:
+    with naming(path), replacing(path) as file:  # also where closing fails, in place of the first error
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             os.fchmod(file.fileno(), 0o600)
         yield file

@@ -144,7 +144,7 @@ async def examine(directories: Sequence[Path]) -> Survey:
     clusters = {survivor.identity.cluster: survivor for survivor in survivors}
     if len(clusters) > 1:
         shown = ", ".join(f"{found.directory} is of {cluster[:8]}" for cluster, found in clusters.items())
-        raise InvalidArgument(f"these are nodes of {len(clusters)} clusters: {shown}; recover one at a time")
+        raise InvalidArgument(f"these are nodes of {len(clusters)} clusters: {shown}; give those of one")
     by_node: dict[NodeId, Survivor] = {}
     for survivor in survivors:
         other = by_node.setdefault(survivor.identity.node, survivor)

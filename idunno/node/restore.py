@@ -26,7 +26,7 @@ from idunno.coordinator.views import iso_time
 from idunno.node import founding, switch
 from idunno.node.config import NodeConfig
 from idunno.node.founding import Authority, Founder
-from idunno.node.identity import FOLDERS, IDENTITY_FILE, new_node_id
+from idunno.node.identity import FOLDERS, IDENTITY_FILE, UP_FILE, new_node_id
 from idunno.node.recover import ROWS_TOLD_MAX, examine, finished, locked, lost_versions
 from idunno.node.survivors import add_smalls, blocks_of, small_missing, small_wanted
 from idunno.sdfs.hashing import check_block_id
@@ -115,6 +115,8 @@ def restore(
     if new is not None:
         (directory,) = directories
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    else:
+        _check_given(directories)
     with locked(directories):
         begun = founding.unfinished(directories, anew=False)
         if begun is not None:
@@ -123,6 +125,20 @@ def restore(
         backup = read_backup(path, passphrase)
         founders, term = _founders(directories, new)
         return _carry_out(path, backup, founders, term, step)
+
+
+def _check_given(directories: Sequence[Path]) -> None:
+    """Raises InvalidArgument, with what to give instead of what is no node's directory."""
+    for directory in directories:
+        if not directory.is_dir():
+            raise InvalidArgument(
+                f"{directory} is no directory: give those of a stopped cluster, or make a new node there: --listen HOST:PORT"
+            )
+        if (directory / UP_FILE).exists():
+            nodes = " ".join(
+                f"--dir {directory / name}" for name in sorted(path.name for path in directory.glob("n[0-9]*"))
+            )
+            raise InvalidArgument(f"{directory} holds several nodes: give the directory of each, {nodes}")
 
 
 def _founders(directories: Sequence[Path], new: NodeConfig | None) -> tuple[list[Founder], int]:

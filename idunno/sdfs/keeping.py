@@ -148,6 +148,7 @@ class Keeping:
         answers = await asyncio.gather(*(self._ask_scrub(record.node, left_s(call)) for record in present))
         begun = [record.name for record, why in zip(present, answers, strict=True) if not why]
         failed = [f"{record.name}: {why}" for record, why in zip(present, answers, strict=True) if why]
+        failed += [f"{away.name}: it is {away.presence}" for away in roster.nodes() if away.presence != "present"]
         return ScrubAnswer(begun, failed)
 
     async def _ask_scrub(self, node: NodeId, left_s: float) -> str:

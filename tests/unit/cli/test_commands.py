@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from idunno.client.backups import private
 from idunno.grep.messages import Line
 from idunno.scheduler.messages import OutputInfo, TaskCounts
 from tests.unit.cli.support import Terminal
@@ -83,6 +84,31 @@ def test_looking_at_files(idunno: Terminal, tmp_path: Path) -> None:
     assert history["versions"] == [2, 1]
     assert (tmp_path / "h").read_bytes() == b"=== a version 2 ===\n22\n=== a version 1 ===\n1"
     assert idunno.ok("delete", "a", "--json").json == {"name": "a", "versions": 2}
+
+
+def test_a_folder_is_not_deleted_and_not_said_to_be_missing(idunno: Terminal) -> None:
+    idunno.fake.world.put("fold/a", b"1")
+    for name in ("fold", "fold/"):
+        refused = idunno("delete", name)
+        assert (refused.status, refused.error) == (
+            1,
+            f"error: {name} is a folder; delete its files one by one: `idunno ls fold/`",
+        )
+    assert "is a folder" not in idunno("delete", "nothing").error
+    assert idunno.ok("delete", "fold/a").out == "fold/a: 1 version deleted\n"
+
+
+def test_only_a_member_is_said_to_be_leaving(idunno: Terminal) -> None:
+    assert "n2 is leaving" in idunno("leave", "n2").err
+    assert "is leaving" not in idunno("leave", "nosuch").err
+
+
+@pytest.mark.parametrize("sizes", [(10,), (10, 1_000_000)])
+def test_a_full_disk_is_named(sizes: tuple[int, ...]) -> None:
+    """Whether it is found at the end, or before, when closing the file fails as well."""
+    with pytest.raises(OSError, match="No space left") as raised, private("/dev/full") as file:
+        file.writelines(bytes(size) for size in sizes)
+    assert raised.value.filename == "/dev/full"
 
 
 def test_tables_are_plain_aligned_text_when_nobody_watches(idunno: Terminal) -> None:
@@ -178,7 +204,8 @@ def test_a_job_whose_results_could_not_be_written_is_not_begun(idunno: Terminal,
 
 def test_a_model_file_that_is_not_there_is_named(idunno: Terminal, tmp_path: Path) -> None:
     outcome = idunno("deploy", "digits", str(tmp_path / "gone"))
-    assert (outcome.status, outcome.error) == (1, f"error: {tmp_path}/gone: No such file or directory")
+    assert outcome.status == 1
+    assert outcome.error.startswith(f"error: {tmp_path}/gone: No such file or directory; check the path")
 
 
 def test_infer_without_waiting_gives_the_job(idunno: Terminal, images: Path) -> None:

@@ -201,7 +201,11 @@ def test_a_write_quorum_is_at_most_the_copies_there_are() -> None:
 
 def test_a_local_file_that_is_not_there_is_named(idunno: Terminal, tmp_path: Path) -> None:
     outcome = idunno("put", str(tmp_path / "gone"), "a")
-    assert (outcome.status, outcome.error) == (1, f"error: {tmp_path}/gone: No such file or directory")
+    step = "check the path: is it written right, and is its folder there?"
+    assert (outcome.status, outcome.error) == (1, f"error: {tmp_path}/gone: No such file or directory; {step}")
+    idunno.fake.world.put("a", b"x")
+    got = idunno("get", "a", str(tmp_path / "nodir" / "x"))
+    assert (got.status, got.error) == (1, f"error: {tmp_path}/nodir/x: No such file or directory; {step}")
 
 
 def test_a_bug_is_one_line_and_a_story_only_when_asked(idunno: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from idunno.coordinator.commands import BeginPut
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.records import UserRecord
 from idunno.node.config import NodeConfig, load_config
-from idunno.node.identity import DECIDED, load_identity, load_peers, load_secrets
+from idunno.node.identity import DECIDED, UP_FILE, load_identity, load_peers, load_secrets
 from idunno.node.restore import restore
 from idunno.sdfs.hashing import block_id
 from idunno.wire.security import is_key_of, make_ca
@@ -106,6 +106,16 @@ def test_refused_with_what_is_there_and_nothing_changed(old: Remains, backup: Pa
         with pytest.raises(Conflict, match=text):
             restore(backup, directories, new=config)
     assert files_of(old.directories[0]) == before
+
+
+def test_what_is_no_nodes_directory_is_refused_with_what_to_give(backup: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"new is no directory: .* --listen HOST:PORT"):
+        restore(backup, [tmp_path / "new"])
+    for node in ("n1", "n2"):
+        (tmp_path / "up" / node).mkdir(parents=True)
+    (tmp_path / "up" / UP_FILE).write_text("{}")
+    with pytest.raises(InvalidArgument, match=r"give the directory of each, --dir .*/up/n1 --dir .*/up/n2"):
+        restore(backup, [tmp_path / "up"])
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "other", "empty", "gone"])

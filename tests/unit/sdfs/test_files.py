@@ -262,6 +262,8 @@ def test_what_only_a_node_that_is_away_could_tell_is_refused_at_once() -> None:
                 await world.client().store("n5")
             with pytest.raises(NotReady, match="n5 is failed since"):
                 await world.client(Actor("root", Role.ADMIN)).scrub("n5")
+            answer = await world.client(Actor("root", Role.ADMIN)).scrub()
+            assert (answer.nodes, answer.failed) == (["n1", "n2", "n3", "n4"], ["n5: it is failed"])
             assert asyncio.get_running_loop().time() - began_s < 1
 
     run(story)
