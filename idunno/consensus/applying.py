@@ -3,10 +3,11 @@
 # Rule 1: one after another, from index 1 or behind the snapshot on, each once, in slices of a few ms between which others run.
 # Rule 2: an entry that cannot be applied ends the task, and with it this node's part in the consensus: applying on would make
 #         it differ from the others.
+# Rule 3: before a slice there is room for what it brings: a replay is faster than a disk. Only this task waits for that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from idunno.base.errors import DiskFailed, NotFound
@@ -21,7 +22,8 @@ APPLY_ENTRIES_MAX: Final = 1024
 
 
 class Applying:
-    """`apply` makes of an entry what its proposer is told. `settled` is called after each slice."""
+    """`apply` makes of an entry what its proposer is told. `settled` is called after each slice, `room` before it: it waits
+    until a slice's bytes can be taken in, for a bounded time, and raises nothing."""
 
     def __init__(
         self,
@@ -29,11 +31,12 @@ class Applying:
         *,
         slice_s: float,
         settled: Callable[[], None],
+        room: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.apply = apply
         self.index = Index(0)
         """The last entry applied."""
-        self._slice_s, self._settled = slice_s, settled
+        self._slice_s, self._settled, self._room = slice_s, settled, room
         self._due = Bell()
 
     def bind(self, core: Raft, log: Log, health: Health, index: Index, done: Callable[[Index, Any], None]) -> None:
@@ -53,7 +56,7 @@ class Applying:
     async def run(self) -> None:
         while True:
             await self._due.rung()
-            while self.index < self._core.commit:
+            while await self._more():
                 first = self.index + 1
                 end, _ = self._core.terms.batch_end(first, APPLY_BYTES_MAX, APPLY_ENTRIES_MAX)
                 last = min(end, self._core.commit)
@@ -64,6 +67,11 @@ class Applying:
                 self._settled()
                 if self.index < self._core.commit:
                     await asyncio.sleep(0)  # lets the loop breathe between slices
+
+    async def _more(self) -> bool:
+        if self._room is not None and self.index < self._core.commit:
+            await self._room()
+        return self.index < self._core.commit  # a snapshot may have been installed meanwhile
 
     async def _read(self, first: int, last: int) -> list[bytes] | None:
         """Committed entries; None when they could not be had, and are to be asked for again."""

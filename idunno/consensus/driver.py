@@ -118,7 +118,8 @@ class RaftDriver:
         self._inbox: deque[Input] = deque()
         self._role_changed = asyncio.Event()
         self._health = Health(self._step_if_running)
-        self._applying = Applying(apply, slice_s=config.apply_slice_ms / 1000, settled=self._slice_applied)
+        room = machine.room if machine is not None else None
+        self._applying = Applying(apply, slice_s=config.apply_slice_ms / 1000, settled=self._slice_applied, room=room)
         self._callers = Callers(me, config, self._applying, self._health, self._step, copies_needed)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0

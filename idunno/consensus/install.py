@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Final, Protocol
 
 from idunno.base.disk import Disk, File
@@ -36,6 +36,9 @@ AWAY_RESENDS: Final = 3
 RETRY_S: Final = 10.0
 """After a snapshot that could not be written, or that was taken in and is not one, the next is begun so much later."""
 INBOX_MAX: Final = 16
+READ_BYTES: Final = 512 * 1024
+READ_ENTRIES_MAX: Final = 256
+"""Of the log at once, when a snapshot lacks what entries brought: read and looked through in a few ms."""
 LIGHT_BYTES: Final = 40 * 1024 * 1024
 """A snapshot of 180,000 files: a restart reads it in a second, and takes two for as many entries as make one due. A million files
 with what may lie behind them are there again in 17 s."""
@@ -68,8 +71,15 @@ class StateMachine(Protocol):
         """The machine as it is now; encoded as the iteration goes on, whatever is applied meanwhile."""
         ...
 
-    async def secure(self) -> None:
-        """Make durable what the machine refers to and a snapshot does not hold. Raises IdunnoError: the log stays."""
+    async def room(self) -> None:
+        """Wait until there is room for what a slice of entries brings; for a bounded time. Raises nothing."""
+        ...
+
+    async def secure(self, payloads: AsyncGenerator[bytes]) -> None:
+        """Make durable what the machine refers to and a snapshot does not hold. Raises IdunnoError: the log stays.
+
+        `payloads`: of all entries up to the snapshot that the log still holds, oldest first; they are read when asked for.
+        """
         ...
 
     async def settled(self) -> None:
@@ -179,7 +189,7 @@ class Snapshots:
         try:
             async with self._lock:
                 size = await self._write(head, pieces)
-                await self._machine.secure()
+                await self._machine.secure(self._payloads(head.index))
                 if head.index > self.index:
                     await files.replace(self._disk, files.NEW_PATH)
                     self.index, self._bytes, self._log_bytes = head.index, size, self._log.size_bytes
@@ -197,6 +207,16 @@ class Snapshots:
                 await self._log.use_reserve()
         finally:
             self._taking = False
+
+    async def _payloads(self, last: Index) -> AsyncGenerator[bytes]:
+        """Raises NotFound when the log is cut meanwhile, as by a snapshot that is taken in; Corrupt, DiskFailed."""
+        terms, at = self._core.terms, 0
+        while (at := max(at, terms.base)) < last:
+            end, _ = terms.batch_end(at + 1, READ_BYTES, READ_ENTRIES_MAX)
+            for payload in await self._log.read(at + 1, min(end, last)):
+                yield payload
+            at = min(end, last)
+            await asyncio.sleep(0)
 
     async def _remove_if_possible(self, path: str) -> None:
         try:

@@ -3,6 +3,8 @@
 # Rule 1: contents of small files are not in a snapshot. Before the log that brought them is cut, and before a received snapshot
 #         counts, all that it refers to are in this node's own store, synced (docs/consensus.md). What neither the newest snapshot
 #         nor anything since refers to, the store lets go of when that snapshot counts.
+#         What the store could not take when an entry brought it is kept anew from the log before that is cut; only what is
+#         not there either, and no other node has, is lost.
 # Rule 2: whoever holds the machine goes on holding it: a restored one takes its place within. Followers are told what may be
 #         different, as if it had just been changed.
 # Rule 3: a machine of a million files is made, and the one before it is taken apart, in a thread, in steps that leave the others
@@ -10,16 +12,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 from idunno.base.errors import Unavailable
 from idunno.base.ids import BlockId, NodeId
+from idunno.consensus.voters import names_voters
 from idunno.coordinator import snapshot as snapshots
 from idunno.coordinator.applier import Applier
+from idunno.coordinator.commands import CompleteTask, PutSmall, decode_entry
 from idunno.coordinator.machine import Machine
+from idunno.coordinator.namespace import small_block
 from idunno.coordinator.records import SMALL_BYTES_MAX, Block
 
 Fetch = Callable[[Sequence[BlockId], Sequence[NodeId]], Awaitable[None]]
@@ -38,6 +43,14 @@ class Smalls(Protocol):
 
     def hold(self, block: BlockId) -> bool:
         """Whether it is here, and so stays."""
+        ...
+
+    async def room(self) -> None:
+        """Wait, for a bounded time, until there is room for what a slice of entries brings. Raises nothing."""
+        ...
+
+    async def keep_surely(self, block: BlockId, content: bytes) -> None:
+        """Raises IdunnoError when there is no room."""
         ...
 
     async def flush(self) -> None: ...
@@ -78,7 +91,13 @@ class Keeper:
         self.smalls.mark()
         return self.applier.machine.capture(lambda kind, record: note_lacking(kind, record, self.smalls, lacking))
 
-    async def secure(self) -> None:
+    async def room(self) -> None:
+        await self.smalls.room()
+
+    async def secure(self, payloads: AsyncGenerator[bytes]) -> None:
+        async with aclosing(payloads):
+            if self._lacking:
+                await self._keep_anew(self._lacking, payloads)
         await self.smalls.flush()
         if self._lacking:
             await self.fetch(list(self._lacking), holders(self.applier.machine))
@@ -86,6 +105,16 @@ class Keeper:
             raise Unavailable(
                 "small contents were found unreadable since the snapshot was begun: the next one has them fetched"
             )
+
+    async def _keep_anew(self, lacking: dict[BlockId, None], payloads: AsyncGenerator[bytes]) -> None:
+        """Take out of `lacking` what entries of the log brought."""
+        async for payload in payloads:
+            content = small_content(payload)
+            if content is not None and (block := small_block(content).block) in lacking:
+                await self.smalls.keep_surely(block, content)
+                del lacking[block]
+                if not lacking:
+                    return
 
     async def settled(self) -> None:
         await self.smalls.sweep()
@@ -156,6 +185,16 @@ def note_lacking(kind: str, record: Any, smalls: Smalls, lacking: dict[BlockId, 
     for block in small_blocks(kind, record):
         if not smalls.hold(block.block):
             lacking[block.block] = None
+
+
+def small_content(payload: bytes) -> bytes | None:
+    """Of a small file that an entry of the log may have brought; it may also have been refused."""
+    if not payload or names_voters(payload):
+        return None
+    command = decode_entry(payload).command
+    if isinstance(command, PutSmall | CompleteTask) and len(command.content) <= SMALL_BYTES_MAX:
+        return command.content
+    return None
 
 
 def small_blocks(kind: str, record: Any) -> Iterator[Block]:

@@ -11,7 +11,8 @@
 #         Until a segment has gone it is known where its contents lay there: a newer copy that is found bad counts for nothing.
 # Rule 6: what cannot be read is not forgotten, for a disk may fail for a while; it does not count as here until it was read, or
 #         kept anew. No file is cut or written to in which anything was found damaged: the next one is begun.
-# Rule 7: the queue is bounded. When the disk cannot follow, contents are dropped with a log line, and read from other nodes.
+# Rule 7: the queue is bounded, and who applies the log waits for `room` in it. When the disk fails nobody waits for it: contents
+#         are dropped with a log line, read from other nodes, and kept anew from the log before that is cut (keeper.py).
 #
 # How contents lie in segments is in segments.py.
 from __future__ import annotations
@@ -42,6 +43,10 @@ GATHER_S: Final = 0.05
 """How long what is queued may wait for more: nothing depends on it being on the disk (rule 1), and a write costs two hand-overs
 to a thread, however little it holds."""
 RETRY_S: Final = 1.0
+STALL_S: Final = 10.0
+"""A disk that writes nothing for so long counts as failing: the sync of a full segment takes 7 s at 10 MB/s."""
+KEEP_TRIES: Final = 3
+"""Flushes that who may wait tries to find room by: it takes a second, unless the log fills the queue as fast as it is written."""
 LIVE_SHARE_MAX: Final = 0.5
 """Of a segment that is swept: one byte is written for each that becomes free, at most."""
 SWEEP_BYTES_MAX: Final = 4 * SEGMENT_BYTES_MAX
@@ -85,6 +90,9 @@ class SmallStore:
         self._file: File | None = None  # of that segment; None: the next one is begun with the next record
         self._writing = asyncio.Lock()  # `flush` and the task write alike
         self._flushing = asyncio.Lock()
+        self._follows = True
+        """Whether the disk writes what is queued: that is worth to be waited for."""
+        self._tried = asyncio.Event()  # to write some of it
         self._wake = asyncio.Event()
         self._full = asyncio.Event()  # enough is queued for a batch, or this is closing
         self._closing = asyncio.Event()
@@ -153,6 +161,25 @@ class SmallStore:
         if place is not None and self._marks is not None:
             self._marks.add(place)
         return place is not None and key not in self._unread
+
+    async def keep_surely(self, block: BlockId, content: bytes) -> None:
+        """The same for who may wait until there is room. Raises DiskFailed, Exhausted."""
+        for _ in range(KEEP_TRIES):
+            if block in self or self._queue_bytes + len(content) <= QUEUE_BYTES_MAX:
+                return self.keep(block, content)
+            await self.flush()
+        raise Exhausted(f"no room for small contents: {self._queue_bytes:,} bytes of others wait for the disk")
+
+    async def room(self) -> None:
+        """Wait until half of the queue is free, as long as the disk writes it: not for one that fails, or stands still."""
+        while self._queue_bytes > QUEUE_BYTES_MAX // 2 and self._follows:
+            self._tried.clear()
+            try:
+                async with asyncio.timeout(STALL_S):
+                    await self._tried.wait()
+            except TimeoutError:
+                self._follows = False
+                log.error("small contents: the disk stands still", extra={"queued_bytes": self._queue_bytes})
 
     def check_room(self) -> None:
         """Raises Exhausted when the disk is so far behind that no new small file should be begun here."""
@@ -322,7 +349,14 @@ class SmallStore:
     async def _write_batch(self) -> None:
         async with self._writing:
             if self._queue:
-                await self._write_records()
+                try:
+                    await self._write_records()
+                    self._follows = True
+                except IdunnoError:
+                    self._follows = False
+                    raise
+                finally:
+                    self._tried.set()
 
     async def _write_records(self) -> None:
         self._check_open()

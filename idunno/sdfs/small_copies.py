@@ -79,7 +79,7 @@ class SmallCopies:
                     content = bytes(item.body)
                     block = block_id(content)
                     if block in missing:
-                        self._small.keep(block, content)
+                        await self._small.keep_surely(block, content)
                         del missing[block]
                 await stream.answer()
             await self._small.flush()

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,7 @@ class Machine:
         self.secured = asyncio.Event()
         self.secured.set()
         self.unreachable = 0  # so often fetching fails
+        self.offered: list[list[bytes]] = []  # of the log, for each snapshot
 
     def apply(self, index: Index, payload: bytes) -> Any:
         assert index == self.last + 1, "every entry once, in order"
@@ -57,7 +58,11 @@ class Machine:
         rows = (msgspec.msgpack.encode((last, entry)) for entry in [*taken, (0, b"")])
         return (len(row).to_bytes(4, "big") + row for row in rows)
 
-    async def secure(self) -> None:
+    async def room(self) -> None:
+        pass
+
+    async def secure(self, payloads: AsyncGenerator[bytes]) -> None:
+        self.offered.append([payload async for payload in payloads])
         await self.secured.wait()
 
     async def settled(self) -> None:
@@ -300,6 +305,22 @@ def test_the_log_is_not_cut_before_what_it_brought_is_secured() -> None:
         await until(lambda: driver.snapshot_index > 0)
         await cluster.fill(60)
         await until(lambda: driver._core.terms.base > 0)
+
+    story(work, voters=1)
+
+
+def test_a_snapshot_is_offered_all_entries_since_the_last_one_while_the_log_has_them() -> None:
+    async def work(cluster: Snapshotting) -> None:
+        await cluster.fill(130, BIG)
+        machine = cluster.holders[NodeId("n1")]
+        await until(lambda: len(machine.offered) >= 3)
+        assert cluster.drivers[NodeId("n1")]._core.terms.base > 0
+        offered = dict.fromkeys(
+            payload for payloads in machine.offered for payload in payloads if len(payload) > len(BIG)
+        )
+        brought = [payload for _, payload in machine.entries if len(payload) > len(BIG)]
+        assert list(offered) == brought[: len(offered)]
+        assert len(offered) >= 50
 
     story(work, voters=1)
 

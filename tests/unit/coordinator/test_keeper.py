@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
 import pytest
 
-from idunno.base.errors import Unavailable
+from idunno.base.errors import Exhausted, InvalidArgument, Unavailable
 from idunno.base.ids import BlockId, Index, NodeId
+from idunno.consensus.voters import encode_voters
 from idunno.coordinator import commands as c
 from idunno.coordinator.applier import Applier
 from idunno.coordinator.effects import Effect, JobsReplaced, ModelChanged, RosterChanged
 from idunno.coordinator.keeper import Keeper
 from idunno.coordinator.machine import Machine
 from idunno.coordinator.namespace import small_block
+from idunno.coordinator.records import SMALL_BYTES_MAX
 from tests.unit.coordinator.replay import history
 from tests.unit.coordinator.world import ALICE, N1, World
 
@@ -27,6 +29,7 @@ class Smalls:
         self.held: set[BlockId] = set()
         self.mark()
         self.flushes = self.losses = 0
+        self.full = False
         self.unreadable: set[BlockId] = set()
         """What the next flush finds so."""
 
@@ -36,6 +39,15 @@ class Smalls:
     def hold(self, block: BlockId) -> bool:
         self.marked.add(block)
         return block in self.held
+
+    async def room(self) -> None:
+        pass
+
+    async def keep_surely(self, block: BlockId, content: bytes) -> None:
+        assert small_block(content).block == block
+        if self.full:
+            raise Exhausted("no room")
+        self.held.add(block)
 
     async def flush(self) -> None:
         self.flushes += 1
@@ -63,6 +75,11 @@ class Fixture:
         return work()
 
 
+async def log_of(*payloads: bytes) -> AsyncGenerator[bytes]:
+    for payload in payloads:
+        yield payload
+
+
 def with_small_files() -> World:
     world = World()
     for number in range(3):
@@ -82,14 +99,48 @@ def test_before_the_log_is_cut_the_store_is_flushed_and_what_it_lacks_is_fetched
         fixture = Fixture(with_small_files().machine)
         fixture.smalls.held = blocks(0)
         b"".join(fixture.keeper.capture())
-        await fixture.keeper.secure()
+        await fixture.keeper.secure(log_of())
         assert fixture.smalls.flushes == 2
         [(asked, sources)] = fixture.asked
         assert set(asked) == blocks(1, 2)
         assert N1 in sources
         b"".join(fixture.keeper.capture())
-        await fixture.keeper.secure()
+        await fixture.keeper.secure(log_of())
         assert len(fixture.asked) == 1  # nothing lacks any more
+
+    asyncio.run(story())
+
+
+def test_what_the_store_could_not_take_is_kept_anew_from_the_log_before_that_is_cut() -> None:
+    async def story() -> None:
+        world = with_small_files()
+        whole = [b"", encode_voters({N1}), *world.log]
+        fixture = Fixture(world.machine)
+        fixture.smalls.held = blocks(0)
+        b"".join(fixture.keeper.capture())
+        await fixture.keeper.secure(log_of(*whole))
+        assert fixture.smalls.held == blocks(0, 1, 2)
+        assert fixture.asked == []  # no other node need have them
+        assert fixture.smalls.flushes == 1
+
+        fixture.smalls.held, fixture.smalls.full = blocks(0), True
+        b"".join(fixture.keeper.capture())
+        with pytest.raises(Exhausted):
+            await fixture.keeper.secure(log_of(*whole))  # so the log stays
+
+    asyncio.run(story())
+
+
+def test_entries_that_were_refused_keep_no_snapshot_from_counting() -> None:
+    async def story() -> None:
+        world = with_small_files()
+        large = bytes(SMALL_BYTES_MAX + 1)
+        with pytest.raises(InvalidArgument):
+            world.do(c.PutSmall("p9", "f9", small_block(b"").block, large), ALICE)
+        fixture = Fixture(world.machine)
+        b"".join(fixture.keeper.capture())
+        await fixture.keeper.secure(log_of(*reversed(world.log)))
+        assert fixture.smalls.held == blocks(0, 1, 2)
 
     asyncio.run(story())
 
@@ -104,9 +155,9 @@ def test_a_content_that_is_found_unreadable_after_the_store_was_asked_for_it_is_
         b"".join(fixture.keeper.capture())
         fixture.smalls.unreadable = blocks(1)
         with pytest.raises(Unavailable):
-            await fixture.keeper.secure()
+            await fixture.keeper.secure(log_of())
         b"".join(fixture.keeper.capture())
-        await fixture.keeper.secure()
+        await fixture.keeper.secure(log_of())
         assert fixture.smalls.held == blocks(0, 1, 2)
 
         restore = fixture.keeper.restore()
@@ -128,7 +179,7 @@ def test_what_a_snapshot_refers_to_stays_when_it_counts_and_nothing_goes_before(
         fixture = Fixture(world.machine)
         fixture.smalls.held = blocks(0, 1, 2, 3)
         b"".join(fixture.keeper.capture())
-        await fixture.keeper.secure()
+        await fixture.keeper.secure(log_of())
         assert fixture.smalls.held == blocks(0, 1, 2, 3)
         await fixture.keeper.settled()
         assert fixture.smalls.held == blocks(0, 1, 2)  # that of the file in the trash, too

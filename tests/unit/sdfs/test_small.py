@@ -5,16 +5,24 @@ import asyncio
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idunno.base.errors import Exhausted
+from idunno.base.errors import DiskFailed, Exhausted
+from idunno.base.ids import Index, Term
+from idunno.consensus.applying import Applying
+from idunno.consensus.health import Health
+from idunno.consensus.log import Log
+from idunno.consensus.raft import Raft
+from idunno.consensus.terms import Terms
 from idunno.node.disk import RealDisk, ThreadOffload
 from idunno.sdfs.hashing import block_id
 from idunno.sdfs.segments import SEGMENT_MAGIC
-from idunno.sdfs.small import QUEUE_BYTES_MAX, SmallStore
+from idunno.sdfs.small import QUEUE_BYTES_MAX, STALL_S, SmallStore
 from tests.unit.sdfs.world import ToldDisk, inline, run, until
 
 FIRST = "small/0000000001.seg"
@@ -132,6 +140,70 @@ def test_a_full_disk_fills_the_queue_to_its_bound_and_no_further() -> None:
         await until(lambda: not store._queue)
         store.check_room()
         assert len(await missing(store, all_of)) == store.dropped
+        await store.close()
+
+    run(story)
+
+
+@pytest.mark.parametrize("slow_s", [0.03, 3.0])
+def test_a_log_that_is_replayed_faster_than_the_disk_writes_loses_nothing(slow_s: float) -> None:
+    async def story() -> None:
+        disk, all_of = ToldDisk(), contents(2 * QUEUE_BYTES_MAX // 4096, 4096)
+        store = await opened(disk)
+
+        async def slow(doing: str, path: str) -> None:
+            if doing == "write":
+                await asyncio.sleep(slow_s)
+
+        disk.before = slow
+        core = SimpleNamespace(commit=len(all_of), terms=Terms())
+        core.terms.extend(Term(1), [4096] * len(all_of))
+        log = SimpleNamespace(cached=lambda first, last: all_of[first - 1 : last])
+        applying = Applying(
+            lambda index, content: store.keep(block_id(content), content),
+            slice_s=1.0,
+            settled=lambda: None,
+            room=store.room,
+        )
+        applying.bind(cast(Raft, core), cast(Log, log), cast(Health, None), Index(0), lambda index, value: None)
+        task = asyncio.create_task(applying.run())
+        applying.committed()
+        await until(lambda: applying.index == len(all_of))
+        task.cancel()
+        assert store.dropped == 0
+        await store.flush()
+        assert await missing(store, all_of) == []
+        await store.close()
+
+    run(story)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_disk_that_fails_or_stands_still_is_waited_for_once_until_it_writes_again(fails: bool) -> None:
+    async def story() -> None:
+        disk, all_of = ToldDisk(), contents(3 * QUEUE_BYTES_MAX // 4 // 4096, 4096)
+        store, stands, loop = await opened(disk), asyncio.Event(), asyncio.get_running_loop()
+
+        async def still(doing: str, path: str) -> None:
+            if doing == "write" and not stands.is_set():
+                if fails:
+                    raise DiskFailed("No space left on device")
+                await stands.wait()
+
+        disk.before = still
+        keep_all(store, all_of)
+        began_s = loop.time()
+        await store.room()
+        assert loop.time() - began_s <= (1 if fails else STALL_S)
+        again_s = loop.time()
+        for _ in range(100):
+            await store.room()
+        assert loop.time() == again_s
+        assert store.dropped == 0
+        stands.set()
+        await until(lambda: not store._queue)
+        await store.room()
+        assert await missing(store, all_of) == []
         await store.close()
 
     run(story)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from idunno.base.errors import Unavailable
+from idunno.base.errors import DiskFailed, Unavailable
 from idunno.base.ids import BlockId, NodeId
 from idunno.sdfs.hashing import block_id
-from idunno.sdfs.small import SmallStore
+from idunno.sdfs.small import QUEUE_BYTES_MAX, SmallStore
 from idunno.sdfs.small_copies import BATCH, READ_SMALL, ReadSmall, SmallCopies
 from idunno.wire.calls import Empty, Item
 from tests.unit.fakes import MemoryDisk
@@ -127,5 +127,48 @@ def test_as_long_as_somebody_is_silent_the_missing_may_be_there() -> None:
         peers.nodes[B] = (await node(peers, B))[0]
         await mine.fetch(names(b"one", b"two"), [A, B])  # nobody has it: lost, said in the log, waited for no longer
         assert names(b"two")[0] not in store
+
+    asyncio.run(story())
+
+
+def test_what_comes_while_the_queue_is_full_waits_for_room_and_is_there_in_the_end() -> None:
+    async def story() -> None:
+        peers = Peers()
+        mine, store, _ = await node(peers, ME)
+        contents = [b"%06d" % number * 600 for number in range(100)]
+        peers.nodes[A] = (await node(peers, A, *contents))[0]
+        async with store._writing:  # a write that takes long, while the log goes on
+            for number in range((QUEUE_BYTES_MAX - 50 * 3_600) // 4_096):
+                content = b"%08d" % number * 512
+                store.keep(block_id(content), content)
+            fetching = asyncio.ensure_future(mine.fetch(names(*contents), [A]))
+            while not store._flushing.locked():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        await fetching
+        assert all(name in store for name in names(*contents))
+        assert store.dropped == 0
+
+    asyncio.run(story())
+
+
+def test_what_finds_no_room_on_a_failing_disk_does_not_count_as_got(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        peers = Peers()
+        mine, store, disk = await node(peers, ME)
+        peers.nodes[A] = (await node(peers, A, b"wanted" * 600))[0]
+        disk.faults["write"] = "No space left on device"
+        for number in range(QUEUE_BYTES_MAX // 4_096):
+            content = b"%08d" % number * 512
+            store.keep(block_id(content), content)
+        with pytest.raises(DiskFailed):
+            await mine.fetch(names(b"wanted" * 600), [A])
+
+        async def flush() -> None:  # the log fills it again at once
+            pass
+
+        monkeypatch.setattr(store, "flush", flush)
+        with pytest.raises(Unavailable, match="no room for small contents"):
+            await mine.fetch(names(b"wanted" * 600), [A])
+        assert names(b"wanted" * 600)[0] not in store
 
     asyncio.run(story())
