@@ -8,6 +8,7 @@
 #         the log grows too long.
 # Rule 4: a transfer is a window of pieces, each answered with the place that is wanted next; what is lost is sent again after
 #         a second. A follower that works on what it got says so every second; one that says nothing costs a piece a second.
+# Rule 5: who cannot get what a snapshot refers to says nothing after some minutes, for a while: the sender's disk must not fill.
 from __future__ import annotations
 
 import asyncio
@@ -17,7 +18,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from typing import Any, Final, Protocol
 
 from idunno.base.disk import Disk, File
-from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound
+from idunno.base.errors import Corrupt, DiskFailed, IdunnoError, NotFound, Unavailable
 from idunno.base.ids import Index, NodeId, Term
 from idunno.consensus import snapshot as files
 from idunno.consensus.config import RaftConfig
@@ -35,6 +36,11 @@ AWAY_RESENDS: Final = 3
 """After so many in vain a follower is taken to be away."""
 RETRY_S: Final = 10.0
 """After a snapshot that could not be written, or that was taken in and is not one, the next is begun so much later."""
+COMPLETE_S: Final = 300.0
+"""After so long the next failure to get what a snapshot refers to ends its taking in: the sender keeps what an older machine
+referred to as long as somebody is at it."""
+INCOMPLETE_RETRY_S: Final = 60.0
+"""After that: the sender takes this node for away, and has time to take a snapshot and let go of what that does not refer to."""
 INBOX_MAX: Final = 16
 READ_BYTES: Final = 512 * 1024
 READ_ENTRIES_MAX: Final = 256
@@ -340,7 +346,8 @@ class Snapshots:
                 try:
                     await self._take_piece(order)
                 except IdunnoError as error:
-                    self._not_before_s = asyncio.get_running_loop().time() + RETRY_S
+                    rest_s = INCOMPLETE_RETRY_S if isinstance(error, Unavailable) else RETRY_S
+                    self._not_before_s = asyncio.get_running_loop().time() + rest_s
                     log.warning("snapshot not taken in", extra={"from": order.sender, "problem": str(error)})
                     await self._drop_part_if_possible()
                     if isinstance(error, DiskFailed):
@@ -397,10 +404,8 @@ class Snapshots:
                 restore = await self._read(reader)
             finally:
                 await reader.close()
-            while not await self._is_complete(restore, order):
-                if self._core.leader not in (order.sender, None):
-                    return  # another leader: perhaps it has what is missing, or a newer snapshot
-                await asyncio.sleep(RESEND_S)
+            if not await self._complete(restore, order):
+                return
             async with self._lock:  # one of its own may be being taken, and that can last
                 if head.index > self._core.commit and self._core.terms.term(head.index) != head.term:
                     await files.replace(self._disk, files.PART_PATH)
@@ -412,13 +417,21 @@ class Snapshots:
             alive.cancel()
         log.info("snapshot taken in", extra={"index": head.index, "bytes": message.size, "from": order.sender})
 
-    async def _is_complete(self, restore: Restore, order: TakeInstall) -> bool:
-        try:
-            await restore.complete(order.sender)
-        except IdunnoError as error:
-            log.warning("snapshot not complete yet", extra={"index": order.message.index, "problem": str(error)})
-            return False
-        return True
+    async def _complete(self, restore: Restore, order: TakeInstall) -> bool:
+        """False when there is another leader: perhaps it has what is missing, or a newer snapshot. Raises Unavailable."""
+        now_s, index = asyncio.get_running_loop().time, order.message.index
+        end_s = now_s() + COMPLETE_S
+        while True:
+            try:
+                await restore.complete(order.sender)
+                return True
+            except IdunnoError as error:
+                log.warning("snapshot not complete yet", extra={"index": index, "problem": str(error)})
+                if now_s() >= end_s:
+                    raise Unavailable(f"snapshot {index} not complete after {COMPLETE_S:g} s: {error}") from error
+            if self._core.leader not in (order.sender, None):
+                return False
+            await asyncio.sleep(RESEND_S)
 
     async def _say_alive(self, order: TakeInstall) -> None:
         while True:

@@ -269,6 +269,34 @@ def test_a_snapshot_counts_only_when_what_it_refers_to_is_there(monkeypatch: pyt
     story(work)
 
 
+def test_who_cannot_complete_a_snapshot_keeps_its_leader_from_letting_go_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("idunno.consensus.install.RESEND_S", 0.02)
+    monkeypatch.setattr("idunno.consensus.install.COMPLETE_S", 0.3)
+    monkeypatch.setattr("idunno.consensus.install.INCOMPLETE_RETRY_S", 0.5)
+
+    async def work(cluster: Snapshotting) -> None:
+        late = await cluster.left_behind()
+        leader = await cluster.elected()
+        machine = cluster.holders[leader.me]
+        await cluster.start(late)
+        cluster.holders[late].unreachable = 1_000_000
+        snapshots = leader._snapshots
+        assert snapshots is not None
+        await until(lambda: cluster.holders[late].unreachable < 1_000_000)
+        await until(lambda: late not in snapshots._silent)
+        settled = len(machine.settlements)
+        await until(lambda: late in snapshots._silent)
+        async with asyncio.timeout(WAIT_S):
+            while len(machine.settlements) == settled:
+                await cluster.fill(5)
+        cluster.holders[late].unreachable = 0
+        await cluster.same(late)
+
+    story(work)
+
+
 def test_who_waits_with_a_snapshot_for_one_of_its_own_says_that_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("idunno.consensus.install.RESEND_S", 0.02)
 
