@@ -19,8 +19,10 @@ from tests.simulation.world import World
 
 
 def test_a_disk_that_only_says_it_synced_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lost varies: contents, a node, or all nodes, so that who is to replace one cannot join."""
     monkeypatch.setattr(Inode, "sync", lambda self: None)
-    with pytest.raises(AssertionError, match=r"did not start|was acknowledged|not one cluster|a leader"):
+    found = r"did not start|was acknowledged|not one cluster|a leader|could not join"
+    with pytest.raises(AssertionError, match=found):
         mixed("lying disk", seconds=6, kinds=["power_all"])
 
 
