@@ -89,7 +89,9 @@ class Callers:
         core = self._core
         if core is None or not self._new:  # with others there, what let in the first of them holds
             core = self.leading()
-        waiting = len(self._new) + max(len(self._proposals), core.terms.last - core.commit)
+        # Given up or not, but not what was in the log when this node was elected: after a restart of all that is all of it.
+        uncommitted = core.terms.last - max(core.commit, core.term_start)
+        waiting = len(self._new) + max(len(self._proposals), uncommitted)
         if waiting >= self._config.proposals_max:
             raise Exhausted(
                 f"{waiting} proposals wait at the leader, at most {self._config.proposals_max}; try again later"

@@ -326,6 +326,27 @@ def test_bounds_are_kept_and_named() -> None:
     story(work, 3, config=replace(FAST, proposals_max=10))
 
 
+def test_what_a_leader_inherits_is_no_proposal_of_its_own() -> None:
+    """After a restart of all nobody knows what is committed: with a long log the new leader refused everything until it was."""
+
+    async def work(cluster: Cluster) -> None:
+        leader = await cluster.elected()
+        for _ in range(30):
+            await leader.propose(b"x", WAIT_S)
+        for name in cluster.voters:
+            await cluster.kill(name)
+        for name in cluster.voters:
+            await cluster.start(name)
+        async with asyncio.timeout(WAIT_S):
+            while (new := cluster.leader()) is None:  # noqa: ASYNC110
+                await asyncio.sleep(0)  # each turn is looked at
+        assert new.last_index - new.commit >= 30
+        answers = await asyncio.gather(*(new.propose(b"y", WAIT_S) for _ in range(30)), return_exceptions=True)
+        assert [isinstance(answer, Exhausted) for answer in answers] == [False] * 10 + [True] * 20
+
+    story(work, 3, config=replace(FAST, proposals_max=10))
+
+
 def test_a_proposal_that_is_cancelled_leaves_nothing_behind() -> None:
     async def work(cluster: Cluster) -> None:
         leader = await cluster.elected()

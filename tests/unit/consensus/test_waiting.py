@@ -27,7 +27,8 @@ class Core:
     """A leader whose followers are silent."""
 
     accepts_proposals = is_leader = True
-    leader, voters, commit, peers = NodeId("n1"), ("n1", "n2", "n3"), 0, dict[NodeId, Any]()
+    leader, voters, peers = NodeId("n1"), ("n1", "n2", "n3"), dict[NodeId, Any]()
+    commit = term_start = 0
 
     def __init__(self) -> None:
         self.terms = SimpleNamespace(last=0)
