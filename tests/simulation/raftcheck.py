@@ -6,7 +6,8 @@
 # Rule 3: an answer goes out only when its entry is synced on as many nodes as it says, and on as many as the roster asks for.
 #         What is synced is taken from the flushes that ended, not from what anybody says of it: a flush of the log, and that
 #         of what was found on the disk at a start, where what a crash left unsynced may have survived. What a disk held before
-#         it was set back counts for a leader until the machine's new process was judged there: it cannot know any earlier.
+#         it was set back counts for a leader until the machine's new process was judged there: it cannot know any earlier. And
+#         again when what the old process had sent before arrives after that: so would the word of one that lives, and is copied.
 # Rule 4: election safety and state machine safety are in checkers.py.
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from typing import Any
 from idunno.base.ids import Index, NodeId
 from idunno.consensus.driver import RaftDriver
 from idunno.consensus.events import Input, Output, Persist, Persisted, RaftRole, RoleChanged
+from idunno.consensus.messages import AppendAnswer, RaftMessage
 from idunno.consensus.standing import Claim, Run
 from idunno.node.node import Node
 from tests.simulation.machine import Machine
@@ -33,6 +35,8 @@ class Held:
     terms: list[int]
     told: set[str] = field(default_factory=set)
     """Once a disk was set back to less: the nodes that judged a process of the machine since, and so know."""
+    gone: set[str] = field(default_factory=set)
+    """The nodes that hear a process of the machine that came after that."""
 
     def holds(self, index: int, term: int) -> bool:
         at = index - 1 - self.base
@@ -72,6 +76,16 @@ class Synced:
         for log in self.lost:
             log.told.add(by)
 
+    def believed(self, by: str) -> None:
+        for log in self.lost:
+            log.gone.add(by)
+
+    def heard(self, by: str) -> None:
+        """The process that `by` hears says what it has."""
+        for log in self.lost:
+            if by not in log.gone:
+                log.told.discard(by)
+
     def counts(self, leader: str, index: int, term: int) -> bool:
         """Whether that leader may count on this copy: it is here, or it was here and the leader cannot know that it is gone."""
         return self.log.holds(index, term) or any(
@@ -106,7 +120,8 @@ class RaftChecks:
         settle = callers.settle
         needed: dict[int, int] = {}  # entry -> copies needed when it was answered, a turn before its caller hears of it
         start, carry_out, step, propose = driver.start, driver._carry_out, driver._step, driver.propose
-        judge = node.vouching.witness.judge
+        witness = node.vouching.witness
+        judge, believe, heard = witness.judge, witness.believe, witness.heard
         synced = self._synced.setdefault(machine.name, Synced())
 
         async def started() -> None:
@@ -140,7 +155,16 @@ class RaftChecks:
             self._synced[self.world.by_id[sender].name].judged(by=machine.name)
             return judge(sender, run, claim, boot_seen)
 
-        vars(node.vouching.witness).update(judge=judged)
+        def believed(sender: NodeId, run: Run) -> str:
+            self._synced[self.world.by_id[sender].name].believed(by=machine.name)
+            return believe(sender, run)
+
+        def told(sender: NodeId, message: RaftMessage) -> None:
+            if isinstance(message, AppendAnswer) and message.ok:
+                self._synced[self.world.by_id[sender].name].heard(by=machine.name)
+            heard(sender, message)
+
+        vars(witness).update(judge=judged, believe=believed, heard=told)
         vars(callers).update(settle=settled)
         vars(driver).update(start=started, _carry_out=carried_out, _step=stepped, propose=proposed)
 

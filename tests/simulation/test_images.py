@@ -14,6 +14,7 @@ from idunno.consensus.messages import VoteAnswer
 from idunno.consensus.standing import Witness
 from tests.simulation.disk import Inode
 from tests.simulation.machine import Machine
+from tests.simulation.network import Quality
 from tests.simulation.raftcheck import RaftChecks
 from tests.simulation.scenario import Cluster, make
 from tests.simulation.test_stories import others, put
@@ -411,9 +412,9 @@ def test_disks_that_are_set_back_again_and_again_lose_nothing_and_all_come_back(
     cluster.world.run(story)
 
 
-async def set_back_while_an_answer_waits(cluster: Cluster, *, told: bool) -> None:
+async def set_back_while_an_answer_waits(cluster: Cluster, *, told: bool, late_s: float = 0.0) -> None:
     """Three of five have an entry, and its answer waits for a fourth copy: one of the three is set back before the fourth has
-    it. `told`: and the leader has judged its new process by then."""
+    it. `told`: and the leader has judged its new process by then. `late_s`: how long what that one says of it is on its way."""
     world = cluster.world
     await cluster.begin(jobs=False)
     await asyncio.sleep(2)
@@ -426,10 +427,15 @@ async def set_back_while_an_answer_waits(cluster: Cluster, *, told: bool) -> Non
         world.machine(away).disk.stalled_until = world.scheduler.now + stalled_s
     node, client = leader.node, cluster.clients[0]
     assert node is not None
-    index = node.driver._core.terms.last + 1
+    index, wire = node.driver._core.terms.last + 1, world.network.wire
+    if late_s:
+        slow = (machine.address, world.machine(leader.name).address)
+        world.network.wire = lambda *ends: Quality(delay_s=late_s) if ends == slow else wire(*ends)  # type: ignore[method-assign]
     waits = asyncio.ensure_future(client.inside(lambda: client._delete_one("before")))
-    await world.until(lambda: sum(synced >= index for synced in node.driver._core.copies()) == 3, "it is on three", 0.2)
+    drivers = [found.node.driver for found in world.machines if found.node is not None]
+    await world.until(lambda: sum(driver._core.synced >= index for driver in drivers) == 3, "it is on three", 0.2)
     world.kill(first)
+    world.network.wire = wire  # type: ignore[method-assign]
     machine.disk.restore(image)
     cluster.checkers.forget_terms(machine)
     if not told:
@@ -444,10 +450,10 @@ async def set_back_while_an_answer_waits(cluster: Cluster, *, told: bool) -> Non
     client.stopping = True
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_copy_that_the_leader_cannot_know_to_be_gone_counts_and_no_other(told: bool) -> None:
+@pytest.mark.parametrize(("told", "late_s"), [(False, 0.0), (True, 0.0), (True, 0.5)])
+def test_a_copy_that_the_leader_cannot_know_to_be_gone_counts_and_no_other(told: bool, late_s: float) -> None:
     async def story(world: World) -> None:
-        await set_back_while_an_answer_waits(cluster, told=told)
+        await set_back_while_an_answer_waits(cluster, told=told, late_s=late_s)
 
     cluster = left_alone(f"set back, told {told}")
     RaftChecks(cluster.world)
