@@ -142,6 +142,17 @@ class Snapshotting(Cluster):
         await until(lambda: leader._core.terms.base > 5)
         return late
 
+    async def sending(self) -> tuple[RaftDriver, Index]:
+        """A leader that sends a snapshot, and which. One just elected learns by what it cuts that somebody lacks it."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                leader = await self.elected()
+                snapshots = leader._snapshots
+                assert snapshots is not None
+                if snapshots._sending:
+                    return leader, snapshots.index
+                await self.fill(20)
+
     async def same(self, name: NodeId) -> None:
         """`name` has all that the leader has."""
         leader = await self.elected()
@@ -207,11 +218,7 @@ def test_who_was_away_for_so_long_that_the_snapshot_begun_for_it_is_too_old_is_s
 
     async def work(cluster: Snapshotting) -> None:
         late = await cluster.left_behind()
-        leader = await cluster.elected()
-        snapshots = leader._snapshots
-        assert snapshots is not None
-        begun = snapshots.index
-        await until(lambda: snapshots._sending)
+        leader, begun = await cluster.sending()
         await cluster.fill(200)
         await until(lambda: leader._core.terms.base > begun)  # what was begun ends before the log
         await cluster.start(late)
